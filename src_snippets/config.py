@@ -1,0 +1,213 @@
+"""Settings: one frozen dataclass, and recipes that state only what they change."""
+
+# %% [markdown]
+# ## What can be set?
+# Every knob of the notebook is a field of `Config`. A recipe is a name for a set of changes to the
+# defaults. `recipe("baseline", epochs=30)` checks names and ranges and says what is valid.
+
+# %%
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+import json
+
+
+# %%
+def within(default, low, high):
+    """A dataclass field with a default and the inclusive range of its value (of each element)."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def one_of(default, *others):
+    """A dataclass field that takes `default` or one of `others`."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+# %%
+@dataclass(frozen=True)
+class Config:
+    """All settings. Lengths in pixels are image pixels unless a line says network pixels.
+
+    `within(default, low, high)` states the range of a value, `one_of` its choices.
+    """
+
+    recipe: str = "baseline"  # the recipe these settings started from; set by recipe()
+    seed: int = within(0, 0, 2**31 - 1)  # split, initial weights, order, augmentation
+    # Data
+    num_classes: int = within(4, 1, 255)  # K of the last classK.tif
+    val_fraction: float = within(0.2, 0.0, 0.9)  # share of the images that measures, never trains
+    cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded fields kept in memory
+    workers: int = within(-1, -1, 64)  # loader processes; -1: one a core, at most 4; 0 without GPU
+    # Augmentation of the training part
+    crop: int = within(512, 32, 8192)  # px, side of a training crop; smaller: less GPU memory
+    zoom: tuple[float, float] = within((0.8, 1.25), 0.1, 10.0)  # least and most magnification
+    flips: bool = True  # left-right and up-down, each for half of the crops
+    quarter_turns: bool = True  # 0, 90, 180 or 270 degrees
+    color_jitter: float = within(0.2, 0.0, 1.0)  # strength; stains differ between laboratories
+    blur: float = within(0.1, 0.0, 1.0)  # share of crops blurred, as if out of focus
+    min_area: int = within(4, 1, 10_000)  # px; slivers left by a crop that are smaller are dropped
+    # Model
+    backbone: str = one_of("resnet50", "mobilenet_v2", "resnet10")  # trunk; resnet10 is for a CPU
+    weights: str = "imagenet"  # imagenet, coco, none, or a file. coco is data beyond ImageNet
+    fpn_channels: int = within(256, 8, 1024)  # width of pyramid and heads; 256 fits coco weights
+    rpn_convs: int = within(2, 1, 8)  # 3x3 convolutions before the proposals
+    box_convs: int = within(4, 0, 8)  # convolutions in the box head
+    box_features: int = within(1024, 16, 4096)  # width of the box head's last layer
+    mask_convs: int = within(4, 1, 8)  # convolutions in the mask head
+    scale: float = within(
+        1.0, 0.25, 8.0
+    )  # network px per image px; 2 finds smaller cells, costs 4x
+    anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, 5 levels
+    anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height over width
+    rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU above which the weaker proposal goes
+    proposals: int = within(2000, 1, 20_000)  # kept an image; more for fields with many cells
+    rois: int = within(512, 8, 4096)  # proposals an image the heads learn from, a quarter cells
+    half_pixel: bool = True  # masks sampled at pixel centres; False: as stock torchvision
+    # Training
+    epochs: int = within(50, 1, 10_000)  # passes over the training part
+    batch_size: int = within(2, 1, 256)  # crops a step and process; lower when memory runs out
+    lr: float = within(1e-4, 1e-7, 1.0)  # AdamW's highest rate
+    weight_decay: float = within(0.01, 0.0, 1.0)  # of weights; norms and biases are not decayed
+    warmup_steps: int = within(500, 0, 100_000)  # steps in which the rate rises from 0
+    schedule: str = one_of("constant", "cosine")  # the rate after the warm-up
+    clip_norm: float = within(1.0, 0.0, 1000.0)  # largest gradient norm; 0: no clipping
+    precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU
+    eval_every: int = within(1, 1, 10_000)  # epochs between two looks at the validation part
+    # Prediction
+    score_floor: float = within(0.05, 0.0, 1.0)  # least score kept; AP gains from a low one
+    mask_threshold: float = within(0.5, 0.0, 1.0)  # probability from which a pixel is cell
+    box_nms: float = within(0.5, 0.0, 1.0)  # IoU above which the weaker detection of a class goes
+    detections: int = within(300, 1, 20_000)  # most cells an image
+    show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn and counted
+
+
+# %% [markdown]
+# `baseline` is the ResNet-50 v2 pipeline that most people start from, with its thresholds; `demo`
+# is small enough for two CPU cores.
+
+# %%
+RECIPES = {
+    # torchvision's maskrcnn_resnet50_fpn_v2 with anchors for cells. Score on HW3: not measured.
+    "baseline": dict(
+        scale=2.0,
+        box_nms=0.3,
+        detections=200,
+        score_floor=0.5,
+        mask_threshold=0.6,
+    ),
+    # The drawn dataset on a CPU.
+    "demo": dict(
+        crop=128,
+        backbone="resnet10",
+        weights="none",
+        fpn_channels=64,
+        rpn_convs=1,
+        box_convs=0,
+        box_features=256,
+        mask_convs=2,
+        proposals=300,
+        rois=64,
+        epochs=24,
+        batch_size=4,
+        lr=2e-3,
+        warmup_steps=50,
+        schedule="cosine",
+        eval_every=8,
+        detections=200,
+    ),
+}
+
+
+# %%
+def check_setting(config_field, value):
+    """Checks one value against its field's type, range or choices.
+
+    Args:
+        config_field: a `dataclasses.Field` of `Config`.
+        value: the wanted value; JSON lists stand for tuples, whole numbers for floats.
+
+    Returns:
+        The value in the field's own type.
+
+    Raises:
+        ValueError: names the field, what was found and what is valid.
+    """
+    name, default, limits = config_field.name, config_field.default, config_field.metadata
+    is_tuple = isinstance(default, tuple)
+    items = list(value) if is_tuple and isinstance(value, (list, tuple)) else [value]
+    kind = type(default[0] if is_tuple else default)
+    if kind is float:
+        items = [float(v) if type(v) is int else v for v in items]
+    wanted = f"{len(default)} values of type {kind.__name__}" if is_tuple else kind.__name__
+    if "choices" in limits:
+        wanted += " out of " + ", ".join(limits["choices"])
+    elif limits:
+        wanted += f" from {limits['low']} to {limits['high']}"
+    fits = all(type(v) is kind for v in items)
+    # Ratios may be any number of values; anchor sizes belong to levels, zoom is a pair.
+    if is_tuple and name != "anchor_ratios":
+        fits = fits and len(items) == len(default)
+    if fits and "choices" in limits:
+        fits = items[0] in limits["choices"]
+    elif fits and limits:
+        fits = len(items) > 0 and all(limits["low"] <= v <= limits["high"] for v in items)
+    if not fits:
+        raise ValueError(
+            f"Setting {name}={value!r}: expected {wanted}; the default is {default!r}."
+        )
+    return tuple(items) if is_tuple else items[0]
+
+
+# %%
+def recipe(name: str, **changes) -> Config:
+    """The settings of a recipe with some fields changed.
+
+    Args:
+        name: a key of `RECIPES`.
+        changes: fields of `Config` with their new values.
+
+    Returns:
+        A checked `Config`.
+
+    Raises:
+        ValueError: unknown recipe, unknown field, or a value of wrong type or out of range.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe {name!r}; there are: {', '.join(RECIPES)}.")
+    known = {f.name: f for f in fields(Config) if f.name != "recipe"}
+    if unknown := sorted(set(changes) - set(known)):
+        raise ValueError(
+            f"There is no setting {', '.join(unknown)}; there are: {', '.join(known)}."
+        )
+    values = {**RECIPES[name], **changes}
+    checked = {key: check_setting(known[key], value) for key, value in values.items()}
+    config = Config(recipe=name, **checked)
+    if config.zoom[0] > config.zoom[1]:
+        raise ValueError(f"Setting zoom={config.zoom}: expected the least before the most.")
+    return config
+
+
+# %%
+def settings_from(environ: Mapping[str, str]) -> dict:
+    """Reads the overrides in `HW3_SETTINGS`, a JSON object such as `{"epochs": 3}`.
+
+    Raises:
+        ValueError: the text is not a JSON object.
+    """
+    text = environ.get("HW3_SETTINGS") or "{}"
+    try:
+        changes = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"HW3_SETTINGS is not JSON ({error}): {text!r}") from error
+    if not isinstance(changes, dict):
+        raise ValueError(f'HW3_SETTINGS: expected an object such as {{"epochs": 3}}, not {text!r}')
+    return changes
+
+
+def describe(config: Config) -> str:
+    """One line a field, `*` before those that differ from the defaults."""
+    rows = []
+    for item in fields(config):
+        value = getattr(config, item.name)
+        mark = " " if value == item.default else "*"
+        rows.append(f"{mark} {item.name:<15} {value}")
+    return "\n".join(rows)

@@ -1,0 +1,214 @@
+# %% [markdown]
+# # Cell instance segmentation
+# Run all cells. The notebook finds the dataset, shows it, trains a Mask R-CNN, measures it on
+# images it never learned from, and leaves `test-results.json` and its zip ready to download.
+#
+# - **Kaggle**: File > Import notebook, add the dataset as input, choose GPU T4, Run All.
+# - **Colab**: upload the notebook, choose a GPU runtime, upload the dataset to `/content`, Run all.
+# - **No dataset**: a small one is drawn, and everything runs in a few minutes on a CPU.
+
+# %%
+from src_snippets.install import install_missing
+
+# %%
+install_missing()
+
+# %% [markdown]
+# ## Imports
+# All in one place, standard library first.
+
+# %%
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+# %%
+from src_snippets.config import describe, recipe, settings_from
+
+# %% [markdown]
+# ## Settings: change them here
+# Leave both empty for a first run. Fields that matter most: `epochs`, `batch_size` (lower when the
+# GPU's memory runs out), `scale` (2 finds smaller cells and costs four times the time), `crop`,
+# `lr`, `score_floor` (0.05 instead of 0.5 raises AP), `weights`.
+
+# %%
+RECIPE = os.environ.get("HW3_RECIPE", "")  # baseline or demo; empty: baseline if there is a dataset
+CHANGES = {} | settings_from(os.environ)  # {"epochs": 30, "batch_size": 4} | settings_from(..)
+
+# %%
+from src_snippets.places import find_dataset, output_folder
+
+# %%
+from src_snippets.demo import make_demo
+
+# %%
+output = output_folder(os.environ)
+found_root = find_dataset(os.environ)
+config = recipe(RECIPE or ("baseline" if found_root else "demo"), **CHANGES)
+data_root = found_root or make_demo(output / "demo-dataset")
+if found_root is None:
+    print("=" * 78)
+    print("DEMO: no dataset is attached (or HW3_DATA=demo). The images below are drawn, and the")
+    print("scores say nothing about real cells. Attach a dataset or set HW3_DATA to its folder.")
+    print("=" * 78)
+print(f"dataset: {data_root}\nresults: {output}\nsettings (* differs from the default):")
+print(describe(config))
+
+# %%
+from src_snippets.rle import encode_crop, encode_layers, paint
+
+# %%
+from src_snippets.forms import CellSample, coco_truth, Instances, truth_instances
+
+# %%
+from src_snippets.readers import (
+    CellFolders,
+    read_image,
+    read_test_mapping,
+    split_images,
+    training_folders,
+    write_json,
+)
+
+# %% [markdown]
+# Everything is read and checked now; the validation part is chosen by image and never augmented.
+
+# %%
+test_images = read_test_mapping(data_root)
+samples = CellFolders(training_folders(data_root), config.num_classes, config.cache_gb)
+split = split_images([folder.name for folder in samples.folders], config.val_fraction, config.seed)
+parts = {
+    part: Subset(samples, [i for i, f in enumerate(samples.folders) if f.name in set(names)])
+    for part, names in split.items()
+}
+sizes = f"{len(parts['train'])} training, {len(parts['val'])} validation"
+print(f"{sizes}, {len(test_images)} test images")
+for label, count in enumerate(samples.counts.sum(0)[1:], start=1):
+    print(f"class{label}: {count} cells")
+print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
+
+# %%
+from src_snippets.transforms import augmentation
+
+# %%
+from src_snippets.plots import (
+    plot_augmentations,
+    plot_counts,
+    plot_fields,
+    plot_history,
+    plot_predictions,
+    show_figure,
+)
+
+# %%
+shown = [parts["train"][i] for i in np.linspace(0, len(parts["train"]) - 1, 4).astype(int)]
+gallery = [(sample.image.numpy(), truth_instances(sample), sample.name) for sample in shown]
+show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samples.png")
+
+# %% [markdown]
+# Every cell has an outline on its border, in the colour of its class. If outlines and cells are
+# apart, image and masks do not belong together.
+
+# %%
+torch.manual_seed(config.seed)
+most_cells = int(samples.counts.sum(1)[parts["train"].indices].argmax())
+augmented = plot_augmentations(parts["train"][most_cells], augmentation(config), config.num_classes)
+show_figure(augmented, output / "figures" / "augmentations.png")
+
+# %% [markdown]
+# The same field as training sees it: flipped, turned, magnified, cut and recoloured. Outlines must
+# still sit on the cells. If colours look unlike any slide you have, lower `color_jitter`.
+
+# %%
+from src_snippets.backbones import find_weights
+
+# %%
+from src_snippets.model import build_model, count_parameters
+
+# %%
+parameters = count_parameters(build_model(config))
+print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
+print(f"{parameters / 1e6:.1f} M trainable parameters")
+
+# %%
+from src_snippets.evaluate import average_precision, format_scores, panoptic_quality
+
+# %%
+from src_snippets.train import by_image_id, fit, load_trained, run_folder, validate
+
+# %%
+run = run_folder(output, config, split)
+val_truth = coco_truth(parts["val"], config.num_classes)
+write_json(split, run / "split.json")
+write_json(val_truth, run / "val_gt.json")
+print(f"checkpoints, split, val_gt.json and history.csv: {run}")
+
+# %%
+history = fit(config, parts["train"], parts["val"], run)
+
+# %%
+show_figure(plot_history(history), output / "figures" / "history.png")
+
+# %% [markdown]
+# Losses should fall and level off. A validation score that falls while losses go on falling means
+# too many epochs; one that still rises at the end means too few.
+
+# %% [markdown]
+# ## How good is the best epoch?
+# On validation images, which were never trained on. The best epoch was chosen on the same images,
+# so the numbers lean a little to the high side; look-alike patches on both sides lean them further.
+
+# %%
+trained = load_trained(run / "best.pt", config)
+val_answers = validate(trained, parts["val"], config)
+val_truths = [truth_instances(sample) for sample in parts["val"]]
+if val_answers:
+    scores = average_precision(val_truth, by_image_id(val_answers))
+    pairs = zip(val_truths, val_answers, strict=True)
+    quality = panoptic_quality(pairs, config.num_classes, config.show_floor)
+    print(f"{len(val_answers)} validation images, seed {config.seed}")
+    print(format_scores(scores, quality))
+
+# %%
+if val_answers:
+    first = range(min(3, len(val_answers)))
+    picture = plot_predictions(
+        [parts["val"][i] for i in first],
+        [val_answers[i] for i in first],
+        config.num_classes,
+        config.show_floor,
+    )
+    show_figure(picture, output / "figures" / "predictions.png")
+
+# %% [markdown]
+# Left the field, then the truth, then what was found. Look for cells that are missed, merged or
+# split, and for colours that differ: a wrong class.
+
+# %%
+counted = plot_counts(val_truths, val_answers, config.num_classes, config.show_floor)
+show_figure(counted, output / "figures" / "counts.png")
+
+# %%
+from src_snippets.predict import predict_images
+
+# %%
+test_answers = predict_images(trained, test_images, config)
+
+# %%
+from src_snippets.writers import write_results
+
+# %%
+results, archive = write_results(test_answers, test_images, output, config.num_classes)
+
+# %%
+chosen = [test_images[i] for i in np.linspace(0, len(test_images) - 1, 4).astype(int)]
+strong = [
+    a.select(a.scores >= config.show_floor) for a in (test_answers[t.image_id] for t in chosen)
+]
+answered = [(read_image(t.path), a, t.path.stem) for t, a in zip(chosen, strong, strict=True)]
+show_figure(plot_fields(answered, config.num_classes), output / "figures" / "test.png")
+
+# %% [markdown]
+# Test images above, the cells found in them below. `test-results.zip` is what you submit.

@@ -1,0 +1,82 @@
+"""Where the dataset is found and where results go."""
+
+# %% [markdown]
+# ## Where is the data, and where do results go?
+# A dataset is a folder that holds `train/` and `test_image_name_to_ids.json`. It is looked for in
+# `HW3_DATA`, then where Kaggle and Colab put uploads, then in `./data`.
+
+# %%
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+import os
+from pathlib import Path
+
+# %%
+MAPPING_NAME = "test_image_name_to_ids.json"
+SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
+
+
+def find_dataset(environ: Mapping[str, str], searched: Sequence[str] = SEARCHED_FOLDERS):
+    """Finds the dataset's root folder.
+
+    Args:
+        environ: `HW3_DATA` names the root, or is `demo` for the drawn dataset.
+        searched: folders looked through, four levels deep, when `HW3_DATA` is not set.
+
+    Returns:
+        The root, or None where the demo is asked for or nothing was found.
+
+    Raises:
+        FileNotFoundError: `HW3_DATA` names a folder without the two entries.
+    """
+    if wanted := environ.get("HW3_DATA"):
+        if wanted == "demo":
+            return None
+        roots = list(dataset_roots(Path(wanted)))
+        if not roots:
+            raise FileNotFoundError(
+                f"HW3_DATA={wanted}: expected a folder with train/ and {MAPPING_NAME} in it "
+                "(at most four levels down). Correct the path, or set HW3_DATA=demo."
+            )
+    else:
+        roots = [root for folder in searched for root in dataset_roots(Path(folder))]
+    if len(roots) > 1:
+        others = ", ".join(map(str, roots[1:]))
+        print(f"Several datasets found, the first is used; set HW3_DATA for another: {others}")
+    return roots[0] if roots else None
+
+
+def dataset_roots(folder: Path, depth: int = 4):
+    """Yields the folders at or below `folder` that hold `train/` and the test mapping."""
+    if (folder / "train").is_dir() and (folder / MAPPING_NAME).is_file():
+        yield folder
+    elif depth > 0 and folder.is_dir():
+        for child in sorted(p for p in folder.iterdir() if p.is_dir()):
+            if child.name != "train" and not child.name.startswith("."):
+                yield from dataset_roots(child, depth - 1)
+
+
+# %%
+def output_folder(environ: Mapping[str, str]) -> Path:
+    """The folder for results, made if absent: `HW3_OUT`, else `/kaggle/working`, else `results`."""
+    kaggle = Path("/kaggle/working")
+    folder = Path(environ.get("HW3_OUT") or (kaggle if kaggle.is_dir() else "results"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def written_whole(path: Path):
+    """Yields a temporary path beside `path`; it gets the final name only if the block succeeds.
+
+    A reader never sees half a file: it is flushed to disk, then renamed in one step.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,193 @@
+"""Every figure; functions return a matplotlib `Figure`."""
+
+# %% [markdown]
+# ## How are cells drawn?
+# As outlines in the colour of their class. The fields are enlarged first, so that the outline of a
+# small cell stays a line and does not cover the cell.
+
+# %%
+from collections.abc import Sequence
+from pathlib import Path
+
+import IPython
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+import numpy as np
+from scipy.ndimage import maximum_filter
+from skimage.segmentation import find_boundaries
+
+from src_snippets.forms import CellSample, Instances, truth_instances
+from src_snippets.rle import paint
+from src_snippets.transforms import augment_sample
+
+# %%
+# Colours that stains do not have, bright enough to be seen on pink and on purple.
+CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#ffffff", "#0047ff", "#000000")
+
+
+def class_color(label: int) -> str:
+    """The colour of a class 1..C, as hex; repeats after seven."""
+    return CLASS_COLORS[(label - 1) % len(CLASS_COLORS)]
+
+
+def outline_cells(image: np.ndarray, cells: Instances, side: int = 480) -> np.ndarray:
+    """Draws outlines on an enlarged copy of an image.
+
+    Args:
+        image: (3, H, W) uint8; cells: what to outline.
+        side: the copy is enlarged by a whole factor until its longer side is about this.
+
+    Returns:
+        (H * f, W * f, 3) uint8.
+    """
+    factor = max(round(side / max(image.shape[1:])), 1)
+    canvas = enlarge(np.moveaxis(image, 0, 2), factor).copy()
+    order = np.argsort(cells.scores, kind="stable")
+    rles = [cells.rles[i] for i in order]
+    ids = enlarge(paint(rles, order + 1, *cells.size), factor)
+    edge = find_boundaries(ids, mode="thick")
+    hexes = [class_color(int(label)) for label in cells.labels]
+    colors = np.array([[int(h[i : i + 2], 16) for i in (1, 3, 5)] for h in hexes] or [[0] * 3])
+    # A thick edge also covers the pixel outside, which takes the colour of the cell beside it.
+    nearby = maximum_filter(ids, 3)
+    canvas[edge] = colors[np.where(ids[edge] > 0, ids[edge], nearby[edge]) - 1]
+    return canvas
+
+
+def enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Repeats rows and columns: (H, W, ..) -> (H * factor, W * factor, ..)."""
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+# %%
+def add_legend(figure: Figure, num_classes: int) -> None:
+    """Puts the class colours under a figure."""
+    handles = [
+        Line2D([], [], color=class_color(k), linewidth=4, label=f"class{k}")
+        for k in range(1, num_classes + 1)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=num_classes, frameon=False)
+
+
+def show_row(axes, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+    """Shows pictures (H, W, 3) in a row of axes, with titles and no ticks."""
+    for axis, picture, title in zip(axes, pictures, titles, strict=True):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+
+
+def show_figure(figure: Figure, path: Path) -> None:
+    """Saves a figure as PNG; a notebook shows it too, a script says where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    if IPython.get_ipython() is None:
+        print(f"figure: {path}")
+    else:
+        IPython.display.display(IPython.display.Image(filename=str(path)))
+
+
+# %%
+def plot_fields(fields: Sequence[tuple[np.ndarray, Instances, str]], num_classes: int) -> Figure:
+    """Fields above the same fields with cells outlined, one column a field.
+
+    Args:
+        fields: image (3, H, W) uint8, the cells to outline, and a name each.
+        num_classes: C.
+    """
+    figure = Figure(figsize=(3.4 * len(fields), 7), layout="constrained")
+    rows = figure.subplots(2, len(fields), squeeze=False)
+    names = [f"{name[:8]}  {i.shape[1]} x {i.shape[2]} px" for i, _, name in fields]
+    show_row(rows[0], [np.moveaxis(image, 0, 2) for image, _, _ in fields], names)
+    outlined = [outline_cells(image, cells) for image, cells, _ in fields]
+    show_row(rows[1], outlined, [f"{len(cells)} cells" for _, cells, _ in fields])
+    add_legend(figure, num_classes)
+    return figure
+
+
+def plot_augmentations(sample: CellSample, chain, num_classes: int, variants: int = 5) -> Figure:
+    """A sample, and what augmentation makes of it, truth outlined on both."""
+    shown = [sample, *(augment_sample(sample, chain) for _ in range(variants))]
+    figure = Figure(figsize=(9.6, 7), layout="constrained")
+    axes = figure.subplots(2, (variants + 2) // 2).flat
+    outlined = [outline_cells(s.image.numpy(), visible_truth(s)) for s in shown]
+    titles = ["as it is", *(f"variant {k}" for k in range(1, variants + 1))]
+    show_row(list(axes)[: len(shown)], outlined, titles)
+    add_legend(figure, num_classes)
+    return figure
+
+
+def visible_truth(sample: CellSample) -> Instances:
+    """The truth of a crop, without the instances that left it."""
+    truth = truth_instances(sample)
+    return truth.select(truth.boxes[:, 2] > truth.boxes[:, 0])
+
+
+# %%
+LOSS_NAMES = {
+    "loss_objectness": "proposal: cell or not",
+    "loss_rpn_box_reg": "proposal: box",
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_mask": "mask",
+}
+
+
+def plot_history(history: Sequence[dict]) -> Figure:
+    """Loss parts, validation AP and learning rate over epochs."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    losses, scores, rate = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    for key, label in LOSS_NAMES.items():
+        losses.plot(epochs, [row[key] for row in history], label=label)
+    losses.set(xlabel="epoch", ylabel="mean loss", title="Training losses", ylim=(0, None))
+    losses.legend(fontsize=8, frameon=False)
+    for name in ("AP", "AP50", "AP75"):
+        points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
+        if points:
+            scores.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+            scores.legend(fontsize=8, frameon=False)
+    scores.set(xlabel="epoch", ylabel="score (0 to 1)", title="Validation", ylim=(0, 1))
+    rate.plot(epochs, [row["rate"] for row in history], color="#555555")
+    rate.set(xlabel="epoch", ylabel="rate after the epoch", title="Learning rate", ylim=(0, None))
+    return figure
+
+
+# %%
+def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int, floor: float):
+    """Image, truth and prediction side by side, one row a sample.
+
+    Args:
+        samples, answers: as many samples as `Instances`.
+        floor: detections with a lower score are not drawn.
+    """
+    figure = Figure(figsize=(10.5, 3.7 * len(samples)), layout="constrained")
+    rows = figure.subplots(len(samples), 3, squeeze=False)
+    for row, sample, found in zip(rows, samples, answers, strict=True):
+        image, truth = sample.image.numpy(), truth_instances(sample)
+        found = found.select(found.scores >= floor)
+        pictures = [np.moveaxis(image, 0, 2)] + [outline_cells(image, c) for c in (truth, found)]
+        titles = [sample.name[:8], f"truth: {len(truth)} cells", f"found: {len(found)} cells"]
+        show_row(row, pictures, titles)
+    add_legend(figure, num_classes)
+    return figure
+
+
+def plot_counts(truths: Sequence[Instances], answers, num_classes: int, floor: float) -> Figure:
+    """Instances by class, true and predicted with at least a score, as numbered bars."""
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    kept = [found.select(found.scores >= floor) for found in answers]
+    place = np.arange(1, num_classes + 1)
+    for shift, side, label, color in (
+        (-0.2, truths, "true", "#888888"),
+        (0.2, kept, "found", "#0047ff"),
+    ):
+        labels = [c.labels for c in side]
+        counts = np.bincount(np.concatenate(labels) if labels else [], minlength=num_classes + 1)
+        bars = axis.bar(place + shift, counts[1:], 0.38, label=label, color=color)
+        axis.bar_label(bars, fontsize=8)
+    axis.set_xticks(place, [f"class{k}" for k in place])
+    axis.set(ylabel="cells", title=f"Cells by class (score of at least {floor:g})")
+    axis.legend(frameon=False)
+    return figure

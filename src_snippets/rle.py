@@ -1,0 +1,156 @@
+"""Run lengths: masks as COCO RLE, made and read inside their own boxes."""
+
+# %% [markdown]
+# ## How is a mask kept small?
+# As run lengths (RLE): the lengths of background and cell stretches, column by column. A field of
+# 1,000 cells then costs kilobytes. Nothing here makes an image-size mask for each instance.
+
+# %%
+from itertools import pairwise
+
+import numpy as np
+import pycocotools.mask
+
+
+# %%
+def encode_runs(starts, ends, height: int, width: int) -> dict:
+    """COCO RLE of the pixels in `[starts[k], ends[k])`.
+
+    Args:
+        starts, ends: (K,) ints, column-major offsets, ascending, not overlapping.
+        height, width: image size in pixels.
+
+    Returns:
+        `{"size": [height, width], "counts": str}`.
+    """
+    starts, ends = np.asarray(starts, np.int64), np.asarray(ends, np.int64)
+    # A run that ends where the next begins (bottom of one column, top of the next) is one run.
+    apart = starts[1:] != ends[:-1]
+    starts = starts[np.r_[True, apart]] if len(starts) else starts
+    ends = ends[np.r_[apart, True]] if len(ends) else ends
+    bounds = np.empty(2 * len(starts) + 2, np.int64)
+    bounds[0], bounds[1:-1:2], bounds[2:-1:2], bounds[-1] = 0, starts, ends, height * width
+    counts = np.diff(bounds)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    rle = pycocotools.mask.frPyObjects(
+        {"size": [height, width], "counts": counts.tolist()}, height, width
+    )
+    return {"size": [int(height), int(width)], "counts": rle["counts"].decode("ascii")}
+
+
+# %%
+def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends of the cell pixels of a COCO RLE, as column-major offsets.
+
+    Args:
+        rle: `{"size": [H, W], "counts": str, bytes or list of ints}`.
+
+    Returns:
+        starts, ends: (K,) int64 each.
+
+    Raises:
+        ValueError: the counts do not add up to H x W.
+
+    Source: the counts' text form, 5 bits a character with differences to the last but one count,
+    is defined by `rleToString` in pycocotools' maskApi.c.
+    """
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        counts = counts_from_text(counts.encode() if isinstance(counts, str) else counts)
+    bounds = np.cumsum(np.asarray(counts, np.int64))
+    pixels = rle["size"][0] * rle["size"][1]
+    if pixels != (bounds[-1] if len(bounds) else 0):
+        raise ValueError(f"RLE counts add up to {bounds[-1:]}, its size {rle['size']} to {pixels}")
+    starts, ends = bounds[0:-1:2], bounds[1::2]
+    filled = ends > starts
+    return starts[filled], ends[filled]
+
+
+def counts_from_text(text: bytes) -> np.ndarray:
+    """The (K,) int64 counts behind COCO's compressed text; see `decode_runs`."""
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    last = (codes & 0x20) == 0  # bit 5 says that another character follows
+    first = np.r_[True, last[:-1]][: len(codes)]
+    start = np.flatnonzero(first)
+    place = np.arange(len(codes)) - np.repeat(start, np.diff(np.r_[start, len(codes)]))
+    values = np.add.reduceat((codes & 0x1F) << (5 * place), start) if len(start) else codes
+    negative = (codes[last] & 0x10) != 0  # the sign sits in bit 4 of the last character
+    values = values - (negative.astype(np.int64) << (5 * (place[last] + 1)))
+    # From the fourth on, a count is stored as the difference to the one two places before.
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
+
+
+def mask_area(rle: dict) -> int:
+    """Number of cell pixels. (pycocotools' own `area` fails on lists of over 255 with NumPy 2.)"""
+    starts, ends = decode_runs(rle)
+    return int((ends - starts).sum())
+
+
+# %%
+def encode_crop(crop: np.ndarray, top: int, left: int, height: int, width: int) -> dict:
+    """COCO RLE at image size of a mask whose pixels all lie in one crop.
+
+    Args:
+        crop: (h, w) bool, the part of the mask with its corner at row `top`, column `left`.
+        height, width: image size in pixels; the crop lies inside.
+
+    Returns:
+        `{"size": [height, width], "counts": str}`; memory grows with the crop, not the image.
+    """
+    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), np.int8)
+    columns[:, 1:-1] = crop.T
+    steps = np.diff(columns, axis=1)
+    # nonzero() goes column by column, so starts and ends come in ascending, matching order.
+    column, row = np.nonzero(steps == 1)
+    starts = (left + column) * height + top + row
+    column, row = np.nonzero(steps == -1)
+    ends = (left + column) * height + top + row
+    return encode_runs(starts, ends, height, width)
+
+
+# %%
+def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
+    """COCO RLEs of all instances of an instance map, in one pass a layer.
+
+    Args:
+        layers: (L, H, W) ints, pixel = instance id from 1 to `count`, 0 = background; an id lies
+            in one layer only.
+        count: N, the number of instances.
+
+    Returns:
+        N RLEs, that of id `i` at `i - 1`; an id without pixels has an empty RLE.
+    """
+    _, height, width = layers.shape
+    runs = [(np.zeros(0, np.int64),) * 3]
+    for layer in layers:
+        pixels = layer.T.ravel()
+        bounds = np.r_[0, np.flatnonzero(np.diff(pixels)) + 1, pixels.size].astype(np.int64)
+        ids = pixels[bounds[:-1]].astype(np.int64)
+        cell = ids > 0
+        runs.append((ids[cell], bounds[:-1][cell], bounds[1:][cell]))
+    ids, starts, ends = (np.concatenate(part) for part in zip(*runs, strict=True))
+    order = np.argsort(ids, kind="stable")
+    slots = np.searchsorted(ids[order], np.arange(1, count + 2))
+    parts = [order[a:b] for a, b in pairwise(slots)]
+    return [encode_runs(starts[part], ends[part], height, width) for part in parts]
+
+
+# %%
+def paint(rles: list[dict], values, height: int, width: int) -> np.ndarray:
+    """Draws masks into one map; where they overlap the later one shows.
+
+    Args:
+        rles: N COCO RLEs of that size.
+        values: (N,) ints, what to write for each.
+
+    Returns:
+        (H, W) int32, 0 where there is no mask.
+    """
+    flat = np.zeros(height * width, np.int32)
+    for rle, value in zip(rles, values, strict=True):
+        for start, end in zip(*decode_runs(rle), strict=True):
+            flat[start:end] = value
+    return flat.reshape(width, height).T

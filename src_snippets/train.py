@@ -1,0 +1,303 @@
+"""Training: one epoch, the fit loop, checkpoints."""
+
+# %% [markdown]
+# ## How does it learn?
+# One step is: losses of a batch, backward, clip, update. accelerate takes care of the device and of
+# mixed precision. After each epoch everything is written to `last.pt`, and the weights with the
+# best validation AP50 to `best.pt`; a stopped run goes on from there.
+
+# %%
+from collections.abc import Sequence
+import csv
+from dataclasses import asdict
+import gc
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+import time
+
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from tqdm.auto import tqdm
+
+from src_snippets.config import Config
+from src_snippets.evaluate import average_precision
+from src_snippets.forms import CellSample, coco_truth, Instances
+from src_snippets.model import build_model, choose_precision, detect, load_model_state
+from src_snippets.places import written_whole
+from src_snippets.readers import BadInput
+from src_snippets.transforms import collate, TrainingSet
+
+
+# %%
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101); norms and biases, all one-dimensional, are not decayed."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [dict(params=decayed), dict(params=free, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def rate_factor(step: int, config: Config, total: int) -> float:
+    """What the highest rate is multiplied with at a step, 0..1.
+
+    Linear warm-up over `warmup_steps` (at most a fifth of the run), then constant or a half cosine
+    down to 0 at step `total`.
+    """
+    warmup = min(config.warmup_steps, total // 5)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+# %%
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training_loader(samples, config: Config, device: torch.device) -> DataLoader:
+    """Shuffled batches of augmented crops.
+
+    With a GPU, worker processes augment while it computes; on a CPU they would only compete.
+    """
+    gpu = device.type == "cuda"
+    workers = config.workers if config.workers >= 0 else min(os.cpu_count(), 4) * gpu
+    return DataLoader(
+        TrainingSet(samples, config),
+        batch_size=config.batch_size,
+        shuffle=True,
+        drop_last=len(samples) >= config.batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=gpu,
+    )
+
+
+# %%
+def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config, bar) -> dict:
+    """Trains for one pass over the loader.
+
+    Args:
+        model, optimizer, schedule: `schedule` is stepped once a batch.
+        bar: a tqdm bar that counts batches.
+
+    Returns:
+        The mean of each loss part, and their sum as `loss`.
+
+    Raises:
+        FloatingPointError: a loss is not finite; names the parts and the images.
+    """
+    means = {}
+    model.train()
+    for images, targets in loader:
+        names = [target["name"] for target in targets]
+        losses = model(images, targets)
+        total = sum(losses.values())
+        optimizer.zero_grad(set_to_none=True)
+        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(
+                f"Step {bar.n}: losses {values} on images {', '.join(names)}. Training has "
+                "stopped; the checkpoints are of earlier epochs. Lower lr, or set precision='no'."
+            )
+        accelerator.backward(total)
+        if config.clip_norm and accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales first
+        optimizer.step()
+        schedule.step()
+        for name, value in (values | {"loss": sum(values.values())}).items():
+            mean = means.setdefault(name, MeanMetric().to(accelerator.device))
+            mean.update(value, len(images))
+        parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
+        bar.set_postfix(parts | {"rate": f"{schedule.get_last_lr()[0]:.1e}"}, refresh=False)
+        bar.update()
+    return {name: float(mean.compute()) for name, mean in means.items()}
+
+
+# %%
+def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
+    """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
+    return [detect(model, [sample.image], config)[0] for sample in samples]
+
+
+def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
+    """Answers keyed 1, 2, .. as `coco_truth` numbers images."""
+    return dict(enumerate(answers, start=1))
+
+
+# %% [markdown]
+# A run has a folder of its own, named after its recipe and a fingerprint of settings and images:
+# changed settings never overwrite an earlier run, and the same ones continue it.
+
+# %%
+NOT_TRAINED = (
+    "cache_gb",
+    "workers",
+    "score_floor",
+    "mask_threshold",
+    "box_nms",
+    "detections",
+    "show_floor",
+)
+
+
+def run_folder(out: Path, config: Config, data: dict) -> Path:
+    """The folder of a run: `out/runs/<recipe>-<fingerprint>`, made if absent.
+
+    Args:
+        data: anything JSON that tells the images apart, such as the split.
+    """
+    settings = {k: v for k, v in asdict(config).items() if k not in NOT_TRAINED}
+    text = json.dumps([settings, data], sort_keys=True)
+    name = f"{config.recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder = out / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_checkpoint(content: dict, path: Path) -> None:
+    """Writes a checkpoint, whole or not at all."""
+    with written_whole(path) as partial:
+        torch.save(content, partial)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint without running any code from it.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the unpickler raises many types; each means a bad file
+        raise BadInput(f"{path}: not a checkpoint ({error}). Remove it to train anew.") from error
+
+
+def load_trained(path: Path, config: Config) -> nn.Module:
+    """Builds the model of `config` with the weights of a checkpoint, on the GPU if there is one."""
+    model = build_model(config, load_initial=False)
+    load_model_state(model, load_checkpoint(path)["model"])
+    return model.to(default_device()).eval()
+
+
+def write_history(history: list[dict], path: Path) -> None:
+    """Writes one line an epoch as CSV; scores are empty in epochs without a validation."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with written_whole(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+# %%
+class TrainingRun:
+    """All that a checkpoint holds: model, optimiser, schedule, scaler, history and best score.
+
+    Args:
+        config: settings.
+        folder: the run's folder; where it holds `last.pt`, that state is taken up.
+        loader: the training loader, as `training_loader` makes it.
+    """
+
+    def __init__(self, config: Config, folder: Path, loader: DataLoader):
+        self.config, self.folder = config, folder
+        self.history, self.best = [], -1.0
+        self.accelerator = Accelerator(
+            mixed_precision=choose_precision(config, default_device()),
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=config.seed
+            ),
+        )
+        last = folder / "last.pt"
+        model = build_model(config, load_initial=not last.exists()).to(self.accelerator.device)
+        optimizer = build_optimizer(model, config)
+        self.total = config.epochs * len(loader)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_factor(step, config, self.total)
+        )
+        self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        if last.exists():
+            self.restore(load_checkpoint(last))
+        prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
+        self.model, self.optimizer, self.schedule, self.loader = prepared
+
+    def restore(self, state: dict) -> None:
+        """Takes up the state of a checkpoint."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.history, self.best = state["history"], state["best"]
+
+    def save(self, row: dict, is_best: bool) -> None:
+        """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`."""
+        self.history.append(row)
+        scaler = self.accelerator.scaler
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        notes = dict(config=asdict(self.config), history=self.history, best=self.best)
+        write_history(self.history, self.folder / "history.csv")
+        if is_best:
+            save_checkpoint({"model": state["model"], **notes}, self.folder / "best.pt")
+        scaler_state = scaler.state_dict() if scaler is not None else {}
+        save_checkpoint({**state, **notes, "scaler": scaler_state}, self.folder / "last.pt")
+
+
+# %%
+def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> None:
+    """Trains one epoch, validates when it is due, writes the checkpoints."""
+    config, start = run.config, time.perf_counter()
+    torch.manual_seed(config.seed + 1_000_003 * epoch)  # augmentation and sampling of this epoch
+    run.loader.set_epoch(epoch)  # order of the images
+    losses = train_epoch(
+        run.model, run.loader, run.optimizer, run.schedule, run.accelerator, config, bar
+    )
+    row = dict(epoch=epoch, seconds=0.0, rate=run.schedule.get_last_lr()[0], **losses)
+    is_best = len(val_samples) == 0
+    if len(val_samples) and (epoch % config.eval_every == 0 or epoch == config.epochs):
+        answers = validate(run.accelerator.unwrap_model(run.model), val_samples, config)
+        scores = average_precision(truth, by_image_id(answers))
+        row |= {name: scores[name] for name in ("AP", "AP50", "AP75")}
+        is_best = (row["AP50"] or 0.0) > run.best
+        run.best = max(run.best, row["AP50"] or 0.0)
+        ap = "no cells to score" if row["AP50"] is None else f"AP50 {row['AP50']:.3f}"
+        bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")
+    row["seconds"] = round(time.perf_counter() - start, 2)
+    run.save(row, is_best)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # crops differ in size; what the cache holds may not fit the next
+
+
+def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
+    """Trains a model, or goes on with the run that lies in `folder`.
+
+    Args:
+        train_samples, val_samples: sequences of `CellSample`; without validation samples `best.pt`
+            is the last epoch's.
+        folder: gets `best.pt`, `last.pt` and `history.csv`.
+
+    Returns:
+        One dictionary an epoch: epoch, seconds, rate, mean losses, and in epochs with a validation
+        AP, AP50, AP75 (0..1, uncapped).
+    """
+    run = TrainingRun(config, folder, training_loader(train_samples, config, default_device()))
+    done = len(run.history)
+    if done:
+        print(f"{folder}: {done} of {config.epochs} epochs are done, going on from there.")
+    truth = coco_truth(val_samples, config.num_classes)
+    steps = len(run.loader)
+    with tqdm(total=run.total, initial=done * steps, desc="training", unit="step") as bar:
+        for epoch in range(done + 1, config.epochs + 1):
+            run_epoch(run, epoch, val_samples, truth, bar)
+    return run.history
