@@ -66,13 +66,15 @@ def precision_table(truth: dict, answers: Mapping[int, Instances], caps: list[in
     """
     load, evaluate = coco_api()
     results = coco_results(answers)
-    for number, row in enumerate(results, start=1):
-        row.update(id=number, area=mask_area(row["segmentation"]), iscrowd=0)
+    for row in results:
+        row.update(area=mask_area(row["segmentation"]), iscrowd=0)
     sides = []
     with redirect_stdout(io.StringIO()):  # both libraries narrate
         for annotations in (truth["annotations"], results):
             side = load()
-            side.dataset = {**truth, "annotations": annotations}
+            # COCOeval takes an annotation with id 0 for one that nothing matched.
+            rows = [{**row, "id": number} for number, row in enumerate(annotations, start=1)]
+            side.dataset = {**truth, "annotations": rows}
             side.createIndex()
             sides.append(side)
         evaluator = evaluate(*sides, "segm")

@@ -110,6 +110,15 @@ def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_p
     return answer
 
 
+def batch_targets(targets, boxes, matched, image_shapes, size: int, half_pixel: bool) -> Tensor:
+    """`mask_targets` of a batch, joined; boxes are in pixels of images of `image_shapes`."""
+    parts = []
+    for target, box, match, shape in zip(targets, boxes, matched, image_shapes, strict=True):
+        own = resize_boxes(box, shape, target["layers"].shape[-2:])  # network -> map pixels
+        parts.append(mask_targets(target, own, match, size, half_pixel))
+    return torch.cat(parts)
+
+
 # %% [markdown]
 # Under mixed precision, anchors and box offsets stay in float32. In bfloat16 neighbouring numbers
 # near 512 lie 4 apart: anchors would be moved by pixels, more than half a small cell.
@@ -179,19 +188,13 @@ class InstanceMapRoIHeads(RoIHeads):
         matched = [m[c] for m, c in zip(matched, cells, strict=True)]
         logits = self.predict_masks(features, boxes, image_shapes)
         labels = torch.cat([label[c] for label, c in zip(labels, cells, strict=True)])
-        wanted = [
-            mask_targets(
-                t, resize_boxes(b, s, t["layers"].shape[-2:]), m, logits.shape[-1], self.half_pixel
-            )
-            for t, b, s, m in zip(targets, boxes, image_shapes, matched, strict=True)
-        ]
-        return dict(
-            loss_classifier=loss_classifier,
-            loss_box_reg=loss_box,
-            loss_mask=mask_loss(logits, labels, torch.cat(wanted)),
-        )
+        size = logits.shape[-1]
+        wanted = batch_targets(targets, boxes, matched, image_shapes, size, self.half_pixel)
+        loss_mask = mask_loss(logits, labels, wanted)
+        return dict(loss_classifier=loss_classifier, loss_box_reg=loss_box, loss_mask=loss_mask)
 
 
+# %%
 def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
     """Mean binary cross-entropy of each box's own class; 0 where there are no boxes.
 
@@ -272,6 +275,7 @@ def build_heads(config: Config) -> InstanceMapRoIHeads:
     return heads
 
 
+# %%
 def build_proposals(config: Config) -> RegionProposalNetwork:
     """The region proposal network with one anchor size a level."""
     sizes = tuple((size,) for size in config.anchor_sizes)

@@ -161,8 +161,9 @@ def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int, f
         samples, answers: as many samples as `Instances`.
         floor: detections with a lower score are not drawn.
     """
-    figure = Figure(figsize=(10.5, 3.7 * len(samples)), layout="constrained")
-    rows = figure.subplots(len(samples), 3, squeeze=False)
+    heights = [sample.size[0] / sample.size[1] for sample in samples]
+    figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
+    rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
     for row, sample, found in zip(rows, samples, answers, strict=True):
         image, truth = sample.image.numpy(), truth_instances(sample)
         found = found.select(found.scores >= floor)

@@ -50,7 +50,7 @@ def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
         starts, ends: (K,) int64 each.
 
     Raises:
-        ValueError: the counts do not add up to H x W.
+        ValueError: a count is negative, or they do not add up to H x W.
 
     Source: the counts' text form, 5 bits a character with differences to the last but one count,
     is defined by `rleToString` in pycocotools' maskApi.c.
@@ -58,10 +58,11 @@ def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
     counts = rle["counts"]
     if isinstance(counts, (str, bytes)):
         counts = counts_from_text(counts.encode() if isinstance(counts, str) else counts)
-    bounds = np.cumsum(np.asarray(counts, np.int64))
+    counts = np.asarray(counts, np.int64)
+    bounds = np.cumsum(counts)
     pixels = rle["size"][0] * rle["size"][1]
-    if pixels != (bounds[-1] if len(bounds) else 0):
-        raise ValueError(f"RLE counts add up to {bounds[-1:]}, its size {rle['size']} to {pixels}")
+    if (counts < 0).any() or counts.sum() != pixels:
+        raise ValueError(f"RLE counts add up to {counts.sum()}, its size {rle['size']} to {pixels}")
     starts, ends = bounds[0:-1:2], bounds[1::2]
     filled = ends > starts
     return starts[filled], ends[filled]

@@ -1,0 +1,81 @@
+"""What the tests share: real data where it is there, small drawn samples, a folder for results."""
+
+import os
+from pathlib import Path
+import tempfile
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from src_snippets.config import recipe
+from src_snippets.demo import make_demo, save_lzw
+from src_snippets.forms import CellSample, pack_layers
+from src_snippets.readers import CellFolders, training_folders
+
+SHARED_DATA = Path(os.environ.get("HW3_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_configure(config):
+    """The notebook that nbval executes takes the demo and leaves nothing in the repository."""
+    os.environ.setdefault("HW3_DATA", "demo")
+    os.environ.setdefault("HW3_OUT", tempfile.mkdtemp(prefix="hw3-results-"))
+
+
+def real_data(name: str) -> Path:
+    """A folder of real data; the test is skipped where it is not there."""
+    if not (SHARED_DATA / name).exists():
+        pytest.skip(f"{SHARED_DATA / name} is not there; set HW3_TEST_DATA")
+    return SHARED_DATA / name
+
+
+def make_sample(maps, classes, seed=0, name="drawn") -> CellSample:
+    """A sample of (H, W) id maps with a random image."""
+    maps = [np.asarray(m) for m in maps]
+    layers, labels = pack_layers(maps, classes, maps[0].shape)
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (3, *maps[0].shape), dtype=torch.uint8, generator=generator)
+    return CellSample(image, layers, labels, name)
+
+
+def empty_sample(height=40, width=50) -> CellSample:
+    """A sample without cells."""
+    return make_sample([np.zeros((height, width), np.int64)], [1])
+
+
+def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Path:
+    """A training folder as the real ones: RGBA LZW image, float64 class files."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    save_lzw(rng.integers(0, 256, (*size, 3), dtype=np.uint8), folder / "image.tif")
+    for label, ids in maps.items():
+        tifffile.imwrite(folder / f"class{label}.tif", np.asarray(ids, np.float64))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory) -> Path:
+    """A small drawn dataset: 8 training and 3 test fields."""
+    return make_demo(tmp_path_factory.mktemp("demo") / "data", train=8, test=3)
+
+
+@pytest.fixture(scope="session")
+def demo_samples(demo_root):
+    """Its training fields."""
+    return CellFolders(training_folders(demo_root), 4, 1.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The smallest model that has all parts."""
+    return recipe(
+        "demo",
+        fpn_channels=16,
+        box_features=32,
+        mask_convs=1,
+        proposals=50,
+        rois=16,
+        crop=64,
+        epochs=2,
+    )

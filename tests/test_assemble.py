@@ -1,0 +1,172 @@
+import ast
+from collections import Counter
+
+import nbformat
+import pytest
+
+from src_snippets.assemble import (
+    build_notebook,
+    foreign_imports,
+    format_imports,
+    imports_only,
+    inline_sections,
+    main,
+    NOTEBOOK,
+    read_cells,
+)
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.reads(build_notebook(), as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_the_committed_notebook_is_fresh():
+    assert main(["--check"]) == 0
+
+
+def test_two_builds_are_byte_equal():
+    assert build_notebook() == build_notebook()
+
+
+def test_ids_are_unique_and_name_their_section(notebook):
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert {"rle-01", "model-01", "imports-01", "notebook-01"} <= set(ids)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+
+
+def test_the_notebook_stands_alone(notebook):
+    assert not [cell.id for cell in notebook.cells if "src_snippets" in cell.source]
+    assert not [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count]
+
+
+def test_imports_stand_in_two_places_at_the_top(notebook):
+    def has_import(cell):
+        kinds = (ast.Import, ast.ImportFrom)
+        return any(isinstance(node, kinds) for node in ast.parse(cell.source).body)
+
+    cells = [cell.id for cell in code_cells(notebook) if has_import(cell)]
+    assert cells == ["install-02", "imports-01"]
+
+
+def bound_names(tree):
+    """Top-level names that a cell binds, imports included."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in targets:
+                yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+        elif isinstance(node, (ast.If, ast.With, ast.For)):
+            yield from bound_names(node)
+
+
+def test_each_public_name_is_bound_once(notebook):
+    counts = Counter()
+    for cell in code_cells(notebook):
+        counts.update(set(bound_names(ast.parse(cell.source))))
+    assert [name for name, count in counts.items() if count > 1 and name[0] != "_"] == []
+    assert counts["fit"] == counts["Config"] == counts["np"] == 1
+
+
+def test_cells_are_short_and_the_notebook_within_its_budget(notebook):
+    lines = {cell.id: len(cell.source.splitlines()) for cell in code_cells(notebook)}
+    assert {name: n for name, n in lines.items() if n > 60} == {}
+    assert sum(lines.values()) < 2000
+    prose = [c for c in notebook.cells if c.cell_type == "markdown"]
+    assert prose[0].source.startswith("# ")
+
+
+def test_check_shows_the_difference_and_the_command(tmp_path, capsys):
+    stale = tmp_path / "hw3.ipynb"
+    assert main(["--check", "--notebook", str(stale)]) == 1
+    main(["--notebook", str(stale)])
+    assert main(["--check", "--notebook", str(stale)]) == 0
+    assert stale.read_bytes() == NOTEBOOK.read_bytes()
+    stale.write_text(stale.read_text().replace("# Cell instance segmentation", "# Edited"))
+    capsys.readouterr()
+    assert main(["--check", "--notebook", str(stale)]) == 1
+    out = capsys.readouterr().out
+    assert "# Edited" in out
+    assert "run: python -m src_snippets.assemble" in out
+
+
+# The parts, on small stories
+
+
+def cells_of(tmp_path, text):
+    (tmp_path / "story.py").write_text(text)
+    return read_cells(tmp_path / "story.py")
+
+
+def test_reading_percent_format(tmp_path):
+    cells = cells_of(
+        tmp_path, '"""Doc."""\n# %% [markdown]\n# # A\n#\n# b\n\n# %%\nx = 1\n\n\n# %%\n\n'
+    )
+    assert [(c.kind, c.source, c.section) for c in cells] == [
+        ("markdown", "# A\n\nb", "story"),
+        ("code", "x = 1", "story"),
+    ]
+    with pytest.raises(ValueError, match="cell marker"):
+        cells_of(tmp_path, "# %% a title\nx = 1\n")
+
+
+def test_imports_are_gathered_and_sorted(tmp_path):
+    (cell,) = cells_of(
+        tmp_path,
+        "# %%\nimport torch\nimport numpy as np\nfrom pathlib import Path\n"
+        "import torch.nn.functional as F\nfrom torch import nn, Tensor\n"
+        "from src_snippets.rle import paint\n",
+    )
+    assert format_imports(foreign_imports(imports_only(cell))) == (
+        "from pathlib import Path\n\nimport numpy as np\nimport torch\n"
+        "from torch import nn, Tensor\nimport torch.nn.functional as F"
+    )
+    assert format_imports(set()) == ""
+    (aliased,) = cells_of(tmp_path, "# %%\nfrom torch import nn as layers\n")
+    with pytest.raises(ValueError, match="unaliased"):
+        foreign_imports(imports_only(aliased))
+
+
+def test_stories_that_cannot_be_placed_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no import cell"):
+        inline_sections(cells_of(tmp_path, "# %%\nx = 1\n"))
+    with pytest.raises(ValueError, match="second import cell"):
+        inline_sections(cells_of(tmp_path, "# %%\nimport os\n\n# %%\nimport sys\n"))
+    story = tmp_path / "story.py"
+    story.write_text("# %%\nimport os\n\n# %%\nprint('src_snippets')\n")
+    with pytest.raises(ValueError, match="src_snippets in a cell"):
+        build_notebook(story)
+
+
+def test_sections_define_and_do_nothing():
+    """Only definitions, constants and imports stand at the top level of a section."""
+    allowed = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    for path in sorted(NOTEBOOK.parent.glob("src_snippets/*.py")):
+        if path.stem in ("notebook", "assemble"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            assert docstring or isinstance(node, allowed), f"{path.name}:{node.lineno}"
+
+
+def test_sections_import_only_sections_that_stand_above():
+    order = []
+    for cell in read_cells(NOTEBOOK.parent / "src_snippets" / "notebook.py"):
+        for node in imports_only(cell) or []:
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("src_snippets."):
+                order.append(node.module.split(".")[1])
+    assert len(set(order)) == len(order) == 15
+    for place, name in enumerate(order):
+        tree = ast.parse((NOTEBOOK.parent / "src_snippets" / f"{name}.py").read_text())
+        modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        needed = {m.split(".")[1] for m in modules if m.startswith("src_snippets.")}
+        assert needed <= set(order[:place]), name

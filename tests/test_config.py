@@ -1,0 +1,74 @@
+from dataclasses import fields, replace
+import re
+
+import pytest
+
+from src_snippets.config import check_setting, Config, describe, recipe, RECIPES, settings_from
+
+
+def test_recipe_changes_only_what_it_states():
+    config = recipe("baseline", epochs=30)
+    changed = {f.name for f in fields(Config) if getattr(config, f.name) != f.default}
+    assert changed == {"epochs", *RECIPES["baseline"]}
+    assert (config.epochs, config.scale, config.backbone) == (30, 2.0, "resnet50")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_states_no_default(name):
+    defaults = {f.name: f.default for f in fields(Config)}
+    assert recipe(name).recipe == name
+    assert [key for key, value in RECIPES[name].items() if value == defaults[key]] == []
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+def test_every_default_is_within_its_own_limits(name):
+    field = next(f for f in fields(Config) if f.name == name)
+    assert check_setting(field, field.default) == field.default
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch": 3}, "no setting epoch; there are: seed, "),
+        ({"epochs": 0}, "epochs=0: expected int from 1 to 10000"),
+        ({"epochs": 2.5}, "epochs=2.5: expected int"),
+        ({"epochs": True}, "epochs=True: expected int"),
+        ({"lr": "fast"}, "lr='fast': expected float from 1e-07 to 1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"flips": 1}, "flips=1: expected bool"),
+        ({"backbone": "vgg"}, "expected str out of resnet50, mobilenet_v2, resnet10"),
+        ({"anchor_sizes": [8, 16]}, "expected 5 values of type int from 1 to 2048"),
+        ({"anchor_ratios": []}, "anchor_ratios"),
+        ({"zoom": [2.0, 1.0]}, "the least before the most"),
+    ],
+)
+def test_wrong_settings_say_what_is_valid(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe("baseline", **changes)
+
+
+def test_unknown_recipe_lists_the_known():
+    with pytest.raises(ValueError, match="no recipe 'fast'; there are: baseline, demo"):
+        recipe("fast")
+
+
+def test_json_values_take_the_fields_types():
+    config = recipe("demo", zoom=[1, 2], anchor_ratios=[1], lr=1)
+    assert config == replace(config, zoom=(1.0, 2.0), anchor_ratios=(1.0,), lr=1.0)
+    assert isinstance(config.lr, float)
+
+
+def test_settings_from_environment():
+    assert settings_from({}) == {}
+    assert settings_from({"HW3_SETTINGS": '{"epochs": 3}'}) == {"epochs": 3}
+    with pytest.raises(ValueError, match="HW3_SETTINGS is not JSON"):
+        settings_from({"HW3_SETTINGS": "{epochs: 3}"})
+    with pytest.raises(ValueError, match="expected an object"):
+        settings_from({"HW3_SETTINGS": "[3]"})
+
+
+def test_describe_marks_what_differs():
+    lines = describe(recipe("baseline", seed=5)).splitlines()
+    assert "* seed            5" in lines
+    assert "  epochs          50" in lines
+    assert len(lines) == len(fields(Config))

@@ -1,0 +1,194 @@
+from contextlib import redirect_stdout
+import importlib.util
+import io
+import json
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+import pytest
+
+from src_snippets import evaluate
+from src_snippets.evaluate import (
+    average_precision,
+    coco_api,
+    coco_results,
+    format_scores,
+    label_image,
+    panoptic_quality,
+    precision_table,
+)
+from src_snippets.forms import coco_truth, Instances, truth_instances
+from src_snippets.rle import decode_runs, encode_crop, encode_runs, mask_area, paint
+from tests.conftest import empty_sample, make_sample, real_data
+
+
+def answer(masks, labels, scores) -> Instances:
+    """An answer from (H, W) masks."""
+    masks = [np.asarray(m, bool) for m in masks]
+    size = masks[0].shape
+    boxes = []
+    for mask in masks:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+    rles = [encode_crop(mask, 0, 0, *size) for mask in masks]
+    return Instances(
+        np.array(boxes, np.float32), np.array(scores, np.float32), np.array(labels), rles, size
+    )
+
+
+def cell(top, left, side=4, size=(20, 20)):
+    mask = np.zeros(size, np.int64)
+    mask[top : top + side, left : left + side] = 1
+    return mask
+
+
+@pytest.fixture
+def two_cells():
+    """A field with a cell of class 1 and one of class 2; class 3 is absent."""
+    return make_sample([cell(0, 0), cell(10, 10)], [1, 2])
+
+
+def test_ap_worked_by_hand(two_cells):
+    truth = coco_truth([two_cells], 3)
+    # Class 1: found exactly, after a stronger false positive: precision 1/2. Class 2: missed.
+    found = answer([cell(0, 0), cell(14, 0)], [1, 1], [0.8, 0.9])
+    scores = average_precision(truth, {1: found})
+    assert scores["classes"][1] == {"AP": 0.5, "AP50": 0.5, "AP75": 0.5, "cells": 1}
+    assert scores["classes"][2] == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0, "cells": 1}
+    assert scores["classes"][3] == {"AP": None, "AP50": None, "AP75": None, "cells": 0}
+    assert (scores["AP"], scores["AP50_100"]) == (0.25, 0.25)
+    # Half of the pixels: IoU 0.5 counts for AP50 alone, one of ten thresholds.
+    half = cell(0, 0)
+    half[2:4] = 0
+    scores = average_precision(truth, {1: answer([half], [1], [1.0])})
+    assert scores["classes"][1] == {"AP": pytest.approx(0.1), "AP50": 1.0, "AP75": 0.0, "cells": 1}
+
+
+def test_a_cap_of_100_hides_the_101st():
+    ids = np.arange(1, 121).reshape(8, 15).repeat(4, 0).repeat(4, 1)
+    sample = make_sample([ids], [1])
+    scores = average_precision(coco_truth([sample], 1), {1: truth_instances(sample)})
+    assert scores["AP"] == 1.0
+    assert scores["AP_100"] == pytest.approx(84 / 101)  # recall up to 100/120: 0, 0.01, .. 0.83
+
+
+def test_nothing_found_nothing_there(two_cells):
+    truth = coco_truth([two_cells], 2)
+    assert average_precision(truth, {})["AP50"] == 0.0
+    bare = average_precision(coco_truth([empty_sample()], 2), {})
+    assert bare["AP50"] is None
+    assert "-1" not in format_scores(bare)
+    assert format_scores(bare).splitlines()[1].split() == ["all", "-", "-", "-", "-", "0"]
+
+
+def jittered(truth: dict, seed=0) -> dict[int, Instances]:
+    """Copies of the truth, moved by some pixels, with scores, wrong classes, doubles and misses."""
+    rng = np.random.default_rng(seed)
+    answers = {}
+    for image in truth["images"]:
+        height, width = image["height"], image["width"]
+        rows = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
+        rles, labels, boxes = [], [], []
+        for row in rows:
+            for _ in range(rng.choice([0, 1, 1, 1, 2])):
+                starts, ends = decode_runs(row["segmentation"])
+                shift = int(rng.integers(-3, 4)) + height * int(rng.integers(-3, 4))
+                starts, ends = np.clip([starts + shift, ends + shift], 0, height * width)
+                rles.append(encode_runs(starts[ends > starts], ends[ends > starts], height, width))
+                labels.append(row["category_id"] if rng.random() < 0.9 else rng.integers(1, 5))
+                x, y, w, h = row["bbox"]
+                boxes.append([x, y, x + w, y + h])
+        scores = np.round(rng.random(len(rles)), 2).astype(np.float32)  # with ties
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        labels = np.array(labels, np.int64)
+        answers[image["id"]] = Instances(boxes, scores, labels, rles, (height, width))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def real_truth():
+    return json.loads((real_data("hw3-real") / "masks50_coco.json").read_text())
+
+
+def test_equal_to_pycocotools_on_the_real_truth(real_truth):
+    answers = jittered(real_truth)
+    assert max(len(found) for found in answers.values()) > 600
+    results = coco_results(answers)
+    with redirect_stdout(io.StringIO()):
+        truth = COCO()
+        rows = [a | {"id": k} for k, a in enumerate(real_truth["annotations"], start=1)]
+        truth.dataset = real_truth | {"annotations": rows}
+        truth.createIndex()
+        oracle = COCOeval(truth, truth.loadRes(results), "segm")
+        oracle.params.maxDets = [1, 100, 10_000]
+        oracle.evaluate()
+        oracle.accumulate()
+    wanted = oracle.eval["precision"][:, :, :, 0, 1:]
+    table = precision_table(real_truth, answers, [100, 10_000])
+    assert np.allclose(table, wanted, atol=1e-6)
+    scores = average_precision(real_truth, answers)
+    assert scores["AP50"] == pytest.approx(wanted[0, :, :, 1].mean(), abs=1e-6)
+    assert scores["AP75_100"] == pytest.approx(wanted[5, :, :, 0].mean(), abs=1e-6)
+    assert scores["AP"] > scores["AP_100"] > 0.01
+
+
+def test_without_faster_coco_eval_the_numbers_are_the_same(demo_samples, monkeypatch):
+    truth = coco_truth(demo_samples, 4)
+    answers = jittered(truth)
+    fast = average_precision(truth, answers)
+    assert "faster" in coco_api()[0].__module__
+    known = importlib.util.find_spec
+    monkeypatch.setattr(evaluate, "find_spec", lambda n: None if "faster" in n else known(n))
+    assert coco_api() == (COCO, COCOeval)
+    assert average_precision(truth, answers) == fast
+
+
+def test_label_image_shows_the_better_score():
+    found = answer([cell(0, 0, 3), cell(1, 1, 3)], [2, 1], [0.4, 0.9])
+    image = label_image(found)
+    assert image[:5, :5, 0].tolist() == [
+        [2, 2, 2, 0, 0],
+        [2, 1, 1, 1, 0],
+        [2, 1, 1, 1, 0],
+        [0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0],
+    ]
+    assert len(np.unique(image[..., 1])) == 3
+
+
+def test_pq_worked_by_hand(two_cells):
+    truth = truth_instances(two_cells)
+    # Class 1: one found with IoU 12/16, one invented on background: PQ = 0.75 / (1 + 0.5).
+    part = cell(0, 0)
+    part[3] = 0
+    found = answer([part, cell(0, 12)], [1, 1], [0.9, 0.9])
+    quality = panoptic_quality([(truth, found)], 3, 0.5)
+    assert quality == {1: pytest.approx(0.5), 2: 0.0, 3: None}
+    assert panoptic_quality([(truth, found)], 3, 0.95) == {1: 0.0, 2: 0.0, 3: None}
+    same = panoptic_quality([(truth, truth)], 3, 0.5)
+    assert same == {1: pytest.approx(1.0), 2: pytest.approx(1.0), 3: None}
+    empty = truth_instances(empty_sample())
+    assert panoptic_quality([(empty, empty)], 2, 0.5) == {1: None, 2: None}
+    assert panoptic_quality([], 2, 0.5) == {1: None, 2: None}
+
+
+def test_results_are_coco_results(two_cells):
+    found = truth_instances(two_cells)
+    first, second = coco_results({7: found})
+    assert (first["image_id"], first["category_id"], first["bbox"]) == (7, 1, [0.0, 0.0, 4.0, 4.0])
+    assert second["bbox"] == [10.0, 10.0, 4.0, 4.0]
+    assert json.loads(json.dumps(first))["segmentation"] == found.rles[0]
+    assert mask_area(first["segmentation"]) == 16
+    assert paint([first["segmentation"]], [1], 20, 20).sum() == 16
+    assert coco_results({}) == []
+
+
+def test_scores_as_text(two_cells):
+    truth = coco_truth([two_cells], 2)
+    scores = average_precision(truth, {1: truth_instances(two_cells)})
+    lines = format_scores(scores, {1: 1.0, 2: 0.5}).splitlines()
+    assert lines[0].split() == ["AP", "AP50", "AP75", "PQ", "cells"]
+    assert lines[1].split() == ["all", "1.000", "1.000", "1.000", "0.750", "2"]
+    assert lines[2].split() == ["best", "100", "1.000", "1.000", "1.000"]
+    assert lines[4].split() == ["class2", "1.000", "1.000", "1.000", "0.500", "1"]

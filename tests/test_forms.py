@@ -1,0 +1,69 @@
+import numpy as np
+import pycocotools.mask
+import torch
+
+from src_snippets.forms import coco_truth, instance_boxes, pack_layers, renumber, truth_instances
+from tests.conftest import empty_sample, make_sample
+
+
+def test_ids_are_numbered_anew():
+    numbered, count = renumber(np.array([[0, 9, 9], [4, 0, 700]]), 3)
+    assert numbered.tolist() == [[0, 4, 4], [3, 0, 5]]
+    assert (count, numbered.dtype) == (3, np.int32)
+    huge, count = renumber(np.array([[0, 10**15], [5, 0]]), 1)
+    assert (huge.tolist(), count) == ([[0, 2], [1, 0]], 2)
+    assert renumber(np.zeros((2, 2), int), 1)[1] == 0
+
+
+def test_maps_that_do_not_overlap_share_a_layer():
+    one, two = np.array([[1, 0, 0]]), np.array([[0, 1, 1]])
+    layers, labels = pack_layers([one, two], [1, 3], (1, 3))
+    assert layers.tolist() == [[[1, 2, 2]]]
+    assert (labels.tolist(), layers.dtype, labels.dtype) == ([1, 3], torch.int32, torch.int64)
+
+
+def test_maps_that_overlap_get_layers_of_their_own():
+    one, two = np.array([[1, 1, 0]]), np.array([[0, 1, 0]])
+    layers, labels = pack_layers([one, two], [2, 2], (1, 3))
+    assert layers.tolist() == [[[1, 1, 0]], [[0, 2, 0]]]
+    assert labels.tolist() == [2, 2]
+
+
+def test_no_maps_give_one_empty_layer():
+    layers, labels = pack_layers([], [], (3, 4))
+    assert (layers.shape, labels.shape) == ((1, 3, 4), (0,))
+    assert not layers.any()
+
+
+def test_boxes_are_tight_with_the_far_edge_outside():
+    layers = torch.zeros(2, 6, 8, dtype=torch.int32)
+    layers[0, 1:3, 2:7] = 1
+    layers[1, 5, 7] = 3
+    boxes, areas, homes = instance_boxes(layers, 3)
+    assert boxes.tolist() == [[2, 1, 7, 3], [0, 0, 0, 0], [7, 5, 8, 6]]
+    assert (areas.tolist(), homes.tolist()) == ([10, 0, 1], [0, 0, 1])
+    assert instance_boxes(layers * 0, 0)[0].shape == (0, 4)
+
+
+def test_truth_as_answer_and_as_coco():
+    sample = make_sample([[[0, 7, 7], [0, 7, 0]], [[1, 0, 0], [0, 0, 0]]], [2, 4])
+    truth = truth_instances(sample)
+    assert [pycocotools.mask.decode(r).tolist() for r in truth.rles] == [
+        [[0, 1, 1], [0, 1, 0]],
+        [[1, 0, 0], [0, 0, 0]],
+    ]
+    assert truth.boxes.tolist() == [[1, 0, 3, 2], [0, 0, 1, 1]]
+    assert (truth.labels.tolist(), truth.scores.tolist(), truth.size) == ([2, 4], [1, 1], (2, 3))
+    assert truth.select(np.array([False, True])).boxes.tolist() == [[0, 0, 1, 1]]
+    coco = coco_truth([empty_sample(), sample], 4)
+    assert [image["id"] for image in coco["images"]] == [1, 2]
+    first = coco["annotations"][0]
+    assert (first["image_id"], first["bbox"], first["area"]) == (2, [1, 0, 2, 2], 3)
+    assert [c["id"] for c in coco["categories"]] == [1, 2, 3, 4]
+
+
+def test_empty_truth():
+    truth = truth_instances(empty_sample())
+    assert (len(truth), truth.boxes.shape) == (0, (0, 4))
+    assert len(truth.select(truth.scores > 0)) == 0
+    assert coco_truth([], 4)["annotations"] == []

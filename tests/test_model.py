@@ -1,0 +1,343 @@
+from hypothesis import given, settings, strategies
+import numpy as np
+import pycocotools.mask
+import pytest
+import torch
+from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
+from torchvision.ops import clip_boxes_to_image, roi_align
+
+from src_snippets.config import recipe
+from src_snippets.forms import truth_instances
+from src_snippets.model import (
+    build_model,
+    choose_precision,
+    count_parameters,
+    detect,
+    Float32Anchors,
+    initial_weights,
+    InputTransform,
+    load_model_state,
+    mask_loss,
+    mask_targets,
+    paste_mask,
+)
+from src_snippets.readers import read_cell_folder
+from src_snippets.transforms import training_target
+from tests.conftest import empty_sample, make_sample, real_data
+
+PARITY = recipe("baseline", weights="none", scale=1.0, score_floor=0.0, half_pixel=False)
+
+
+@pytest.fixture(scope="module")
+def stock_and_ours():
+    """torchvision's v2 model and ours with the same weights and thresholds."""
+    ours = build_model(PARITY)
+    stock = maskrcnn_resnet50_fpn_v2(
+        weights=None,
+        weights_backbone=None,
+        num_classes=5,
+        rpn_nms_thresh=PARITY.rpn_nms,
+        rpn_pre_nms_top_n_test=PARITY.proposals,
+        rpn_post_nms_top_n_test=PARITY.proposals,
+        box_score_thresh=0.0,
+        box_nms_thresh=PARITY.box_nms,
+        box_detections_per_img=PARITY.detections,
+        min_size=128,
+        max_size=4096,
+        _skip_resize=True,  # its random choice of a size would shift the random state
+    )
+    sizes = tuple((size,) for size in PARITY.anchor_sizes)
+    stock.rpn.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+    stock.load_state_dict(ours.state_dict())
+    return stock, ours
+
+
+def field_of_cells(seed=0, size=128):
+    """A field with about 40 blobs of 6 to 16 px."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((size, size), np.int64)
+    y, x = np.mgrid[:size, :size]
+    for number in range(1, 41):
+        row, column, radius = rng.integers(0, size), rng.integers(0, size), rng.uniform(3, 8)
+        ids[(np.hypot(y - row, x - column) < radius) & (ids == 0)] = number
+    return make_sample([ids], [2], seed)
+
+
+def dense_masks(sample) -> torch.Tensor:
+    """(N, H, W) uint8, as stock torchvision wants them."""
+    ids = torch.arange(1, len(sample.labels) + 1)[:, None, None, None]
+    return (sample.layers[None] == ids).any(1).to(torch.uint8)
+
+
+def test_state_dict_is_that_of_torchvisions_v2(stock_and_ours):
+    stock, ours = (model.state_dict() for model in stock_and_ours)
+    assert {k: v.shape for k, v in stock.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_coco_weights_load_with_only_the_class_layers_new():
+    source = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
+    model = build_model(PARITY)
+    fresh = load_model_state(model, source.state_dict())
+    assert fresh == [
+        "roi_heads.box_predictor.bbox_pred.bias",
+        "roi_heads.box_predictor.bbox_pred.weight",
+        "roi_heads.box_predictor.cls_score.bias",
+        "roi_heads.box_predictor.cls_score.weight",
+        "roi_heads.mask_predictor.mask_fcn_logits.bias",
+        "roi_heads.mask_predictor.mask_fcn_logits.weight",
+    ]
+    wanted, found = source.state_dict(), model.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted if key not in fresh)
+
+
+def test_weights_of_another_model_are_refused(tiny_config):
+    state = build_model(tiny_config).state_dict()
+    with pytest.raises(ValueError, match=r"do not fit the model: .* another shape"):
+        load_model_state(build_model(recipe("demo")), state)
+
+
+def test_losses_equal_torchvisions_on_dense_masks(stock_and_ours):
+    sample = field_of_cells()
+    target = training_target(sample, 1)
+    dense = dict(boxes=target["boxes"], labels=target["labels"], masks=dense_masks(sample))
+    found = []
+    for model, image, truth in zip(
+        stock_and_ours, (sample.image / 255, sample.image), (dense, target), strict=True
+    ):
+        model.train()
+        torch.manual_seed(3)
+        found.append({k: v.item() for k, v in model([image] * 2, [truth] * 2).items()})
+    stock, ours = found
+    assert ours["loss_mask"] > 0.1
+    assert stock == pytest.approx(ours, abs=1e-5)
+
+
+def test_predictions_equal_torchvisions_pixel_for_pixel(stock_and_ours):
+    stock, ours = stock_and_ours
+    sample = field_of_cells(1)
+    with torch.inference_mode():
+        wanted = stock.eval()([sample.image / 255])[0]
+    (found,) = detect(ours, [sample.image], PARITY)
+    masks = (wanted["masks"][:, 0] >= PARITY.mask_threshold).numpy()
+    kept = masks.any((1, 2))
+    assert kept.sum() > 50
+    assert np.allclose(found.boxes, wanted["boxes"].numpy()[kept], atol=1e-3)
+    assert np.allclose(found.scores, wanted["scores"].numpy()[kept], atol=1e-5)
+    assert found.labels.tolist() == wanted["labels"].numpy()[kept].tolist()
+    pasted = np.stack([pycocotools.mask.decode(rle) for rle in found.rles])
+    assert np.array_equal(pasted, masks[kept])
+
+
+# Mask targets and paste, on their own
+
+
+def random_boxes(count, height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.9
+    size = 1 + torch.rand(count, 2, generator=generator) ** 3 * torch.tensor([width, height])
+    return clip_boxes_to_image(torch.cat([corner, corner + size], 1), (height, width))
+
+
+@settings(max_examples=25, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.booleans())
+def test_targets_equal_roi_align_on_dense_masks(seed, half_pixel):
+    sample = field_of_cells(seed, 96)
+    target = training_target(sample, 1)
+    boxes = random_boxes(20, 96, 96, seed)
+    matched = torch.randint(
+        len(target["ids"]), (20,), generator=torch.Generator().manual_seed(seed)
+    )
+    rois = torch.cat([matched[:, None].float(), boxes], 1)
+    wanted = roi_align(dense_masks(sample)[:, None].float(), rois, 28, 1.0, -1, half_pixel)[:, 0]
+    found = mask_targets(target, boxes, matched, 28, half_pixel)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    if not half_pixel:
+        stock = project_masks_on_boxes(dense_masks(sample), boxes, matched, 28)
+        assert torch.allclose(found, stock, atol=1e-5)
+
+
+def test_target_worked_by_hand():
+    ids = np.zeros((8, 8), np.int64)
+    ids[2:4, 2:6] = 1  # the upper half of the box
+    target = training_target(make_sample([ids], [1]), 1)
+    box = torch.tensor([[2.0, 2.0, 6.0, 6.0]])
+    found = mask_targets(target, box, torch.tensor([0]), 4, half_pixel=True)
+    assert found[0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    nothing = mask_targets(target, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 4, True)
+    assert nothing.shape == (0, 4, 4)
+
+
+def test_overlapping_cells_are_told_apart_by_layer():
+    one, two = np.zeros((10, 10), np.int64), np.zeros((10, 10), np.int64)
+    one[0:6, 0:6], two[4:10, 4:10] = 1, 1
+    target = training_target(make_sample([one, two], [1, 2]), 1)
+    assert target["layers"].shape[0] == 2
+    found = mask_targets(target, target["boxes"], torch.tensor([0, 1]), 6, half_pixel=True)
+    assert found.min() == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(strategies.integers(0, 2**31))
+def test_paste_equals_torchvisions(seed):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(12, 70, 90, seed)
+    masks = torch.nn.functional.avg_pool2d(torch.rand(12, 1, 28, 28, generator=generator), 5, 1, 2)
+    stock = paste_masks_in_image(masks, boxes, (70, 90))[:, 0]
+    for mask, box, wanted in zip(masks, boxes, stock, strict=True):
+        rle = paste_mask(mask[0].numpy(), box.numpy(), (70, 90), 0.5, half_pixel=False)
+        found = pycocotools.mask.decode(rle) if rle else np.zeros((70, 90))
+        different = (found != (wanted >= 0.5).numpy()) & (np.abs(wanted.numpy() - 0.5) > 1e-5)
+        assert not different.any()
+
+
+def test_paste_worked_by_hand():
+    full = np.ones((28, 28), np.float32)
+    rle = paste_mask(full, [2, 1, 5, 3], (4, 6), 0.5, half_pixel=True)
+    assert pycocotools.mask.decode(rle).tolist() == [
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    # A pixel belongs to the box when its centre lies inside.
+    rle = paste_mask(full, [1.4, 0.6, 3.4, 2.6], (4, 6), 0.5, half_pixel=True)
+    assert pycocotools.mask.toBbox(rle).tolist() == [1, 1, 2, 2]
+    assert paste_mask(full * 0.4, [2, 1, 5, 3], (4, 6), 0.5, True) is None
+    assert paste_mask(full, [2.1, 1.1, 2.3, 1.3], (4, 6), 0.5, True) is None
+    assert paste_mask(full, [-9, -9, 99, 99], (4, 6), 0.5, True)["size"] == [4, 6]
+
+
+def round_trip(sample, half_pixel) -> np.ndarray:
+    """IoU of each cell with itself after target and paste: what a perfect mask head reaches."""
+    target = training_target(sample, 1)
+    every = torch.arange(len(target["ids"]))
+    masks = mask_targets(target, target["boxes"], every, 28, half_pixel).numpy()
+    pasted = [
+        paste_mask(mask, box, sample.size, 0.5, half_pixel)
+        for mask, box in zip(masks, target["boxes"].numpy(), strict=True)
+    ]
+    truth = truth_instances(sample).rles
+    pairs = zip(pasted, truth, strict=True)
+    return np.array([pycocotools.mask.iou([found], [own], [0])[0, 0] for found, own in pairs])
+
+
+def test_half_pixel_loses_nothing_where_torchvisions_rule_does():
+    sample = read_cell_folder(real_data("hw3-real") / "train" / "sample", 4)
+    exact, stock = round_trip(sample, True), round_trip(sample, False)
+    print(f"IoU after target and paste: {exact.mean():.3f}, torchvision's rule {stock.mean():.3f}")
+    assert exact.min() == 1.0
+    assert stock.mean() < 0.95
+
+
+def test_mask_loss_by_hand():
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[0, 2] = 100.0
+    wanted = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
+    assert mask_loss(logits, torch.tensor([2]), wanted).item() == pytest.approx(25.0)
+    assert mask_loss(logits, torch.tensor([1]), wanted).item() == pytest.approx(np.log(2))
+    empty = mask_loss(logits[:0], torch.zeros(0, dtype=torch.int64), wanted[:0])
+    assert empty.item() == 0
+
+
+# The whole model
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_config):
+    return build_model(tiny_config)
+
+
+def test_images_without_cells_train(tiny_model):
+    sample = empty_sample(64, 64)
+    losses = tiny_model.train()([sample.image], [training_target(sample, 4)])
+    assert set(losses) == {
+        "loss_objectness",
+        "loss_rpn_box_reg",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_mask",
+    }
+    assert losses["loss_mask"].item() == 0
+    assert torch.isfinite(sum(losses.values()))
+    sum(losses.values()).backward()
+
+
+def test_wrong_input_is_refused(tiny_model):
+    sample = empty_sample(64, 64)
+    with pytest.raises(TypeError, match=r"float32; expected uint8"):
+        detect(tiny_model, [sample.image.float()], recipe("demo"))
+    target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ValueError, match="expected that of training_target"):
+        tiny_model.train()([sample.image], [target])
+
+
+def test_detect_answers_in_image_pixels(tiny_config):
+    config = recipe("demo", **{**vars_of(tiny_config), "scale": 2.0, "score_floor": 0.0})
+    model = build_model(config)
+    images = [field_of_cells(0, 64).image, field_of_cells(1, 80).image[:, :50]]
+    answers = detect(model, images, config)
+    assert [a.size for a in answers] == [(64, 64), (50, 80)]
+    for found in answers:
+        assert len(found) > 0
+        assert (found.boxes[:, 2] <= found.size[1]).all()
+        assert (found.boxes[:, 3] <= found.size[0]).all()
+        assert (np.diff(found.scores) <= 0).all()
+        assert {tuple(rle["size"]) for rle in found.rles} == {found.size}
+    alone = detect(model, images[1:], config)[0]
+    assert np.allclose(alone.scores, answers[1].scores, atol=1e-4)
+
+
+def vars_of(config):
+    return {k: v for k, v in vars(config).items() if k != "recipe"}
+
+
+def test_no_detection_above_the_floor(tiny_config):
+    config = recipe("demo", **{**vars_of(tiny_config), "score_floor": 1.0})
+    (found,) = detect(build_model(config), [field_of_cells().image], config)
+    assert (len(found), found.boxes.shape) == (0, (0, 4))
+
+
+def test_magnification_scales_boxes_and_leaves_maps():
+    sample = field_of_cells(0, 50)
+    target = training_target(sample, 1)
+    images, (seen,) = InputTransform(2.0).train()([sample.image], [target])
+    assert images.image_sizes == [(100, 100)]
+    assert images.tensors.shape == (1, 3, 128, 128)
+    assert torch.equal(seen["boxes"], target["boxes"] * 2)
+    assert seen["layers"] is target["layers"]
+
+
+def test_mixed_precision_keeps_anchors_exact(tiny_config):
+    anchors = Float32Anchors(((8,),), ((1.0,),))
+    images = InputTransform(1.0)([torch.zeros(3, 1024, 1024, dtype=torch.uint8)])[0]
+    (half,) = anchors(images, [torch.zeros(1, 4, 256, 256, dtype=torch.bfloat16)])
+    (full,) = anchors(images, [torch.zeros(1, 4, 256, 256)])
+    assert half.dtype == torch.float32
+    assert torch.equal(half, full)
+    config = recipe("demo", **{**vars_of(tiny_config), "precision": "bf16", "score_floor": 0.0})
+    model, image = build_model(config), field_of_cells().image
+    (found,) = detect(model, [image], config)
+    assert found.boxes.dtype == np.float32
+    assert len(np.unique(found.boxes)) > len(np.unique(np.round(found.boxes)))
+
+
+def test_precision_of_a_cpu():
+    device = torch.device("cpu")
+    assert choose_precision(recipe("baseline"), device) == "no"
+    assert choose_precision(recipe("baseline", precision="bf16"), device) == "bf16"
+
+
+def test_initial_weights_of_a_checkpoint(tmp_path, tiny_config):
+    model = build_model(tiny_config)
+    torch.save({"model": model.state_dict(), "history": [1]}, tmp_path / "best.pt")
+    config = recipe(
+        "demo", **{**vars_of(tiny_config), "weights": str(tmp_path / "best.pt"), "seed": 9}
+    )
+    again = build_model(config)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    assert initial_weights(tiny_config) == (None, None)
+    assert count_parameters(again) == sum(p.numel() for p in model.parameters())

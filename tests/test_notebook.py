@@ -1,0 +1,105 @@
+"""The notebook and the story, run as a person runs them: each in a process of its own."""
+
+import json
+import os
+from pathlib import Path
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from src_snippets.readers import read_test_mapping
+from src_snippets.train import load_checkpoint
+from src_snippets.writers import check_results, check_zip
+
+ROOT = Path(__file__).parent.parent
+QUICK = {"epochs": 1, "fpn_channels": 16, "proposals": 50, "rois": 16}
+
+
+def run(command, folder: Path, **environ) -> str:
+    """Runs Python in a folder without any of the notebook's variables set but the given ones."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HW3_") and k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=kept | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def check_outputs(out: Path, data: Path) -> None:
+    """The results are a valid submission for that dataset, and every picture is there."""
+    results = out / "test-results.json"
+    check_results(results, read_test_mapping(data), 4)
+    check_zip(out / "test-results.zip", results)
+    names = {path.stem for path in (out / "figures").glob("*.png")}
+    assert names == {"samples", "augmentations", "history", "predictions", "counts", "test"}
+
+
+def test_alone_in_an_empty_folder_it_finds_the_drawn_cells(tmp_path):
+    shutil.copy(ROOT / "hw3.ipynb", tmp_path)
+    run(["pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "hw3.ipynb"], tmp_path)
+    out = tmp_path / "results"
+    check_outputs(out, out / "demo-dataset")
+    (folder,) = (out / "runs").iterdir()
+    best = load_checkpoint(folder / "best.pt")
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    seconds = sum(row["seconds"] for row in best["history"])
+    print(f"demo: AP50 {best['best']:.3f}, {seconds:.0f} s of training, peak {peak:.2f} GB")
+    assert best["best"] >= 0.75
+    assert peak < 3.0
+    truth = json.loads((folder / "val_gt.json").read_text())
+    split = json.loads((folder / "split.json").read_text())
+    assert [Path(i["file_name"]).parts[0] for i in truth["images"]] == split["val"]
+    assert (len(split["train"]), len(split["val"])) == (32, 8)
+
+
+def test_offline_without_the_optional_packages(tmp_path, demo_root):
+    """imagecodecs and faster-coco-eval cannot be imported, pip finds nothing."""
+    blocker = tmp_path / "blocker"
+    blocker.mkdir()
+    lines = ["import sys"]
+    lines += [f"sys.modules[{name!r}] = None" for name in ("imagecodecs", "faster_coco_eval")]
+    (blocker / "sitecustomize.py").write_text("\n".join(lines))
+    said = run(
+        ["src_snippets.notebook"],
+        ROOT,
+        PYTHONPATH=str(blocker),
+        PIP_NO_INDEX="1",
+        PIP_CONFIG_FILE=os.devnull,
+        HW3_DATA=str(demo_root),
+        HW3_OUT=str(tmp_path / "out"),
+        HW3_RECIPE="demo",
+        HW3_SETTINGS=json.dumps(QUICK),
+    )
+    assert "imagecodecs is missing: Pillow reads the compressed images." in said
+    assert "faster_coco_eval is missing: pycocotools computes AP, more slowly." in said
+    assert "DEMO" not in said
+    check_outputs(tmp_path / "out", demo_root)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"HW3_RECIPE": "fast"}, "There is no recipe 'fast'; there are: baseline, demo."),
+        ({"HW3_SETTINGS": '{"epoch": 3}'}, "There is no setting epoch; there are: seed,"),
+        (
+            {"HW3_DATA": "/no/such/folder"},
+            "HW3_DATA=/no/such/folder: expected a folder with train/",
+        ),
+    ],
+)
+def test_wrong_settings_from_outside_stop_the_story_at_once(tmp_path, environ, message):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")}
+    environ = kept | {"HW3_DATA": "demo", "HW3_OUT": str(tmp_path)} | environ
+    command = [sys.executable, "-m", "src_snippets.notebook"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "runs").exists()

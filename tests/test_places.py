@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+
+from src_snippets.places import (
+    dataset_roots,
+    find_dataset,
+    MAPPING_NAME,
+    output_folder,
+    written_whole,
+)
+
+
+def make_root(folder: Path) -> Path:
+    (folder / "train").mkdir(parents=True)
+    (folder / MAPPING_NAME).write_text("[]")
+    return folder
+
+
+def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):
+    nested = make_root(tmp_path / "input" / "upload" / "hw3-data-release")
+    named = make_root(tmp_path / "named")
+    searched = [str(tmp_path / "absent"), str(tmp_path / "input")]
+    assert find_dataset({}, searched) == nested
+    assert find_dataset({"HW3_DATA": str(named)}, searched) == named
+    assert find_dataset({"HW3_DATA": "demo"}, searched) is None
+    assert find_dataset({}, [str(tmp_path / "absent")]) is None
+
+
+def test_wrong_folder_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match=f"expected a folder with train/ and {MAPPING_NAME}"
+    ):
+        find_dataset({"HW3_DATA": str(tmp_path)})
+
+
+def test_several_datasets_are_told(tmp_path, capsys):
+    first, second = make_root(tmp_path / "a"), make_root(tmp_path / "b")
+    assert find_dataset({}, [str(tmp_path)]) == first
+    assert str(second) in capsys.readouterr().out
+
+
+def test_search_stops_four_levels_down(tmp_path):
+    make_root(tmp_path / "1/2/3/4/5")
+    assert list(dataset_roots(tmp_path)) == []
+    assert list(dataset_roots(tmp_path / "1")) == [tmp_path / "1/2/3/4/5"]
+
+
+def test_output_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert output_folder({"HW3_OUT": str(tmp_path / "deep" / "out")}).is_dir()
+    assert output_folder({}) == Path("results")
+
+
+def test_written_whole_keeps_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "file.txt"
+    with written_whole(path) as partial:
+        partial.write_text("old")
+
+    def fail_halfway():
+        with written_whole(path) as partial:
+            partial.write_text("half")
+            raise RuntimeError("full disk")
+
+    with pytest.raises(RuntimeError, match="full disk"):
+        fail_halfway()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,116 @@
+import numpy as np
+from PIL import Image
+import pytest
+
+from src_snippets.config import recipe
+from src_snippets.forms import truth_instances
+from src_snippets.plots import (
+    class_color,
+    enlarge,
+    outline_cells,
+    plot_augmentations,
+    plot_counts,
+    plot_fields,
+    plot_history,
+    plot_predictions,
+    show_figure,
+    visible_truth,
+)
+from src_snippets.transforms import augmentation
+from tests.conftest import empty_sample, make_sample
+
+
+@pytest.fixture
+def sample():
+    ids = np.zeros((40, 60), np.int64)
+    ids[10:20, 10:30], ids[25:35, 40:55] = 1, 2
+    one = make_sample([np.where(ids == 1, 1, 0), np.where(ids == 2, 1, 0)], [1, 2])
+    one.image[:] = 128
+    return one
+
+
+def rgb(label):
+    return [int(class_color(label)[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def test_outlines_sit_on_the_border_in_the_class_colour(sample):
+    picture = outline_cells(sample.image.numpy(), truth_instances(sample), side=60)
+    assert picture.shape == (40, 60, 3)
+    assert picture[10, 15].tolist() == rgb(1)
+    assert picture[25, 45].tolist() == rgb(2)
+    assert picture[15, 20].tolist() == [128, 128, 128]  # inside
+    assert picture[5, 5].tolist() == [128, 128, 128]  # outside
+    assert {tuple(c) for c in picture.reshape(-1, 3).tolist()} == {
+        (128, 128, 128),
+        tuple(rgb(1)),
+        tuple(rgb(2)),
+    }
+    assert (sample.image == 128).all()
+
+
+def test_small_fields_are_enlarged(sample):
+    assert outline_cells(sample.image.numpy(), truth_instances(sample), side=480).shape[0] == 320
+    assert enlarge(np.array([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_nothing_to_outline():
+    sample = empty_sample()
+    picture = outline_cells(sample.image.numpy(), truth_instances(sample), side=50)
+    assert np.array_equal(np.moveaxis(picture, 2, 0), sample.image.numpy())
+
+
+def test_colours_repeat():
+    assert class_color(1) == class_color(8) != class_color(2)
+
+
+def test_cells_that_left_a_crop_are_not_counted(sample):
+    sample.layers[sample.layers == 2] = 0
+    assert visible_truth(sample).labels.tolist() == [1]
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
+def test_figures_say_what_they_show(sample, tmp_path):
+    truth = truth_instances(sample)
+    figure = plot_fields([(sample.image.numpy(), truth, "0123456789")] * 2, 4)
+    assert titles(figure) == ["01234567  40 x 60 px"] * 2 + ["2 cells"] * 2
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+        f"class{k}" for k in (1, 2, 3, 4)
+    ]
+    weak = truth.select(np.array([0]))
+    weak.scores[:] = 0.4
+    figure = plot_predictions([sample, sample], [truth, weak], 4, 0.5)
+    assert titles(figure)[1:3] == ["truth: 2 cells", "found: 2 cells"]
+    assert titles(figure)[5] == "found: 0 cells"
+    chain = augmentation(recipe("demo", crop=32))
+    figure = plot_augmentations(sample, chain, 4)
+    assert titles(figure) == ["as it is", *(f"variant {k}" for k in range(1, 6))]
+    show_figure(figure, tmp_path / "deep" / "figure.png")
+    assert min(Image.open(tmp_path / "deep" / "figure.png").size) > 400
+
+
+def test_counts_by_class(sample):
+    truth = truth_instances(sample)
+    figure = plot_counts([truth, truth], [truth], 3, 0.5)
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert heights == [2, 2, 0, 1, 1, 0]
+    assert [bar.get_height() for bar in plot_counts([], [], 2, 0.5).axes[0].patches] == [0] * 4
+
+
+def test_history_curves():
+    losses = dict.fromkeys(
+        ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"), 1.0
+    )
+    rows = [
+        dict(epoch=1, rate=0.1, **losses),
+        dict(epoch=2, rate=0.0, AP=0.1, AP50=0.3, AP75=None, **losses),
+    ]
+    figure = plot_history(rows)
+    assert titles(figure) == ["Training losses", "Validation", "Learning rate"]
+    assert len(figure.axes[0].lines) == 5
+    assert {line.get_label(): line.get_ydata()[0] for line in figure.axes[1].lines} == {
+        "AP": 0.1,
+        "AP50": 0.3,
+    }

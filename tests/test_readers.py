@@ -1,0 +1,307 @@
+import json
+from pathlib import Path
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+import tifffile
+
+from src_snippets.places import MAPPING_NAME
+from src_snippets.readers import (
+    BadInput,
+    CellFolders,
+    class_files,
+    read_cell_folder,
+    read_image,
+    read_instance_map,
+    read_test_mapping,
+    split_images,
+    training_folders,
+    write_json,
+)
+from tests.conftest import real_data, write_folder
+
+RGB = np.random.default_rng(1).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+
+
+def refused(cause: str, path: Path | str = ""):
+    """Expects a BadInput that names the file and the cause."""
+    return pytest.raises(BadInput, match=f"{re.escape(str(path))}.*{cause}")
+
+
+# Images
+
+
+def save(path: Path, pixels, **options) -> Path:
+    tifffile.imwrite(path, pixels, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "wanted"),
+    [
+        (RGB, dict(photometric="rgb"), RGB),
+        (RGB, dict(photometric="rgb", compression="lzw", predictor=True), RGB),
+        (np.moveaxis(RGB, 2, 0), dict(photometric="rgb", planarconfig="separate"), RGB),
+        (np.dstack([RGB, GREY]), dict(photometric="rgb", extrasamples=["unassalpha"]), RGB),
+        (GREY, {}, np.dstack([GREY] * 3)),
+        (GREY, dict(photometric="miniswhite"), 255 - np.dstack([GREY] * 3)),
+        (RGB.astype(np.uint16) * 256 + 255, dict(photometric="rgb"), RGB),
+        (GREY.astype(np.uint16) * 16, {}, np.dstack([GREY] * 3)),  # 12 bits in a 16-bit file
+        (RGB.astype(np.float32), dict(photometric="rgb"), RGB),
+        (RGB / 255.0, dict(photometric="rgb"), RGB),
+        (GREY > 99, dict(photometric="minisblack"), np.dstack([(GREY > 99) * 255] * 3)),
+    ],
+)
+def test_images_of_all_kinds(tmp_path, pixels, options, wanted):
+    if pixels.dtype == np.uint16:
+        pixels = pixels.copy()
+        pixels.flat[0] = 2 ** (12 if pixels.ndim == 2 else 16) - 1
+        wanted = wanted.copy()
+        wanted[0, 0, :] = np.where(np.arange(3) < (3 if pixels.ndim == 2 else 1), 255, wanted[0, 0])
+    image = read_image(save(tmp_path / "image.tif", pixels, **options))
+    assert (image.dtype, image.shape) == (np.uint8, (3, 10, 14))
+    assert np.array_equal(np.moveaxis(image, 0, 2), wanted)
+
+
+def test_palette_and_jpeg(tmp_path):
+    picture = Image.fromarray(RGB).quantize(8)
+    picture.save(tmp_path / "palette.tif")
+    wanted = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(np.moveaxis(read_image(tmp_path / "palette.tif"), 0, 2), wanted)
+    smooth = np.tile(np.arange(64, dtype=np.uint8)[:, None, None] * 3, (1, 64, 3))
+    Image.fromarray(smooth).save(tmp_path / "jpeg.tif", compression="jpeg", quality=95)
+    found = read_image(tmp_path / "jpeg.tif").astype(int)
+    assert np.abs(np.moveaxis(found, 0, 2) - smooth).max() < 12
+
+
+def test_images_that_are_refused(tmp_path):
+    path = tmp_path / "image.tif"
+    with refused("NaN", save(path, np.full((4, 4), np.nan, np.float32))):
+        read_image(path)
+    with refused(r"values from 0.0 to 300.0; expected 0..1 or 0..255", path):
+        read_image(save(path, np.array([[0, 300.0]])))
+    with refused("values from -3 to 4", path):
+        read_image(save(path, np.array([[-3, 4]], np.int16)))
+    with refused("type complex64", path):
+        read_image(save(path, np.ones((4, 4), np.complex64)))
+    with refused("expected one picture", path):
+        read_image(save(path, np.zeros((3, 8, 8), np.uint8), photometric="minisblack"))
+    with refused("colour model SEPARATED", path):
+        read_image(save(path, np.zeros((8, 8, 4), np.uint8), photometric="separated"))
+    path.write_text("no picture")
+    with refused("cannot be read as TIFF", path):
+        read_image(path)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "absent.tif")
+
+
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
+def test_truncated_files_are_refused(tmp_path, compression, share):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / "image.tif", noise, compression=compression, photometric="rgb")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with refused("cut short|cannot be read", path):
+        read_image(path)
+
+
+def test_without_imagecodecs_pillow_reads_the_same(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "a", {})
+    Image.fromarray(RGB).quantize(8).save(tmp_path / "palette.tif", compression="tiff_lzw")
+    Image.fromarray(GREY).save(tmp_path / "grey.tif", compression="tiff_lzw")
+    paths = [folder / "image.tif", tmp_path / "palette.tif", tmp_path / "grey.tif"]
+    expected = [read_image(path) for path in paths]
+    ids = save(tmp_path / "class1.tif", GREY.astype(np.uint16), compression="lzw")
+    float_ids = save(tmp_path / "class2.tif", GREY.astype(np.float64), compression="lzw")
+
+    def no_codec(*args, **kwargs):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", no_codec)
+    for path, wanted in zip(paths, expected, strict=True):
+        assert np.array_equal(read_image(path), wanted)
+    assert np.array_equal(read_instance_map(ids), GREY)
+    with refused("Install imagecodecs", float_ids):
+        read_instance_map(float_ids)
+
+
+# Instance maps
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "int32", "int64", "uint8", "uint16", "uint32", "bool"]
+)
+def test_instance_maps_of_all_types(tmp_path, dtype):
+    ids = np.array([[0, 1, 1], [0, 0, 1]])
+    found = read_instance_map(save(tmp_path / "class1.tif", ids.astype(dtype)))
+    assert np.array_equal(found, ids)
+    assert found.dtype.kind == "i" or found.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("ids", "cause"),
+    [
+        (np.array([[0, 1.5]]), "id 1.5; expected whole numbers"),
+        (np.array([[0, -1.0]]), "id -1; expected whole numbers"),
+        (np.array([[0, -7]], np.int32), "id -7; expected whole numbers"),
+        (np.array([[0, np.nan]]), "NaN or infinite ids"),
+        (np.array([[0, np.inf]]), "NaN or infinite ids"),
+        (np.array([[0, 1e300]]), "expected whole numbers"),
+        (np.zeros((4, 5, 3), np.uint8), r"expected \(H, W\)"),
+    ],
+)
+def test_maps_that_are_refused(tmp_path, ids, cause):
+    options = dict(photometric="rgb") if ids.ndim == 3 else {}
+    path = save(tmp_path / "class1.tif", ids, **options)
+    with refused(cause, path):
+        read_instance_map(path)
+
+
+# Folders
+
+
+def test_ids_restart_and_leave_gaps_and_overlap(tmp_path):
+    one, two = np.zeros((12, 16)), np.zeros((12, 16))
+    one[:2], one[4:6] = 7, 90
+    two[5:7, :3], two[9, 9] = 7, 1  # id 7 again: another cell, overlapping that of class 1
+    sample = read_cell_folder(write_folder(tmp_path / "a", {1: one, 3: two}), 4)
+    assert (sample.size, sample.name, sample.labels.tolist()) == ((12, 16), "a", [1, 1, 3, 3])
+    assert sample.layers.shape == (2, 12, 16)
+    assert [(sample.layers == i).sum().item() for i in (1, 2, 3, 4)] == [32, 32, 1, 6]
+
+
+def test_absent_and_empty_classes(tmp_path):
+    sample = read_cell_folder(write_folder(tmp_path / "a", {2: np.zeros((12, 16))}), 4)
+    assert (sample.layers.shape, len(sample.labels)) == ((1, 12, 16), 0)
+    sample = read_cell_folder(write_folder(tmp_path / "b", {}), 4)
+    assert (sample.layers.shape, len(sample.labels)) == ((1, 12, 16), 0)
+
+
+def test_folders_that_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "a", {1: np.zeros((12, 15))})
+    with refused(
+        r"\(12, 15\) \(H, W\), but image.tif beside it is \(12, 16\)", folder / "class1.tif"
+    ):
+        read_cell_folder(folder, 4)
+    for name in ("class5.tif", "class0.tif", "classA.tif", "class1.tiff", "class01.tif"):
+        other = write_folder(tmp_path / name, {})
+        (other / name).write_bytes(b"")
+        with refused(r"not a known class; expected class1.tif .. class4.tif", other / name):
+            class_files(other, 4)
+    (tmp_path / "bare").mkdir()
+    with refused("no image.tif", tmp_path / "bare"):
+        read_cell_folder(tmp_path / "bare", 4)
+    (tmp_path / "none" / "train").mkdir(parents=True)
+    with refused("no folders", tmp_path / "none" / "train"):
+        training_folders(tmp_path / "none")
+
+
+def test_the_budget_bounds_what_is_kept(tmp_path):
+    folders = [write_folder(tmp_path / name, {1: np.eye(12, 16)}) for name in "abc"]
+    one = 12 * 16 * (3 + 4)
+    samples = CellFolders(folders, 4, cache_gb=2 * one / 1e9)
+    assert len(samples) == 3
+    assert samples[0] is samples[0]
+    assert samples[2] is not samples[2]
+    assert samples[2].labels.tolist() == [1]
+    assert samples.counts.tolist() == [[0, 1, 0, 0, 0]] * 3
+    assert [s.name for s in samples] == ["a", "b", "c"]
+
+
+# Test mapping
+
+
+def make_root(tmp_path, entries) -> Path:
+    (tmp_path / "test_release").mkdir(exist_ok=True)
+    (tmp_path / MAPPING_NAME).write_text(
+        entries if isinstance(entries, str) else json.dumps(entries)
+    )
+    return tmp_path
+
+
+ENTRY = dict(file_name="a.tif", id=3, height=10, width=14)
+
+
+def test_mapping(tmp_path):
+    root = make_root(tmp_path, [ENTRY])
+    save(root / "test_release" / "a.tif", RGB, compression="lzw", photometric="rgb")
+    (image,) = read_test_mapping(root)
+    assert image == (root / "test_release" / "a.tif", 3, 10, 14)
+    assert read_test_mapping(make_root(tmp_path, [])) == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "cause"),
+    [
+        ("{", "expected a JSON list"),
+        ([{"file_name": "a.tif", "id": 1}], "KeyError: 'height'"),
+        ([dict(ENTRY, id="1")], "expected a name and whole numbers"),
+        ([dict(ENTRY, file_name="../a.tif")], "expected a plain name"),
+        ([dict(ENTRY, file_name="/etc/passwd")], "expected a plain name"),
+        ([dict(ENTRY, file_name="..")], "expected a plain name"),
+        ([dict(ENTRY, file_name="a\\b.tif")], "expected a plain name"),
+        ([dict(ENTRY, file_name="")], "expected a plain name"),
+        ([ENTRY, dict(ENTRY, file_name="b.tif")], "id 3 occurs twice"),
+        ([ENTRY, dict(ENTRY, id=4)], "file_name 'a.tif' occurs twice"),
+        ([dict(ENTRY, file_name="b.tif")], "is not there"),
+        ([dict(ENTRY, width=15)], r"\(10, 14\) \(H, W\), but .* says \(10, 15\)"),
+    ],
+)
+def test_mappings_that_are_refused(tmp_path, entries, cause):
+    root = make_root(tmp_path, entries)
+    save(root / "test_release" / "a.tif", RGB, photometric="rgb")
+    with refused(cause, root):
+        read_test_mapping(root)
+
+
+def test_a_test_image_that_is_no_tiff_is_refused(tmp_path):
+    root = make_root(tmp_path, [ENTRY])
+    (root / "test_release" / "a.tif").write_bytes(b"II*\0")
+    with refused("cannot be read", root / "test_release" / "a.tif"):
+        read_test_mapping(root)
+
+
+# Split
+
+
+def test_split_is_by_image_repeatable_and_complete():
+    names = [f"n{i}" for i in range(10)]
+    split = split_images(names, 0.2, seed=1)
+    assert (len(split["train"]), len(split["val"])) == (8, 2)
+    assert sorted(split["train"] + split["val"]) == names
+    assert split == split_images(names[::-1], 0.2, seed=1)
+    assert split != split_images(names, 0.2, seed=2)
+    assert split_images(names, 0.0, 1)["val"] == []
+    assert split_images(["a", "b"], 0.01, 1)["val"] != []
+    assert split_images(["a"], 0.9, 1) == {"train": ["a"], "val": []}
+
+
+def test_write_json(tmp_path):
+    write_json({"a": [1]}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}
+
+
+# Real data
+
+
+def test_all_consep_folders_load():
+    root = real_data("consep")
+    samples = CellFolders(training_folders(root), 4, 4.0)
+    assert (len(samples), samples.counts.sum()) == (121, 16_333)
+    assert (samples.counts.sum(1) == 0).sum() == 1
+    assert all(int(s.layers.max()) == len(s.labels) for s in samples)
+    assert len(read_test_mapping(root)) == 68
+
+
+def test_the_real_hw3_folder_loads():
+    sample = read_cell_folder(real_data("hw3-real") / "train" / "sample", 4)
+    assert (sample.size, len(sample.labels)) == ((397, 482), 161)
+    assert sample.labels.bincount().tolist() == [0, 2, 159]
+
+
+def test_the_real_mapping_without_its_images_is_refused():
+    with refused("is not there, but .* lists it as 1"):
+        read_test_mapping(real_data("hw3-real"))

@@ -1,0 +1,87 @@
+from hypothesis import given, strategies
+from hypothesis.extra.numpy import arrays
+import numpy as np
+import pycocotools.mask
+import pytest
+
+from src_snippets.rle import decode_runs, encode_crop, encode_layers, encode_runs, mask_area, paint
+
+masks = strategies.tuples(strategies.integers(1, 12), strategies.integers(1, 12)).flatmap(
+    lambda s: arrays(bool, s)
+)
+
+
+def oracle(mask) -> dict:
+    rle = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
+def test_worked_example():
+    # Columns of 3: the pixels are numbers 1, 2 (column 0) and 3 (column 1): one run from 1 to 4.
+    mask = np.array([[0, 1], [1, 0], [1, 0]], bool)
+    rle = encode_crop(mask, 0, 0, 3, 2)
+    starts, ends = decode_runs(rle)
+    assert (starts.tolist(), ends.tolist()) == ([1], [4])
+    assert pycocotools.mask.decode(rle).tolist() == mask.astype(int).tolist()
+    assert mask_area(rle) == 3
+    assert decode_runs({"size": [3, 2], "counts": [1, 3, 2]})[0].tolist() == [1]
+
+
+@given(masks)
+def test_same_text_as_pycocotools(mask):
+    assert encode_crop(mask, 0, 0, *mask.shape) == oracle(mask)
+
+
+@given(
+    masks,
+    strategies.integers(0, 5),
+    strategies.integers(0, 5),
+    strategies.integers(0, 5),
+    strategies.integers(0, 5),
+)
+def test_crop_equals_whole(crop, top, left, below, right):
+    whole = np.pad(crop, ((top, below), (left, right)))
+    rle = encode_crop(crop, top, left, *whole.shape)
+    assert rle == oracle(whole)
+    assert mask_area(rle) == whole.sum()
+    assert (paint([rle], [7], *whole.shape) == 7 * whole).all()
+
+
+@given(strategies.integers(0, 2**31), strategies.integers(1, 400), strategies.integers(1, 400))
+def test_long_runs_decode(seed, height, width):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((height, width)) < rng.choice([0.001, 0.5, 0.999])
+    starts, ends = decode_runs(oracle(mask))
+    flat = np.zeros(height * width, bool)
+    for start, end in zip(starts, ends, strict=True):
+        flat[start:end] = True
+    assert (mask == flat.reshape(width, height).T).all()
+
+
+def test_counts_that_do_not_fill_the_image_are_refused():
+    with pytest.raises(ValueError, match="to 12"):
+        decode_runs({"size": [3, 4], "counts": [1, 3, 2]})
+
+
+def test_empty():
+    empty = encode_crop(np.zeros((0, 0), bool), 0, 0, 4, 5)
+    assert empty == oracle(np.zeros((4, 5), bool))
+    assert encode_runs([], [], 4, 5) == empty
+    assert mask_area(empty) == 0
+    assert encode_layers(np.zeros((1, 4, 5), np.int32), 0) == []
+    assert not paint([], [], 4, 5).any()
+
+
+@given(strategies.integers(0, 2**31))
+def test_layers_give_the_mask_of_each_id(seed):
+    rng = np.random.default_rng(seed)
+    layers = np.zeros((2, 9, 11), np.int32)
+    layers[0] = rng.choice([0, 1, 3], (9, 11))
+    layers[1] = rng.choice([0, 2], (9, 11))
+    rles = encode_layers(layers, 4)  # id 4 has no pixels
+    assert rles == [oracle((layers == i).any(0)) for i in range(1, 5)]
+
+
+def test_later_paint_covers_earlier():
+    rles = [oracle(np.array([[1, 1, 0]], bool)), oracle(np.array([[0, 1, 1]], bool))]
+    assert paint(rles, [5, 6], 1, 3).tolist() == [[5, 6, 6]]

@@ -1,0 +1,122 @@
+from hypothesis import given, settings, strategies
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from src_snippets.config import recipe
+from src_snippets.transforms import (
+    augment_sample,
+    augmentation,
+    collate,
+    nearest_index,
+    QuarterTurn,
+    training_target,
+    TrainingSet,
+    ZoomCrop,
+)
+from tests.conftest import empty_sample, make_sample
+
+GEOMETRY = recipe("baseline", crop=48, color_jitter=0.0, blur=0.0)
+
+
+def striped_sample(height=60, width=90):
+    """A sample whose image shows its instance map: each cell is a block of one grey value."""
+    ids = np.zeros((height, width), np.int64)
+    numbers = np.arange(1, 1 + (height // 15) * (width // 15)).reshape(height // 15, width // 15)
+    blocks = numbers.repeat(15, 0).repeat(15, 1)
+    ids[: blocks.shape[0], : blocks.shape[1]] = blocks
+    ids[np.arange(height) % 15 >= 11] = 0
+    ids[:, np.arange(width) % 15 >= 11] = 0
+    sample = make_sample([ids], [2])
+    sample.image[:] = sample.layers[0] * 10
+    return sample
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_image_and_layers_move_together(seed):
+    torch.manual_seed(seed)
+    moved = augment_sample(striped_sample(), augmentation(GEOMETRY))
+    assert moved.image.shape[-2:] == moved.layers.shape[-2:]
+    assert max(moved.size) <= 48
+    shown, wanted = moved.image[0].float(), moved.layers[0] * 10.0
+    # Apart from pixels that mix two values on an edge, the image shows the id in the map.
+    inner = torch.nn.functional.max_pool2d(wanted[None], 5, 1, 2)[0] == wanted
+    inner &= -torch.nn.functional.max_pool2d(-wanted[None], 5, 1, 2)[0] == wanted
+    assert inner.float().mean() > 0.1
+    assert (shown[inner] - wanted[inner]).abs().max() <= 1
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_magnified_edges_do_not_shift(turned):
+    ids = np.zeros((40, 40), np.int64)
+    ids[10:20] = 1
+    sample = make_sample([ids.T if turned else ids], [1])
+    sample.image[:] = sample.layers[0] * 200
+    moved = augment_sample(sample, ZoomCrop(120, (3.0, 3.0)))
+    assert moved.size == (120, 120)
+    assert torch.equal(moved.layers[0] > 0, moved.image[0] > 100)
+
+
+def test_quarter_turns_take_all_four_positions():
+    layers = torch.tensor([[[1, 2], [3, 4]]], dtype=torch.int32)
+    torch.manual_seed(0)
+    seen = {str(QuarterTurn()(tv_tensors.Mask(layers)).tolist()) for _ in range(60)}
+    assert len(seen) == 4
+
+
+def test_nearest_index_takes_the_pixel_under_the_centre():
+    assert nearest_index(2, 4).tolist() == [0, 0, 1, 1]
+    assert nearest_index(4, 2).tolist() == [1, 3]
+    assert nearest_index(1, 3).tolist() == [0, 0, 0]
+
+
+def test_target_is_tight_and_drops_slivers():
+    ids = np.zeros((10, 12), np.int64)
+    ids[2:6, 3:8], ids[9, 0:2] = 4, 9
+    sample = make_sample([ids], [3])
+    target = training_target(sample, min_area=4)
+    assert target["boxes"].tolist() == [[3, 2, 8, 6]]
+    assert (target["labels"].tolist(), target["ids"].tolist()) == ([3], [1])
+    both = training_target(sample, min_area=1)
+    assert both["boxes"].tolist() == [[3, 2, 8, 6], [0, 9, 2, 10]]
+    assert both["homes"].tolist() == [0, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.integers(0, 2**31))
+def test_derived_boxes_fit_what_is_left(seed):
+    torch.manual_seed(seed)
+    target = training_target(augment_sample(striped_sample(), augmentation(GEOMETRY)), 4)
+    for box, i, home in zip(target["boxes"].int(), target["ids"], target["homes"], strict=True):
+        y, x = torch.nonzero(target["layers"][home] == i, as_tuple=True)
+        assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        assert len(y) >= 4
+
+
+def test_samples_without_cells():
+    item = TrainingSet([empty_sample()], GEOMETRY)[0]
+    image, target = item
+    assert image.dtype == torch.uint8
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].dtype == torch.int64
+    assert target["name"] == "drawn"
+    images, targets = collate([item, item])
+    assert (len(images), len(targets)) == (2, 2)
+
+
+def test_the_whole_chain_keeps_types_and_leaves_the_sample_alone():
+    sample = striped_sample()
+    before = sample.image.clone()
+    torch.manual_seed(0)
+    moved = augment_sample(sample, augmentation(recipe("baseline", crop=32, blur=1.0)))
+    assert type(moved.image) is type(moved.layers) is torch.Tensor
+    assert (moved.image.dtype, moved.layers.dtype) == (torch.uint8, torch.int32)
+    assert torch.equal(sample.image, before)
+
+
+def test_a_field_smaller_than_the_crop_is_taken_whole():
+    sample = make_sample([np.eye(20, 30, dtype=int)], [1])
+    moved = augment_sample(sample, ZoomCrop(64, (1.0, 1.0)))
+    assert torch.equal(moved.layers, sample.layers)
+    assert torch.equal(moved.image, sample.image)

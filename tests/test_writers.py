@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+import zipfile
+
+import numpy as np
+import pytest
+
+from src_snippets.evaluate import coco_results
+from src_snippets.forms import truth_instances
+from src_snippets.readers import ImageRecord
+from src_snippets.writers import (
+    BadResults,
+    check_entry,
+    check_results,
+    check_rle,
+    check_zip,
+    write_results,
+)
+from tests.conftest import empty_sample, make_sample
+
+IMAGES = [ImageRecord(Path("a.tif"), 5, 20, 30), ImageRecord(Path("b.tif"), 9, 40, 50)]
+
+
+def found_cell():
+    ids = np.zeros((20, 30), np.int64)
+    ids[3:9, 5:25] = 1
+    return truth_instances(make_sample([ids], [2]))
+
+
+@pytest.fixture
+def answers():
+    return {5: found_cell(), 9: truth_instances(empty_sample(40, 50))}
+
+
+def test_the_written_files_are_a_valid_submission(answers, tmp_path, capsys):
+    results, archive = write_results(answers, IMAGES, tmp_path, 4)
+    assert (results.name, archive.name) == ("test-results.json", "test-results.zip")
+    (entry,) = json.loads(results.read_text())
+    assert (entry["image_id"], entry["category_id"], entry["score"]) == (5, 2, 1.0)
+    assert entry["bbox"] == [5.0, 3.0, 20.0, 6.0]
+    assert entry["segmentation"]["size"] == [20, 30]
+    with zipfile.ZipFile(archive) as file:
+        assert file.namelist() == ["test-results.json"]
+    assert "1 cells in 2 images (1 without any)" in capsys.readouterr().out
+    assert check_results(results, IMAGES, 4) == [9]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["test-results.json", "test-results.zip"]
+
+
+def test_no_detections_at_all_is_a_valid_file(tmp_path):
+    answers = {
+        image.image_id: truth_instances(empty_sample(image.height, image.width)) for image in IMAGES
+    }
+    results, _ = write_results(answers, IMAGES, tmp_path, 4)
+    assert json.loads(results.read_text()) == []
+
+
+def test_a_missing_answer_is_refused_and_the_old_file_stays(answers, tmp_path):
+    results, _ = write_results(answers, IMAGES, tmp_path, 4)
+    before = results.read_bytes()
+    with pytest.raises(BadResults, match="No answer for 1 images, the first with id 9"):
+        write_results({5: answers[5]}, IMAGES, tmp_path, 4)
+    with pytest.raises(BadResults, match=r"expected 1\.\.1"):
+        write_results(answers, IMAGES, tmp_path, 1)
+    assert results.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+ENTRY = coco_results({5: found_cell()})[0]
+SIZES = {5: (20, 30)}
+BAD_RLE = {
+    "size": dict(size=[30, 20]),
+    "list": dict(counts=[1, 2]),
+    "text": dict(counts="~~~~"),
+    "empty": dict(counts="hb0"),  # 600 background pixels
+}
+
+
+def test_a_right_entry_passes():
+    assert check_entry(ENTRY, SIZES, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(image_id=6), "image_id 6 is not in the mapping"),
+        (dict(category_id=5), "category_id 5; expected 1..4"),
+        (dict(category_id=0), "category_id 0"),
+        (dict(category_id=True), "category_id True"),
+        (dict(score=float("nan")), "score nan"),
+        (dict(score=1.5), "score 1.5"),
+        (dict(score="1"), "score '1'"),
+        (dict(bbox=[5, 3, 20]), "expected x, y, width, height"),
+        (dict(bbox=[5, 3, 0, 6]), "empty or leaves the image"),
+        (dict(bbox=[-1, 3, 4, 6]), "leaves the image"),
+        (dict(bbox=[5, 3, 26, 6]), "leaves the image"),
+        (dict(bbox=[5, 3, 20, 18]), "leaves the image"),
+        (dict(bbox=[5, 3, 20, float("nan")]), "empty or leaves the image"),
+        (dict(segmentation=None), "expected an object with size and counts"),
+    ],
+)
+def test_each_rule_catches_its_breach(change, problem):
+    assert problem in check_entry(ENTRY | change, SIZES, 4)
+
+
+@pytest.mark.parametrize("name", BAD_RLE)
+def test_wrong_run_lengths_are_caught(name):
+    problem = check_rle(ENTRY["segmentation"] | BAD_RLE[name], (20, 30))
+    assert problem.startswith("segmentation")
+
+
+def test_entries_that_lack_a_key_are_caught():
+    assert "expected an object with bbox" in check_entry({"image_id": 5}, SIZES, 4)
+    assert "expected an object" in check_entry([], SIZES, 4)
+
+
+def test_files_that_are_no_results(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("{")
+    with pytest.raises(BadResults, match="not JSON"):
+        check_results(path, IMAGES, 4)
+    path.write_text("{}")
+    with pytest.raises(BadResults, match="expected a list"):
+        check_results(path, IMAGES, 4)
+    path.write_text(json.dumps([ENTRY, ENTRY | {"score": 2}]))
+    with pytest.raises(BadResults, match="entry 1: score 2"):
+        check_results(path, IMAGES, 4)
+
+
+def test_zips_with_other_content_are_refused(answers, tmp_path):
+    results, archive = write_results(answers, IMAGES, tmp_path, 4)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("notes.txt", "x")
+    with pytest.raises(BadResults, match=r"expected only test-results\.json"):
+        check_zip(archive, results)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("test-results.json", "[]")
+    with pytest.raises(BadResults, match="differs"):
+        check_zip(archive, results)
