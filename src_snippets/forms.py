@@ -42,6 +42,7 @@ class CellSample:
         return tuple(self.image.shape[-2:])
 
 
+# %%
 @dataclass(frozen=True)
 class Instances:
     """The answer for one image, best first where a model made it.
@@ -97,6 +98,7 @@ def renumber(instance_map: np.ndarray, first: int) -> tuple[np.ndarray, int]:
     return table[instance_map], int(present.sum())
 
 
+# %%
 def pack_layers(maps: Sequence[np.ndarray], classes: Sequence[int], size: tuple[int, int]):
     """Packs one instance map a class into as few layers as overlaps allow.
 

@@ -32,6 +32,7 @@ PACKAGES = (
 )
 
 
+# %%
 def install_missing(packages=PACKAGES) -> None:
     """Installs packages that cannot be imported, and says what happens where that fails.
 

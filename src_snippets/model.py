@@ -110,6 +110,7 @@ def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_p
     return answer
 
 
+# %%
 def batch_targets(targets, boxes, matched, image_shapes, size: int, half_pixel: bool) -> Tensor:
     """`mask_targets` of a batch, joined; boxes are in pixels of images of `image_shapes`."""
     parts = []
@@ -321,6 +322,7 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     return sorted(differs)
 
 
+# %%
 def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     """Builds the Mask R-CNN of a configuration.
 
@@ -342,6 +344,7 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     return model
 
 
+# %%
 def initial_weights(config: Config) -> tuple[dict | None, dict | None]:
     """The state dicts to start from: of the trunk, of the whole model; None where there is none."""
     if config.weights == "none":
@@ -406,6 +409,7 @@ def paste_weights(low: float, high: float, size: int, limit: int, half_pixel: bo
     return int(pixels[0]) if len(pixels) else 0, weights[:, 1:-1]
 
 
+# %%
 def paste_mask(mask: np.ndarray, box, size, threshold: float, half_pixel: bool) -> dict | None:
     """The COCO RLE of one predicted mask, made inside its box.
 
@@ -446,6 +450,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+# %%
 @torch.inference_mode()
 def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[Instances]:
     """Finds the cells of a batch of images.

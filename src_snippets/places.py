@@ -46,6 +46,7 @@ def find_dataset(environ: Mapping[str, str], searched: Sequence[str] = SEARCHED_
     return roots[0] if roots else None
 
 
+# %%
 def dataset_roots(folder: Path, depth: int = 4):
     """Yields the folders at or below `folder` that hold `train/` and the test mapping."""
     if (folder / "train").is_dir() and (folder / MAPPING_NAME).is_file():

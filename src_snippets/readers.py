@@ -115,6 +115,7 @@ def to_uint8(pixels: np.ndarray, path: Path) -> np.ndarray:
     return (pixels >> max(int(high).bit_length() - 8, 0)).astype(np.uint8)
 
 
+# %%
 def read_image(path: Path) -> np.ndarray:
     """Reads an image as RGB.
 
@@ -193,6 +194,7 @@ def class_files(folder: Path, num_classes: int) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+# %%
 def read_cell_folder(folder: Path, num_classes: int) -> CellSample:
     """Reads one training folder.
 
@@ -259,6 +261,7 @@ class CellFolders(Sequence):
         return self._kept[index]
 
 
+# %%
 def training_folders(root: Path) -> list[Path]:
     """The folders in `train/`, by name.
 
@@ -311,6 +314,7 @@ def read_test_mapping(root: Path) -> list[ImageRecord]:
     return images
 
 
+# %%
 def check_test_image(image: ImageRecord, mapping: Path) -> None:
     """Raises BadInput where a test image is missing or its header states another size."""
     if not image.path.is_file():

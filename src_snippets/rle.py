@@ -68,6 +68,7 @@ def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
     return starts[filled], ends[filled]
 
 
+# %%
 def counts_from_text(text: bytes) -> np.ndarray:
     """The (K,) int64 counts behind COCO's compressed text; see `decode_runs`."""
     codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48

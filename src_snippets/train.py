@@ -19,6 +19,7 @@ from pathlib import Path
 import time
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 import torch
 from torch import nn
@@ -170,6 +171,7 @@ def save_checkpoint(content: dict, path: Path) -> None:
         torch.save(content, partial)
 
 
+# %%
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint without running any code from it.
 
@@ -213,6 +215,7 @@ class TrainingRun:
     def __init__(self, config: Config, folder: Path, loader: DataLoader):
         self.config, self.folder = config, folder
         self.history, self.best = [], -1.0
+        AcceleratorState._reset_state(reset_partial_state=True)  # precision may have been changed
         self.accelerator = Accelerator(
             mixed_precision=choose_precision(config, default_device()),
             dataloader_config=DataLoaderConfiguration(
@@ -279,6 +282,7 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
         torch.cuda.empty_cache()  # crops differ in size; what the cache holds may not fit the next
 
 
+# %%
 def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
     """Trains a model, or goes on with the run that lies in `folder`.
 

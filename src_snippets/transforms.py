@@ -144,6 +144,7 @@ class TrainingSet(Dataset):
         return sample.image, training_target(sample, self.min_area) | {"name": sample.name}
 
 
+# %%
 def collate(pairs):
     """A batch of pairs as a list of images and a list of targets; sizes may differ."""
     return tuple(map(list, zip(*pairs, strict=True)))

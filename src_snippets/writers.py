@@ -55,6 +55,7 @@ def check_entry(entry, sizes: Mapping[int, tuple[int, int]], num_classes: int) -
     return check_rle(entry["segmentation"], size)
 
 
+# %%
 def check_rle(rle, size: tuple[int, int]) -> str | None:
     """What is wrong with a run-length encoded mask, or None."""
     if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str):

@@ -77,10 +77,25 @@ def test_each_public_name_is_bound_once(notebook):
     assert counts["fit"] == counts["Config"] == counts["np"] == 1
 
 
+def code_lines(source):
+    """Lines that are not blank, comment or docstring."""
+    text = set()
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and isinstance(body[0], ast.Expr):
+            text |= set(range(body[0].lineno, body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(bool(line.strip()) and line.strip()[0] != "#" and n not in text for n, line in lines)
+
+
 def test_cells_are_short_and_the_notebook_within_its_budget(notebook):
-    lines = {cell.id: len(cell.source.splitlines()) for cell in code_cells(notebook)}
-    assert {name: n for name, n in lines.items() if n > 60} == {}
-    assert sum(lines.values()) < 2000
+    def limit(cell):
+        is_class = any(isinstance(node, ast.ClassDef) for node in ast.parse(cell.source).body)
+        return 60 if is_class or cell.id == "imports-01" else 40
+
+    lines = {c.id: (len(c.source.splitlines()), limit(c)) for c in code_cells(notebook)}
+    assert {name: n for name, (n, most) in lines.items() if n > most} == {}
+    assert sum(code_lines(cell.source) for cell in code_cells(notebook)) < 2000
     prose = [c for c in notebook.cells if c.cell_type == "markdown"]
     assert prose[0].source.startswith("# ")
 

@@ -85,26 +85,21 @@ def test_a_finished_run_is_not_trained_again(finished, parts, tiny_config, capsy
     assert "2 of 2 epochs are done" in capsys.readouterr().out
 
 
-def test_going_on_after_an_epoch_equals_never_stopping(finished, parts, tiny_config, tmp_path):
+def test_going_on_after_an_epoch_equals_never_stopping(
+    finished, parts, tiny_config, tmp_path, monkeypatch
+):
     _, whole = finished
 
-    class Stopped(Exception):
-        pass
+    saved = TrainingRun.save
 
-    from src_snippets import train
+    def save_and_stop(self, row, is_best):
+        saved(self, row, is_best)
+        raise KeyboardInterrupt
 
-    saved = train.TrainingRun.save
-    try:
-
-        def save_and_stop(self, row, is_best):
-            saved(self, row, is_best)
-            raise Stopped
-
-        train.TrainingRun.save = save_and_stop
-        with pytest.raises(Stopped):
-            fit(tiny_config, *parts, tmp_path)
-    finally:
-        train.TrainingRun.save = saved
+    monkeypatch.setattr(TrainingRun, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_config, *parts, tmp_path)
+    monkeypatch.undo()
     assert len(load_checkpoint(tmp_path / "last.pt")["history"]) == 1
     fit(tiny_config, *parts, tmp_path)
     wanted, found = (load_checkpoint(f / "last.pt")["model"] for f in (whole, tmp_path))
@@ -126,6 +121,23 @@ def test_without_validation_the_last_epoch_is_best(parts, tiny_config, tmp_path)
     assert "AP50" not in history[0]
     best, last = (load_checkpoint(tmp_path / name)["model"] for name in ("best.pt", "last.pt"))
     assert all(torch.equal(best[key], last[key]) for key in last)
+
+
+def test_mixed_precision_trains_and_may_be_changed_in_one_session(parts, tiny_config, tmp_path):
+    for precision in ("bf16", "no"):
+        config = replace(tiny_config, epochs=1, precision=precision)
+        folder = run_folder(tmp_path, config, [])
+        history = fit(config, parts[0], [], folder)
+        assert math.isfinite(history[0]["loss"])
+        state = load_checkpoint(folder / "best.pt")["model"]
+        assert {v.dtype for v in state.values()} == {torch.float32, torch.int64}
+
+
+def test_the_full_size_recipe_trains(parts, tmp_path):
+    config = recipe("baseline", weights="none", epochs=1, crop=64, batch_size=2)
+    history = fit(config, parts[0][:2], parts[1][:1], tmp_path)
+    assert math.isfinite(history[0]["loss"])
+    assert history[0]["AP50"] is not None
 
 
 def test_fields_without_cells_train(tiny_config, tmp_path):
