@@ -1,8 +1,11 @@
-"""Builds `hw3.ipynb` from the story: `python -m src_snippets.assemble [--check]`."""
+"""Builds `hw3.ipynb` from the story, and the README's table of settings from `config.py`.
+
+`python -m src_snippets.assemble [--check]`
+"""
 
 import argparse
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 import difflib
 from pathlib import Path
 import re
@@ -10,9 +13,12 @@ import sys
 
 import nbformat
 
+from src_snippets.config import Config
+
 PACKAGE = "src_snippets"
 FOLDER = Path(__file__).parent
-NOTEBOOK = FOLDER.parent / "hw3.ipynb"
+ROOT = FOLDER.parent
+TABLE_BEGIN, TABLE_END = "<!-- settings: built from config.py -->\n", "<!-- end of settings -->\n"
 COMMAND = f"python -m {PACKAGE}.assemble"
 METADATA = {
     # A GPU is chosen by itself where the notebook is uploaded.
@@ -153,27 +159,55 @@ def build_notebook(story: Path = FOLDER / "notebook.py") -> str:
     return nbformat.writes(notebook) + "\n"
 
 
+def settings_table(source: Path = FOLDER / "config.py") -> str:
+    """The fields of `Config` as a Markdown table: name, default, range or choices, comment."""
+    comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source.read_text(), re.MULTILINE))
+    rows = ["| setting | default | range | meaning |", "|---|---|---|---|"]
+    for field in fields(Config):
+        limits = field.metadata
+        valid = ", ".join(limits.get("choices", ()))
+        if "low" in limits:
+            valid = f"{limits['low']} to {limits['high']}"
+        rows.append(f"| `{field.name}` | `{field.default}` | {valid} | {comments[field.name]} |")
+    return "\n".join(rows) + "\n"
+
+
+def build_readme(text: str) -> str:
+    """The README with its table of settings made anew.
+
+    Raises:
+        ValueError: the two lines that enclose the table are not there.
+    """
+    before, begin, rest = text.partition(TABLE_BEGIN)
+    _, end, after = rest.partition(TABLE_END)
+    if not (begin and end):
+        raise ValueError(f"README.md: expected the lines {TABLE_BEGIN!r} and {TABLE_END!r}.")
+    return f"{before}{begin}\n{settings_table()}\n{end}{after}"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the notebook, or with `--check` says whether it is fresh; returns the exit status."""
+    """Writes what is built, or with `--check` says whether it is fresh; returns the exit status."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail with a diff if it is stale")
     parser.add_argument(
-        "--notebook", type=Path, default=NOTEBOOK, help="the file to write or check"
+        "--check", action="store_true", help="fail with a diff if anything is stale"
     )
+    parser.add_argument("--folder", type=Path, default=ROOT, help="of hw3.ipynb and README.md")
     options = parser.parse_args(arguments)
-    built = build_notebook()
-    if not options.check:
-        options.notebook.write_text(built)
-        return 0
-    there = options.notebook.read_text() if options.notebook.exists() else ""
-    if there == built:
-        return 0
-    names = (str(options.notebook), "as built now")
-    print(
-        "\n".join(difflib.unified_diff(there.splitlines(), built.splitlines(), *names, lineterm=""))
-    )
-    print(f"{options.notebook} is stale. Edit {PACKAGE}/, never the notebook, and run: {COMMAND}")
-    return 1
+    notebook, readme = options.folder / "hw3.ipynb", options.folder / "README.md"
+    status = 0
+    for path, built in ((notebook, build_notebook()), (readme, build_readme(readme.read_text()))):
+        there = path.read_text() if path.exists() else ""
+        if there == built:
+            continue
+        if not options.check:
+            path.write_text(built)
+            continue
+        names = (str(path), "as built now")
+        lines = difflib.unified_diff(there.splitlines(), built.splitlines(), *names, lineterm="")
+        print("\n".join(lines))
+        print(f"{path} is stale. Edit {PACKAGE}/, never what is built, and run: {COMMAND}")
+        status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -53,9 +53,7 @@ class Config:
     box_convs: int = within(4, 0, 8)  # convolutions in the box head
     box_features: int = within(1024, 16, 4096)  # width of the box head's last layer
     mask_convs: int = within(4, 1, 8)  # convolutions in the mask head
-    scale: float = within(
-        1.0, 0.25, 8.0
-    )  # network px per image px; 2 finds smaller cells, costs 4x
+    scale: float = within(1.0, 0.25, 8.0)  # network px per image px; 2: smaller cells, 4x cost
     anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, 5 levels
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height over width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU above which the weaker proposal goes

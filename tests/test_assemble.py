@@ -1,19 +1,24 @@
 import ast
 from collections import Counter
+from dataclasses import fields
+import shutil
 
 import nbformat
 import pytest
 
 from src_snippets.assemble import (
     build_notebook,
+    build_readme,
     foreign_imports,
     format_imports,
     imports_only,
     inline_sections,
     main,
-    NOTEBOOK,
     read_cells,
+    ROOT,
+    settings_table,
 )
+from src_snippets.config import Config
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +107,27 @@ def test_cells_are_short_and_the_notebook_within_its_budget(notebook):
 
 def test_check_shows_the_difference_and_the_command(tmp_path, capsys):
     stale = tmp_path / "hw3.ipynb"
-    assert main(["--check", "--notebook", str(stale)]) == 1
-    main(["--notebook", str(stale)])
-    assert main(["--check", "--notebook", str(stale)]) == 0
-    assert stale.read_bytes() == NOTEBOOK.read_bytes()
+    shutil.copy(ROOT / "README.md", tmp_path)
+    folder = ["--folder", str(tmp_path)]
+    assert main(["--check", *folder]) == 1
+    main(folder)
+    assert main(["--check", *folder]) == 0
+    assert stale.read_bytes() == (ROOT / "hw3.ipynb").read_bytes()
     stale.write_text(stale.read_text().replace("# Cell instance segmentation", "# Edited"))
     capsys.readouterr()
-    assert main(["--check", "--notebook", str(stale)]) == 1
+    assert main(["--check", *folder]) == 1
     out = capsys.readouterr().out
     assert "# Edited" in out
     assert "run: python -m src_snippets.assemble" in out
+
+
+def test_the_table_of_settings_has_every_field():
+    rows = settings_table().splitlines()[2:]
+    assert len(rows) == len(fields(Config))
+    assert rows[1].startswith("| `seed` | `0` | 0 to 2147483647 | split, initial weights")
+    assert "| `schedule` | `constant` | constant, cosine |" in "\n".join(rows)
+    with pytest.raises(ValueError, match=r"README\.md: expected the lines"):
+        build_readme("# No table")
 
 
 # The parts, on small stories
@@ -165,7 +181,7 @@ def test_stories_that_cannot_be_placed_are_refused(tmp_path):
 def test_sections_define_and_do_nothing():
     """Only definitions, constants and imports stand at the top level of a section."""
     allowed = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-    for path in sorted(NOTEBOOK.parent.glob("src_snippets/*.py")):
+    for path in sorted(ROOT.glob("src_snippets/*.py")):
         if path.stem in ("notebook", "assemble"):
             continue
         for node in ast.parse(path.read_text()).body:
@@ -175,13 +191,13 @@ def test_sections_define_and_do_nothing():
 
 def test_sections_import_only_sections_that_stand_above():
     order = []
-    for cell in read_cells(NOTEBOOK.parent / "src_snippets" / "notebook.py"):
+    for cell in read_cells(ROOT / "src_snippets" / "notebook.py"):
         for node in imports_only(cell) or []:
             if isinstance(node, ast.ImportFrom) and node.module.startswith("src_snippets."):
                 order.append(node.module.split(".")[1])
     assert len(set(order)) == len(order) == 15
     for place, name in enumerate(order):
-        tree = ast.parse((NOTEBOOK.parent / "src_snippets" / f"{name}.py").read_text())
+        tree = ast.parse((ROOT / "src_snippets" / f"{name}.py").read_text())
         modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         needed = {m.split(".")[1] for m in modules if m.startswith("src_snippets.")}
         assert needed <= set(order[:place]), name

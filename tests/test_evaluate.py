@@ -62,7 +62,7 @@ def test_ap_worked_by_hand(two_cells):
     half = cell(0, 0)
     half[2:4] = 0
     scores = average_precision(truth, {1: answer([half], [1], [1.0])})
-    assert scores["classes"][1] == {"AP": pytest.approx(0.1), "AP50": 1.0, "AP75": 0.0, "cells": 1}
+    assert scores["classes"][1] == pytest.approx({"AP": 0.1, "AP50": 1.0, "AP75": 0.0, "cells": 1})
 
 
 def test_a_cap_of_100_hides_the_101st():
