@@ -11,16 +11,20 @@ import torch
 
 from src_snippets.config import recipe
 from src_snippets.demo import make_demo, save_lzw
-from src_snippets.forms import CellSample, pack_layers
+from src_snippets.forms import CellSample, Instances, pack_layers
 from src_snippets.readers import CellFolders, training_folders
+from src_snippets.rle import decode_runs, encode_runs
 
+ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("HW3_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def pytest_configure(config):
     """The notebook that nbval executes takes the demo and leaves nothing in the repository."""
+    folder = tempfile.TemporaryDirectory(prefix="hw3-results-")
+    config.add_cleanup(folder.cleanup)
     os.environ.setdefault("HW3_DATA", "demo")
-    os.environ.setdefault("HW3_OUT", tempfile.mkdtemp(prefix="hw3-results-"))
+    os.environ.setdefault("HW3_OUT", folder.name)
 
 
 def real_data(name: str) -> Path:
@@ -52,6 +56,30 @@ def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Pa
     for label, ids in maps.items():
         tifffile.imwrite(folder / f"class{label}.tif", np.asarray(ids, np.float64))
     return folder
+
+
+def jittered(truth: dict, seed=0) -> dict[int, Instances]:
+    """Copies of the truth, moved by some pixels, with scores, wrong classes, doubles and misses."""
+    rng = np.random.default_rng(seed)
+    answers = {}
+    for image in truth["images"]:
+        height, width = image["height"], image["width"]
+        rows = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
+        rles, labels, boxes = [], [], []
+        for row in rows:
+            for _ in range(rng.choice([0, 1, 1, 1, 2])):
+                starts, ends = decode_runs(row["segmentation"])
+                shift = int(rng.integers(-3, 4)) + height * int(rng.integers(-3, 4))
+                starts, ends = np.clip([starts + shift, ends + shift], 0, height * width)
+                rles.append(encode_runs(starts[ends > starts], ends[ends > starts], height, width))
+                labels.append(row["category_id"] if rng.random() < 0.9 else rng.integers(1, 5))
+                x, y, w, h = row["bbox"]
+                boxes.append([x, y, x + w, y + h])
+        scores = np.round(rng.random(len(rles)), 2).astype(np.float32)  # with ties
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        labels = np.array(labels, np.int64)
+        answers[image["id"]] = Instances(boxes, scores, labels, rles, (height, width))
+    return answers
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from src_snippets.evaluate import (
     precision_table,
 )
 from src_snippets.forms import coco_truth, Instances, truth_instances
-from src_snippets.rle import decode_runs, encode_crop, encode_runs, mask_area, paint
-from tests.conftest import empty_sample, make_sample, real_data
+from src_snippets.rle import encode_crop, mask_area, paint
+from tests.conftest import empty_sample, jittered, make_sample, real_data
 
 
 def answer(masks, labels, scores) -> Instances:
@@ -80,30 +80,6 @@ def test_nothing_found_nothing_there(two_cells):
     assert bare["AP50"] is None
     assert "-1" not in format_scores(bare)
     assert format_scores(bare).splitlines()[1].split() == ["all", "-", "-", "-", "-", "0"]
-
-
-def jittered(truth: dict, seed=0) -> dict[int, Instances]:
-    """Copies of the truth, moved by some pixels, with scores, wrong classes, doubles and misses."""
-    rng = np.random.default_rng(seed)
-    answers = {}
-    for image in truth["images"]:
-        height, width = image["height"], image["width"]
-        rows = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
-        rles, labels, boxes = [], [], []
-        for row in rows:
-            for _ in range(rng.choice([0, 1, 1, 1, 2])):
-                starts, ends = decode_runs(row["segmentation"])
-                shift = int(rng.integers(-3, 4)) + height * int(rng.integers(-3, 4))
-                starts, ends = np.clip([starts + shift, ends + shift], 0, height * width)
-                rles.append(encode_runs(starts[ends > starts], ends[ends > starts], height, width))
-                labels.append(row["category_id"] if rng.random() < 0.9 else rng.integers(1, 5))
-                x, y, w, h = row["bbox"]
-                boxes.append([x, y, x + w, y + h])
-        scores = np.round(rng.random(len(rles)), 2).astype(np.float32)  # with ties
-        boxes = np.array(boxes, np.float32).reshape(-1, 4)
-        labels = np.array(labels, np.int64)
-        answers[image["id"]] = Instances(boxes, scores, labels, rles, (height, width))
-    return answers
 
 
 @pytest.fixture(scope="module")
