@@ -70,9 +70,10 @@ def find_weights(published, attached: Sequence[str] = ("/kaggle/input",)) -> Pat
     """
     name = published.url.rsplit("/", 1)[-1]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    candidates = [cached, *(path for folder in attached for path in Path(folder).rglob(name))]
-    for path in candidates:
-        if path.is_file():
+    if cached.is_file():
+        return cached
+    for folder in attached:
+        if path := next(Path(folder).rglob(name), None):
             return path
     cached.parent.mkdir(parents=True, exist_ok=True)
     digest = name.rsplit("-", 1)[-1].removesuffix(".pth")

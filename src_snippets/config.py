@@ -65,7 +65,7 @@ class Config:
     batch_size: int = within(2, 1, 256)  # crops a step and process; lower when memory runs out
     lr: float = within(1e-4, 1e-7, 1.0)  # AdamW's highest rate
     weight_decay: float = within(0.01, 0.0, 1.0)  # of weights; norms and biases are not decayed
-    warmup_steps: int = within(500, 0, 100_000)  # steps in which the rate rises from 0
+    warmup_steps: int = within(500, 0, 100_000)  # steps of rising rate; at most a fifth of all
     schedule: str = one_of("constant", "cosine")  # the rate after the warm-up
     clip_norm: float = within(1.0, 0.0, 1000.0)  # largest gradient norm; 0: no clipping
     precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU
@@ -156,7 +156,7 @@ def check_setting(config_field, value):
 
 
 # %%
-def recipe(name: str, **changes) -> Config:
+def recipe(name: str, /, **changes) -> Config:
     """The settings of a recipe with some fields changed.
 
     Args:

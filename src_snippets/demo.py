@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 import tifffile
 
-from src_snippets.places import MAPPING_NAME
+from src_snippets.places import MAPPING_NAME, written_whole
 
 # %%
 # Radius in pixels, how far the outline departs from a circle and with how many lobes, colours of
@@ -169,5 +169,6 @@ def make_demo(root: Path, train: int = 40, test: int = 8, seed: int = 7) -> Path
             save_lzw(image, root / "test_release" / f"{name}.tif")
             entry = dict(file_name=f"{name}.tif", id=index - train + 1, height=height, width=width)
             entries.append(entry)
-    (root / MAPPING_NAME).write_text(json.dumps(entries))
+    with written_whole(root / MAPPING_NAME) as partial:
+        partial.write_text(json.dumps(entries))
     return root

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -18,7 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_inference, RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import box_iou, MultiScaleRoIAlign
 
 from src_snippets.backbones import (
     build_backbone,
@@ -121,8 +122,9 @@ def batch_targets(targets, boxes, matched, image_shapes, size: int, half_pixel: 
 
 
 # %% [markdown]
-# Under mixed precision, anchors and box offsets stay in float32. In bfloat16 neighbouring numbers
-# near 512 lie 4 apart: anchors would be moved by pixels, more than half a small cell.
+# Under mixed precision, anchors are made and boxes decoded in float32. In bfloat16 neighbouring
+# numbers near 512 lie 4 apart: rounding would move an anchor by up to 2 pixels, a quarter of the
+# smallest one.
 
 
 # %%
@@ -140,6 +142,44 @@ class Float32RPNHead(RPNHead):
     def forward(self, x):
         logits, offsets = super().forward(x)
         return [v.float() for v in logits], [v.float() for v in offsets]
+
+
+# %% [markdown]
+# Anchors are matched to cells in chunks: a table of all overlaps, cells x anchors, would grow with
+# the number of cells and reach gigabytes on a dense field.
+
+
+# %%
+class ChunkedMatcher(Matcher):
+    """torchvision's `Matcher` with equal results, given boxes in place of their table of IoUs.
+
+    At most 4e6 overlaps are held at a time.
+    """
+
+    def __call__(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        """Matches (N, 4) cells and (A, 4) anchors, N >= 1.
+
+        Returns:
+            (A,) int64: the cell of each anchor, -1 below the low threshold, -2 between the two.
+        """
+        cells, anchors = pair
+        size = max(4_000_000 // len(cells), 1)
+        best, highest = [], cells.new_zeros(len(cells))
+        for part in anchors.split(size):
+            overlaps = box_iou(cells, part)
+            best.append(overlaps.max(dim=0))
+            highest = torch.maximum(highest, overlaps.amax(dim=1))
+        values, nearest = (torch.cat(column) for column in zip(*best, strict=True))
+        matches = nearest.clone()
+        matches[values < self.low_threshold] = self.BELOW_LOW_THRESHOLD
+        between = (values >= self.low_threshold) & (values < self.high_threshold)
+        matches[between] = self.BETWEEN_THRESHOLDS
+        # The best anchors of each cell are matched however little they overlap.
+        for chosen in torch.where(values >= highest.min())[0].split(size):
+            overlaps = box_iou(cells, anchors[chosen])
+            is_best = (overlaps == highest[:, None]).any(dim=0)
+            matches[chosen[is_best]] = nearest[chosen[is_best]]
+        return matches
 
 
 # %%
@@ -236,6 +276,11 @@ class InputTransform(GeneralizedRCNNTransform):
             target = target | {"boxes": resize_boxes(target["boxes"], old, new)}
         return image, target
 
+    def batch_images(self, images, size_divisible=32):
+        # A trunk that shrinks a crop to one pixel has nothing to normalise over in training.
+        tiny = max(max(image.shape[-2:]) for image in images) <= 32
+        return super().batch_images(images, 64 if tiny else size_divisible)
+
     def postprocess(self, result, image_shapes, original_image_sizes):
         if self.training:
             return result
@@ -283,7 +328,7 @@ def build_proposals(config: Config) -> RegionProposalNetwork:
     anchors = Float32Anchors(sizes, (config.anchor_ratios,) * len(sizes))
     head = Float32RPNHead(config.fpn_channels, len(config.anchor_ratios), config.rpn_convs)
     kept = {"training": config.proposals, "testing": config.proposals}
-    return RegionProposalNetwork(
+    proposals = RegionProposalNetwork(
         anchors,
         head,
         fg_iou_thresh=0.7,
@@ -294,6 +339,9 @@ def build_proposals(config: Config) -> RegionProposalNetwork:
         post_nms_top_n=kept,
         nms_thresh=config.rpn_nms,
     )
+    proposals.box_similarity = lambda cells, anchors: (cells, anchors)
+    proposals.proposal_matcher = ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)
+    return proposals
 
 
 # %%
@@ -442,7 +490,9 @@ def to_instances(found: dict, size, threshold: float, half_pixel: bool) -> Insta
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
-    """`no`, `fp16` or `bf16`: what `auto` means on a device."""
+    """`no`, `fp16` or `bf16`: what `auto` means on a device. ValueError for fp16 on a CPU."""
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision='fp16' needs a GPU; there is none. Take 'auto' or 'no'.")
     if config.precision != "auto":
         return config.precision
     if device.type != "cuda":

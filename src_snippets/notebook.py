@@ -29,29 +29,37 @@ from src_snippets.config import describe, recipe, settings_from
 
 # %% [markdown]
 # ## Settings: change them here
-# Leave both empty for a first run. Fields that matter most: `epochs`, `batch_size` (lower when the
+# Leave all empty for a first run. Fields that matter most: `epochs`, `batch_size` (lower when the
 # GPU's memory runs out), `scale` (2 finds smaller cells and costs four times the time), `crop`,
 # `lr`, `score_floor` (0.05 instead of 0.5 raises AP), `weights`.
 
 # %%
+DATA = os.environ.get("HW3_DATA", "")  # the dataset's folder, or "demo"; empty: search for it
+OUT = os.environ.get("HW3_OUT", "")  # where results go; empty: /kaggle/working, else results
 RECIPE = os.environ.get("HW3_RECIPE", "")  # baseline or demo; empty: baseline if there is a dataset
 CHANGES = {} | settings_from(os.environ)  # {"epochs": 30, "batch_size": 4} | settings_from(..)
 
 # %%
-from src_snippets.places import find_dataset, output_folder
+from src_snippets.places import (
+    find_dataset,
+    MAPPING_NAME,
+    output_folder,
+    SEARCHED_FOLDERS,
+)
 
 # %%
 from src_snippets.demo import make_demo
 
 # %%
-output = output_folder(os.environ)
-found_root = find_dataset(os.environ)
+output = output_folder(OUT)
+found_root = find_dataset(DATA)
 config = recipe(RECIPE or ("baseline" if found_root else "demo"), **CHANGES)
-data_root = found_root or make_demo(output / "demo-dataset")
+data_root = found_root or make_demo(output / ".demo-dataset")
 if found_root is None:
     print("=" * 78)
-    print("DEMO: no dataset is attached (or HW3_DATA=demo). The images below are drawn, and the")
-    print("scores say nothing about real cells. Attach a dataset or set HW3_DATA to its folder.")
+    print("DEMO: the images below are drawn; the scores say nothing about real cells.")
+    print(f"For your own, set DATA above to a folder with train/ and {MAPPING_NAME},")
+    print(f"or put it below {', '.join(SEARCHED_FOLDERS)}; then run from the settings cell on.")
     print("=" * 78)
 print(f"dataset: {data_root}\nresults: {output}\nsettings (* differs from the default):")
 print(describe(config))
@@ -103,7 +111,9 @@ from src_snippets.plots import (
 )
 
 # %%
-shown = [parts["train"][i] for i in np.linspace(0, len(parts["train"]) - 1, 4).astype(int)]
+shown = [
+    parts["train"][i] for i in np.unique(np.linspace(0, len(parts["train"]) - 1, 4).astype(int))
+]
 gallery = [(sample.image.numpy(), truth_instances(sample), sample.name) for sample in shown]
 show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samples.png")
 
@@ -139,13 +149,11 @@ from src_snippets.evaluate import average_precision, format_scores, panoptic_qua
 from src_snippets.train import by_image_id, fit, load_trained, run_folder, validate
 
 # %%
-run = run_folder(output, config, split)
+run = run_folder(output, config, {"split": split, "images": samples.digest})
 val_truth = coco_truth(parts["val"], config.num_classes)
 write_json(split, run / "split.json")
 write_json(val_truth, run / "val_gt.json")
 print(f"checkpoints, split, val_gt.json and history.csv: {run}")
-
-# %%
 history = fit(config, parts["train"], parts["val"], run)
 
 # %%
@@ -170,6 +178,8 @@ if val_answers:
     quality = panoptic_quality(pairs, config.num_classes, config.show_floor)
     print(f"{len(val_answers)} validation images, seed {config.seed}")
     print(format_scores(scores, quality))
+else:
+    print("No validation images: nothing can be said about how good the model is.")
 
 # %%
 if val_answers:
@@ -208,7 +218,7 @@ from src_snippets.writers import write_results
 results, archive = write_results(test_answers, test_images, output, config.num_classes)
 
 # %%
-chosen = [test_images[i] for i in np.linspace(0, len(test_images) - 1, 4).astype(int)]
+chosen = [test_images[i] for i in np.unique(np.linspace(0, len(test_images) - 1, 4).astype(int))]
 strong = [
     a.select(a.scores >= config.show_floor) for a in (test_answers[t.image_id] for t in chosen)
 ]

@@ -3,10 +3,10 @@
 # %% [markdown]
 # ## Where is the data, and where do results go?
 # A dataset is a folder that holds `train/` and `test_image_name_to_ids.json`. It is looked for in
-# `HW3_DATA`, then where Kaggle and Colab put uploads, then in `./data`.
+# `DATA`, else where Kaggle and Colab put uploads, then in `./data`; hidden folders are passed over.
 
 # %%
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 import os
 from pathlib import Path
@@ -16,33 +16,33 @@ MAPPING_NAME = "test_image_name_to_ids.json"
 SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
 
 
-def find_dataset(environ: Mapping[str, str], searched: Sequence[str] = SEARCHED_FOLDERS):
+def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Path | None:
     """Finds the dataset's root folder.
 
     Args:
-        environ: `HW3_DATA` names the root, or is `demo` for the drawn dataset.
-        searched: folders looked through, four levels deep, when `HW3_DATA` is not set.
+        wanted: the root or a folder above it; `demo` for the drawn dataset; empty to search.
+        searched: folders looked through, four levels deep, when `wanted` is empty.
 
     Returns:
         The root, or None where the demo is asked for or nothing was found.
 
     Raises:
-        FileNotFoundError: `HW3_DATA` names a folder without the two entries.
+        FileNotFoundError: `wanted` is a folder without the two entries.
     """
-    if wanted := environ.get("HW3_DATA"):
-        if wanted == "demo":
-            return None
+    if wanted == "demo":
+        return None
+    if wanted:
         roots = list(dataset_roots(Path(wanted)))
         if not roots:
             raise FileNotFoundError(
-                f"HW3_DATA={wanted}: expected a folder with train/ and {MAPPING_NAME} in it "
-                "(at most four levels down). Correct the path, or set HW3_DATA=demo."
+                f"DATA={wanted!r}: expected a folder with train/ and {MAPPING_NAME} in it "
+                "(at most four levels down). Correct the path, or set it to 'demo'."
             )
     else:
         roots = [root for folder in searched for root in dataset_roots(Path(folder))]
     if len(roots) > 1:
         others = ", ".join(map(str, roots[1:]))
-        print(f"Several datasets found, the first is used; set HW3_DATA for another: {others}")
+        print(f"Several datasets found, the first is used; set DATA for another: {others}")
     return roots[0] if roots else None
 
 
@@ -58,10 +58,10 @@ def dataset_roots(folder: Path, depth: int = 4):
 
 
 # %%
-def output_folder(environ: Mapping[str, str]) -> Path:
-    """The folder for results, made if absent: `HW3_OUT`, else `/kaggle/working`, else `results`."""
+def output_folder(wanted: str) -> Path:
+    """The folder for results, made if absent: `wanted`, else `/kaggle/working`, else `results`."""
     kaggle = Path("/kaggle/working")
-    folder = Path(environ.get("HW3_OUT") or (kaggle if kaggle.is_dir() else "results"))
+    folder = Path(wanted or (kaggle if kaggle.is_dir() else "results"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -22,7 +22,7 @@ from src_snippets.transforms import augment_sample
 
 # %%
 # Colours that stains do not have, bright enough to be seen on pink and on purple.
-CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#ffffff", "#0047ff", "#000000")
+CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#0047ff", "#000000", "#c6a700")
 
 
 def class_color(label: int) -> str:
@@ -45,11 +45,12 @@ def outline_cells(image: np.ndarray, cells: Instances, side: int = 480) -> np.nd
     order = np.argsort(cells.scores, kind="stable")
     rles = [cells.rles[i] for i in order]
     ids = enlarge(paint(rles, order + 1, *cells.size), factor)
-    edge = find_boundaries(ids, mode="thick")
+    width = max(round(max(ids.shape) / 700), 1)  # a large field is shown small
+    edge = maximum_filter(find_boundaries(ids, mode="thick"), 2 * width - 1)
     hexes = [class_color(int(label)) for label in cells.labels]
     colors = np.array([[int(h[i : i + 2], 16) for i in (1, 3, 5)] for h in hexes] or [[0] * 3])
-    # A thick edge also covers the pixel outside, which takes the colour of the cell beside it.
-    nearby = maximum_filter(ids, 3)
+    # The edge also covers pixels outside, which take the colour of the cell beside them.
+    nearby = maximum_filter(ids, 2 * width + 1)
     canvas[edge] = colors[np.where(ids[edge] > 0, ids[edge], nearby[edge]) - 1]
     return canvas
 
@@ -139,7 +140,7 @@ def plot_history(history: Sequence[dict]) -> Figure:
     losses, scores, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     for key, label in LOSS_NAMES.items():
-        losses.plot(epochs, [row[key] for row in history], label=label)
+        losses.plot(epochs, [row[key] for row in history], label=label, marker=".")
     losses.set(xlabel="epoch", ylabel="mean loss", title="Training losses", ylim=(0, None))
     losses.legend(fontsize=8, frameon=False)
     for name in ("AP", "AP50", "AP75"):
@@ -148,7 +149,7 @@ def plot_history(history: Sequence[dict]) -> Figure:
             scores.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
             scores.legend(fontsize=8, frameon=False)
     scores.set(xlabel="epoch", ylabel="score (0 to 1)", title="Validation", ylim=(0, 1))
-    rate.plot(epochs, [row["rate"] for row in history], color="#555555")
+    rate.plot(epochs, [row["rate"] for row in history], color="#555555", marker=".")
     rate.set(xlabel="epoch", ylabel="rate after the epoch", title="Learning rate", ylim=(0, None))
     return figure
 

@@ -9,7 +9,9 @@
 # %%
 from collections.abc import Sequence
 from contextlib import contextmanager
+import hashlib
 import json
+import math
 from pathlib import Path
 import re
 from typing import NamedTuple
@@ -39,7 +41,8 @@ def opened_tiff(path: Path):
     try:
         with tifffile.TiffFile(path) as tif:
             page, series = tif.pages[0], tif.series[0]
-            if page.axes not in ("YX", "YXS", "SYX") or series.axes != page.axes:
+            one = math.prod(series.shape) == math.prod(page.shape)  # axes of length 1 are fine
+            if page.axes not in ("YX", "YXS", "SYX") or not one:
                 raise BadInput(
                     f"{path}: axes {series.axes}, shape {series.shape}; expected one picture. "
                     "Save a single plane or projection."
@@ -52,40 +55,56 @@ def opened_tiff(path: Path):
     except (BadInput, FileNotFoundError):
         raise
     except Exception as error:  # decoders raise many types; each one means a bad file
-        raise BadInput(f"{path}: cannot be read as TIFF ({error}). Copy it again.") from error
+        raise BadInput(
+            f"{path}: cannot be read as TIFF ({error}). Copy or export it again."
+        ) from error
 
 
 # %%
-def read_pixels(path: Path) -> tuple[np.ndarray, str, np.ndarray | None]:
-    """Decodes the picture of a TIFF, with tifffile or, where imagecodecs is missing, with Pillow.
+class Pixels(NamedTuple):
+    """A decoded picture: (H, W) or (H, W, S) in the file's dtype, and what the file says of it."""
 
-    Returns:
-        The pixels, (H, W) or (H, W, S), in the file's own dtype; the photometric name (`RGB`,
-        `MINISBLACK`, `PALETTE`, ..); and a palette (3, K) uint16 or None.
+    values: np.ndarray
+    photometric: str  # RGB, MINISBLACK, PALETTE, ..
+    palette: np.ndarray | None  # (3, K) uint16
+    alpha: bool  # the last channel is marked as alpha
+    lossy: bool  # JPEG and its kind: values are not exactly those that were saved
+
+
+def read_pixels(path: Path) -> Pixels:
+    """Decodes the picture of a TIFF, with tifffile or, where imagecodecs is missing, with Pillow.
 
     Raises:
         BadInput: as `opened_tiff`, or a codec that neither library has.
     """
     with opened_tiff(path) as page:
         try:
-            pixels = page.asarray()
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
+            values = page.asarray()
+        except (ValueError, ImportError) as error:
+            if isinstance(error, ValueError) and "imagecodecs" not in str(error):
                 raise
-            return read_with_pillow(path, error)
-        pixels = np.moveaxis(pixels, 0, 2) if page.axes == "SYX" else pixels
-        return pixels, page.photometric.name, getattr(page, "colormap", None)
+            values = read_with_pillow(path, page, error)
+        else:
+            values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
+        alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
+        lossy = "JPEG" in page.compression.name or page.compression.name == "WEBP"
+        palette = getattr(page, "colormap", None)
+        return Pixels(values, page.photometric.name, palette, alpha, lossy)
 
 
-def read_with_pillow(path: Path, cause: Exception) -> tuple[np.ndarray, str, None]:
-    """Decodes a TIFF with Pillow; as `read_pixels`."""
+# %%
+def read_with_pillow(path: Path, page: tifffile.TiffPage, cause: Exception) -> np.ndarray:
+    """Decodes a TIFF with Pillow; refuses where Pillow would change the values."""
     try:
         with Image.open(path) as image:
-            palette = image.mode in ("P", "PA")
-            pixels = np.asarray(image.convert("RGB") if palette else image)
+            values = np.asarray(image)
     except OSError as error:
         raise BadInput(f"{path}: {cause}; Pillow says: {error}. Install imagecodecs.") from error
-    return pixels, "RGB" if pixels.ndim == 3 else "MINISBLACK", None
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    same = values.dtype == page.dtype and channels == page.samplesperpixel
+    if not same or page.photometric.name not in ("RGB", "MINISBLACK", "PALETTE", "YCBCR"):
+        raise BadInput(f"{path}: {cause}; Pillow reads it as {image.mode}. Install imagecodecs.")
+    return values
 
 
 # %%
@@ -109,7 +128,10 @@ def to_uint8(pixels: np.ndarray, path: Path) -> np.ndarray:
         raise BadInput(f"{path}: NaN or infinite pixels; expected finite ones. Export it again.")
     low, high = pixels.min(initial=0), pixels.max(initial=0)
     if low < 0 or (pixels.dtype.kind == "f" and high > 255):
-        raise BadInput(f"{path}: values from {low} to {high}; expected 0..1 or 0..255.")
+        raise BadInput(
+            f"{path}: values from {low} to {high}; expected 0..1 or 0..255 in a float "
+            "image. Save it as uint8 or uint16."
+        )
     if pixels.dtype.kind == "f":
         return np.round(pixels * (255 if high <= 1 else 1)).astype(np.uint8)
     return (pixels >> max(int(high).bit_length() - 8, 0)).astype(np.uint8)
@@ -127,19 +149,24 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
         BadInput: as `read_pixels` and `to_uint8`, or a colour model other than these.
     """
-    pixels, photometric, palette = read_pixels(path)
-    if photometric == "PALETTE" and palette is not None:
-        pixels = np.moveaxis(palette[:, pixels] >> 8, 0, 2).astype(np.uint8)
-    elif photometric not in ("RGB", "MINISBLACK", "MINISWHITE", "YCBCR"):
-        raise BadInput(f"{path}: colour model {photometric}; expected RGB or grey.")
+    pixels, photometric, palette, alpha, _ = read_pixels(path)
+    if photometric == "PALETTE" and palette is not None and pixels.ndim == 2:
+        pixels, photometric = np.moveaxis(palette[:, pixels] >> 8, 0, 2).astype(np.uint8), "RGB"
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    channels = pixels.shape[2]
+    if photometric in ("RGB", "YCBCR") and channels in (3, 4):
+        pixels = pixels[:, :, :3]
+    elif photometric in ("MINISBLACK", "MINISWHITE") and channels == 1 + alpha:
+        pixels = np.repeat(pixels[:, :, :1], 3, axis=2)
+    else:
+        raise BadInput(
+            f"{path}: colour model {photometric} with {channels} channels; expected RGB or grey, "
+            "with or without alpha. Export it as RGB."
+        )
     pixels = to_uint8(pixels, path)
     if photometric == "MINISWHITE":
         pixels = 255 - pixels
-    if pixels.ndim == 2 or pixels.shape[2] == 2:  # grey, perhaps with alpha
-        pixels = np.repeat(pixels.reshape(*pixels.shape[:2], -1)[:, :, :1], 3, axis=2)
-    if pixels.shape[2] not in (3, 4) or 0 in pixels.shape:
-        raise BadInput(f"{path}: shape {pixels.shape}; expected (H, W, 3) or (H, W, 4).")
-    return np.ascontiguousarray(np.moveaxis(pixels[:, :, :3], 2, 0))
+    return np.ascontiguousarray(np.moveaxis(pixels, 2, 0))
 
 
 # %%
@@ -152,7 +179,9 @@ def read_instance_map(path: Path) -> np.ndarray:
     Raises:
         BadInput: as `read_pixels`; more than one channel; fractional, negative, not finite ids.
     """
-    pixels, _, _ = read_pixels(path)
+    pixels, _, _, _, lossy = read_pixels(path)
+    if lossy:
+        raise BadInput(f"{path}: JPEG or its kind, which changes ids. Save it without loss.")
     if pixels.ndim != 2:
         raise BadInput(f"{path}: shape {pixels.shape}; expected (H, W), one instance id a pixel.")
     if pixels.dtype.kind == "b":
@@ -180,10 +209,14 @@ def class_files(folder: Path, num_classes: int) -> dict[int, Path]:
     """The class files of a training folder by class, ascending.
 
     Raises:
-        BadInput: a file whose name begins with `class` and is not class1.tif .. classC.tif.
+        BadInput: a TIFF, or a file named class.., that is not class1.tif .. classC.tif.
     """
     found = {}
-    for path in sorted(folder.glob("class*")):
+    for path in sorted(folder.iterdir()):
+        name = path.name.lower()
+        picture = name.startswith("class") or name.endswith((".tif", ".tiff"))
+        if not picture or name.startswith(".") or path.name == "image.tif":
+            continue
         match = re.fullmatch(r"class([1-9]\d*)\.tif", path.name)
         if match is None or int(match[1]) > num_classes:
             raise BadInput(
@@ -207,7 +240,11 @@ def read_cell_folder(folder: Path, num_classes: int) -> CellSample:
     """
     folder = Path(folder)
     if not (folder / "image.tif").is_file():
-        raise BadInput(f"{folder}: no image.tif; expected one in each training folder.")
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise BadInput(
+            f"{folder}: no image.tif, but {there}; expected one in each training folder. Rename "
+            "the image, or remove the folder."
+        )
     image = read_image(folder / "image.tif")
     size = image.shape[1:]
     maps = {}
@@ -237,20 +274,25 @@ class CellFolders(Sequence):
         cache_gb: 1e9 bytes of decoded fields that stay in memory; the rest is read on demand.
 
     Raises:
-        BadInput: on construction, which reads every folder: the first bad one.
+        BadInput: on construction, which reads every folder: the first bad one, or no cells at all.
     """
 
     def __init__(self, folders: Sequence[Path], num_classes: int, cache_gb: float):
         self.folders = [Path(folder) for folder in folders]
         self.num_classes = num_classes
         self.counts = np.zeros((len(folders), num_classes + 1), np.int64)
-        self._kept, left = {}, cache_gb * 1e9
+        self._kept, left, digest = {}, cache_gb * 1e9, hashlib.sha256()
         for index, folder in enumerate(tqdm(self.folders, desc="reading", unit="image")):
             sample = read_cell_folder(folder, num_classes)
             self.counts[index] = np.bincount(sample.labels, minlength=num_classes + 1)
+            for part in (sample.image, sample.layers, sample.labels):
+                digest.update(part.numpy().tobytes())
             left -= sample.image.nbytes + sample.layers.nbytes
             if left >= 0:
                 self._kept[index] = sample
+        self.digest = digest.hexdigest()  # changes with any pixel, id or class
+        if not self.counts.any():
+            raise BadInput(f"{self.folders[0].parent}: no cells in any folder; expected some.")
 
     def __len__(self):
         return len(self.folders)
@@ -293,13 +335,15 @@ def read_test_mapping(root: Path) -> list[ImageRecord]:
     """
     path, folder = root / MAPPING_NAME, root / "test_release"
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         rows = [(e["file_name"], e["id"], e["height"], e["width"]) for e in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(
             f"{path}: {type(error).__name__}: {error}; expected a JSON list of objects with "
             "file_name, id, height and width."
         ) from error
+    if not rows:
+        raise BadInput(f"{path}: lists no images; expected at least one.")
     for name, *numbers in rows:
         if not isinstance(name, str) or any(type(n) is not int for n in numbers):
             raise BadInput(f"{path}: entry {name!r}, {numbers}; expected a name and whole numbers.")
@@ -316,14 +360,17 @@ def read_test_mapping(root: Path) -> list[ImageRecord]:
 
 # %%
 def check_test_image(image: ImageRecord, mapping: Path) -> None:
-    """Raises BadInput where a test image is missing or its header states another size."""
+    """Raises BadInput where a test image is missing, cannot be read or has another size."""
     if not image.path.is_file():
-        raise BadInput(f"{image.path}: is not there, but {mapping} lists it as {image.image_id}.")
-    with opened_tiff(image.path) as page:
-        size = (page.imagelength, page.imagewidth)
+        raise BadInput(
+            f"{image.path}: is not there, but {mapping} lists it as {image.image_id}. Add it or "
+            "correct the name."
+        )
+    size = read_image(image.path).shape[1:]
     if size != (image.height, image.width):
         raise BadInput(
-            f"{image.path}: {size} (H, W), but {mapping} says {(image.height, image.width)}."
+            f"{image.path}: {size} (H, W), but {mapping} says {(image.height, image.width)}. "
+            "Correct the one that is wrong."
         )
 
 

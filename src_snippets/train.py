@@ -180,16 +180,36 @@ def load_checkpoint(path: Path) -> dict:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: is not there: no epoch was validated yet. Run the training cell to its end."
+        ) from error
     except Exception as error:  # the unpickler raises many types; each means a bad file
         raise BadInput(f"{path}: not a checkpoint ({error}). Remove it to train anew.") from error
 
 
+def check_same_settings(saved: dict, config: Config, path: Path) -> None:
+    """Raises ValueError where a checkpoint was made with other settings that shape training."""
+    now = asdict(config)
+    if differ := [k for k in now if k not in NOT_TRAINED and saved.get(k) != now[k]]:
+        shown = ", ".join(f"{k}={saved.get(k)!r} (now {now[k]!r})" for k in differ)
+        raise ValueError(
+            f"{path}: made with other settings: {shown}. Run the cells from the settings on, so "
+            "that they get a run of their own."
+        )
+
+
+# %%
 def load_trained(path: Path, config: Config) -> nn.Module:
-    """Builds the model of `config` with the weights of a checkpoint, on the GPU if there is one."""
+    """Builds the model of `config` with the weights of a checkpoint, on the GPU if there is one.
+
+    Raises:
+        FileNotFoundError, BadInput, ValueError: no checkpoint, a broken one, other settings.
+    """
+    state = load_checkpoint(path)
+    check_same_settings(state["config"], config, path)
     model = build_model(config, load_initial=False)
-    load_model_state(model, load_checkpoint(path)["model"])
+    load_model_state(model, state["model"])
     return model.to(default_device()).eval()
 
 
@@ -217,6 +237,7 @@ class TrainingRun:
         self.history, self.best = [], -1.0
         AcceleratorState._reset_state(reset_partial_state=True)  # precision may have been changed
         self.accelerator = Accelerator(
+            cpu=default_device().type == "cpu",
             mixed_precision=choose_precision(config, default_device()),
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=config.seed
@@ -231,7 +252,9 @@ class TrainingRun:
         )
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         if last.exists():
-            self.restore(load_checkpoint(last))
+            state = load_checkpoint(last)
+            check_same_settings(state["config"], config, last)
+            self.restore(state)
         prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
         self.model, self.optimizer, self.schedule, self.loader = prepared
 
@@ -239,7 +262,7 @@ class TrainingRun:
         """Takes up the state of a checkpoint."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and state["scaler"]:  # empty: begun without a GPU
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history, self.best = state["history"], state["best"]
 
@@ -271,7 +294,7 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
         answers = validate(run.accelerator.unwrap_model(run.model), val_samples, config)
         scores = average_precision(truth, by_image_id(answers))
         row |= {name: scores[name] for name in ("AP", "AP50", "AP75")}
-        is_best = (row["AP50"] or 0.0) > run.best
+        is_best = row["AP50"] is None or row["AP50"] >= run.best
         run.best = max(run.best, row["AP50"] or 0.0)
         ap = "no cells to score" if row["AP50"] is None else f"AP50 {row['AP50']:.3f}"
         bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")

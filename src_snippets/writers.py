@@ -37,7 +37,8 @@ def check_entry(entry, sizes: Mapping[int, tuple[int, int]], num_classes: int) -
     wanted = {"image_id", "category_id", "segmentation", "score", "bbox"}
     if not isinstance(entry, dict) or not wanted <= set(entry):
         return f"expected an object with {', '.join(sorted(wanted))}"
-    size, category, score = sizes.get(entry["image_id"]), entry["category_id"], entry["score"]
+    category, score = entry["category_id"], entry["score"]
+    size = sizes.get(entry["image_id"]) if type(entry["image_id"]) is int else None
     if size is None:
         return f"image_id {entry['image_id']!r} is not in the mapping"
     if type(category) is not int or not 1 <= category <= num_classes:

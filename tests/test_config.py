@@ -29,6 +29,7 @@ def test_every_default_is_within_its_own_limits(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"name": "x"}, "no setting name; there are: seed, "),
         ({"epoch": 3}, "no setting epoch; there are: seed, "),
         ({"epochs": 0}, "epochs=0: expected int from 1 to 10000"),
         ({"epochs": 2.5}, "epochs=2.5: expected int"),

@@ -4,15 +4,17 @@ import pycocotools.mask
 import pytest
 import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
-from torchvision.ops import clip_boxes_to_image, roi_align
+from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 
 from src_snippets.config import recipe
 from src_snippets.forms import truth_instances
 from src_snippets.model import (
     build_model,
     choose_precision,
+    ChunkedMatcher,
     count_parameters,
     detect,
     Float32Anchors,
@@ -323,8 +325,65 @@ def test_mixed_precision_keeps_anchors_exact(tiny_config):
     assert len(np.unique(found.boxes)) > len(np.unique(np.round(found.boxes)))
 
 
+def test_under_mixed_precision_boxes_are_decoded_in_float32(tiny_config):
+    model = build_model(tiny_config).eval()
+    images = InputTransform(1.0)([torch.zeros(3, 64, 64, dtype=torch.uint8)])[0]
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        features = model.backbone(images.tensors)
+        assert features["0"].dtype == torch.bfloat16
+        logits, offsets = model.rpn.head(list(features.values()))
+        assert {v.dtype for v in logits + offsets} == {torch.float32}
+        anchors = model.rpn.anchor_generator(images, list(features.values()))
+        assert anchors[0].dtype == torch.float32
+        box = [torch.tensor([[0.0, 0.0, 9.0, 9.0]])]
+        found = model.roi_heads.predict_boxes(features, box, images.image_sizes)
+        assert {v.dtype for v in found} == {torch.float32}
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.integers(0, 2**31))
+def test_chunked_matches_equal_torchvisions(seed):
+    cells, anchors = random_boxes(9, 90, 90, seed), random_boxes(300, 90, 90, seed + 1)
+    anchors[:40] = anchors[40:80]  # ties
+    cells[0] = torch.tensor([500.0, 500.0, 510.0, 510.0])  # touches no anchor
+    stock = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+    ours = ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)
+    for count in (9, 1):
+        chosen = cells[-count:]
+        assert torch.equal(ours((chosen, anchors)), stock(box_iou(chosen, anchors)))
+
+
+def test_a_small_chunk_gives_the_same_matches(monkeypatch):
+    cells, anchors = random_boxes(9, 90, 90, 5), random_boxes(300, 90, 90, 6)
+    matcher = ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)
+    whole = matcher((cells, anchors))
+    many = cells.repeat(100_000, 1)  # 4 anchors a chunk
+    assert torch.equal(matcher((many, anchors[:40])) >= 0, matcher((cells, anchors[:40])) >= 0)
+    assert (whole >= 0).sum() >= 9
+
+
+def test_a_crop_of_one_feature_pixel_trains(tiny_model):
+    sample = empty_sample(20, 30)
+    losses = tiny_model.train()([sample.image], [training_target(sample, 4)])
+    assert torch.isfinite(sum(losses.values()))
+
+
+def test_thresholds_reach_the_model(tiny_config):
+    changes = dict(box_nms=0.33, detections=7, rpn_nms=0.44, rois=24, proposals=11, score_floor=0.2)
+    model = build_model(recipe("demo", **{**vars_of(tiny_config), **changes}))
+    heads, rpn = model.roi_heads, model.rpn
+    assert (heads.nms_thresh, heads.detections_per_img, heads.score_thresh) == (0.33, 7, 0.2)
+    assert (rpn.nms_thresh, rpn.post_nms_top_n(), heads.fg_bg_sampler.batch_size_per_image) == (
+        0.44,
+        11,
+        24,
+    )
+
+
 def test_precision_of_a_cpu():
     device = torch.device("cpu")
+    with pytest.raises(ValueError, match="precision='fp16' needs a GPU"):
+        choose_precision(recipe("baseline", precision="fp16"), device)
     assert choose_precision(recipe("baseline"), device) == "no"
     assert choose_precision(recipe("baseline", precision="bf16"), device) == "bf16"
 

@@ -46,7 +46,7 @@ def test_alone_in_an_empty_folder_it_finds_the_drawn_cells(tmp_path):
     shutil.copy(ROOT / "hw3.ipynb", tmp_path)
     run([str(Path(sys.executable).with_name("jupyter")), "execute", "hw3.ipynb"], tmp_path)
     out = tmp_path / "results"
-    check_outputs(out, out / "demo-dataset")
+    check_outputs(out, out / ".demo-dataset")
     (folder,) = (out / "runs").iterdir()
     best = load_checkpoint(folder / "best.pt")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
@@ -91,7 +91,7 @@ def test_offline_without_the_optional_packages(tmp_path, demo_root):
         ({"HW3_SETTINGS": '{"epoch": 3}'}, "There is no setting epoch; there are: seed,"),
         (
             {"HW3_DATA": "/no/such/folder"},
-            "HW3_DATA=/no/such/folder: expected a folder with train/",
+            "DATA='/no/such/folder': expected a folder with train/",
         ),
     ],
 )

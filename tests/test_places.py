@@ -21,10 +21,10 @@ def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):
     nested = make_root(tmp_path / "input" / "upload" / "hw3-data-release")
     named = make_root(tmp_path / "named")
     searched = [str(tmp_path / "absent"), str(tmp_path / "input")]
-    assert find_dataset({}, searched) == nested
-    assert find_dataset({"HW3_DATA": str(named)}, searched) == named
-    assert find_dataset({"HW3_DATA": "demo"}, searched) is None
-    assert find_dataset({}, [str(tmp_path / "absent")]) is None
+    assert find_dataset("", searched) == nested
+    assert find_dataset(str(named), searched) == named
+    assert find_dataset("demo", searched) is None
+    assert find_dataset("", [str(tmp_path / "absent")]) is None
 
 
 def test_wrong_folder_is_refused(tmp_path):
@@ -32,13 +32,18 @@ def test_wrong_folder_is_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=f"expected a folder with train/ and {MAPPING_NAME}"
     ):
-        find_dataset({"HW3_DATA": str(tmp_path)})
+        find_dataset(str(tmp_path))
 
 
 def test_several_datasets_are_told(tmp_path, capsys):
     first, second = make_root(tmp_path / "a"), make_root(tmp_path / "b")
-    assert find_dataset({}, [str(tmp_path)]) == first
+    assert find_dataset("", [str(tmp_path)]) == first
     assert str(second) in capsys.readouterr().out
+
+
+def test_the_drawn_demo_is_not_taken_for_a_dataset(tmp_path):
+    make_root(tmp_path / "results" / ".demo-dataset")
+    assert find_dataset("", [str(tmp_path)]) is None
 
 
 def test_search_stops_four_levels_down(tmp_path):
@@ -49,8 +54,8 @@ def test_search_stops_four_levels_down(tmp_path):
 
 def test_output_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert output_folder({"HW3_OUT": str(tmp_path / "deep" / "out")}).is_dir()
-    assert output_folder({}) == Path("results")
+    assert output_folder(str(tmp_path / "deep" / "out")).is_dir()
+    assert output_folder("") == Path("results")
 
 
 def test_written_whole_keeps_the_old_file_when_the_block_fails(tmp_path):

@@ -108,6 +108,11 @@ def test_truncated_files_are_refused(tmp_path, compression, share):
         read_image(path)
 
 
+def without_codec(*args, **kwargs):
+    """What tifffile says of LZW where imagecodecs is missing."""
+    raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+
 def test_without_imagecodecs_pillow_reads_the_same(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "a", {})
     Image.fromarray(RGB).quantize(8).save(tmp_path / "palette.tif", compression="tiff_lzw")
@@ -117,15 +122,41 @@ def test_without_imagecodecs_pillow_reads_the_same(tmp_path, monkeypatch):
     ids = save(tmp_path / "class1.tif", GREY.astype(np.uint16), compression="lzw")
     float_ids = save(tmp_path / "class2.tif", GREY.astype(np.float64), compression="lzw")
 
-    def no_codec(*args, **kwargs):
-        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
-
-    monkeypatch.setattr(tifffile.TiffPage, "asarray", no_codec)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", without_codec)
     for path, wanted in zip(paths, expected, strict=True):
         assert np.array_equal(read_image(path), wanted)
     assert np.array_equal(read_instance_map(ids), GREY)
     with refused("Install imagecodecs", float_ids):
         read_instance_map(float_ids)
+
+
+def test_alpha_does_not_set_the_brightness(tmp_path):
+    twelve_bits = np.dstack([RGB.astype(np.uint16) * 16, np.full(GREY.shape, 65535, np.uint16)])
+    twelve_bits[0, 0, 0] = 4095
+    options = dict(photometric="rgb", extrasamples=["unassalpha"])
+    found = read_image(save(tmp_path / "rgba.tif", twelve_bits, **options))
+    assert np.array_equal(found[1:], np.moveaxis(RGB, 2, 0)[1:])
+    grey = np.dstack([twelve_bits[..., 0], twelve_bits[..., 3]])
+    options = dict(photometric="minisblack", planarconfig="contig", extrasamples=["unassalpha"])
+    found = read_image(save(tmp_path / "grey.tif", grey, **options))
+    assert found[0, 5, 5] == GREY[5, 5]
+
+
+def test_axes_of_length_one_are_no_stack(tmp_path):
+    found = read_image(save(tmp_path / "a.tif", GREY[None], photometric="minisblack"))
+    assert np.array_equal(found[0], GREY)
+    two = save(tmp_path / "b.tif", RGB[..., :2], photometric="minisblack", planarconfig="contig")
+    with refused("with 2 channels; expected RGB or grey", two):
+        read_image(two)
+
+
+def test_pillow_is_not_let_change_values(tmp_path, monkeypatch):
+    deep = save(tmp_path / "deep.tif", RGB.astype(np.uint16), photometric="rgb")
+    white = save(tmp_path / "white.tif", GREY, photometric="miniswhite")
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", without_codec)
+    for path in (deep, white):
+        with refused("Install imagecodecs", path):
+            read_image(path)
 
 
 # Instance maps
@@ -160,6 +191,12 @@ def test_maps_that_are_refused(tmp_path, ids, cause):
         read_instance_map(path)
 
 
+def test_lossy_maps_are_refused(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "class1.tif", compression="jpeg")
+    with refused("changes ids. Save it without loss", tmp_path / "class1.tif"):
+        read_instance_map(tmp_path / "class1.tif")
+
+
 # Folders
 
 
@@ -186,7 +223,15 @@ def test_folders_that_are_refused(tmp_path):
         r"\(12, 15\) \(H, W\), but image.tif beside it is \(12, 16\)", folder / "class1.tif"
     ):
         read_cell_folder(folder, 4)
-    for name in ("class5.tif", "class0.tif", "classA.tif", "class1.tiff", "class01.tif"):
+    for name in (
+        "class5.tif",
+        "class0.tif",
+        "classA.tif",
+        "class1.tiff",
+        "class01.tif",
+        "Class1.tif",
+        "mask.tif",
+    ):
         other = write_folder(tmp_path / name, {})
         (other / name).write_bytes(b"")
         with refused(r"not a known class; expected class1.tif .. class4.tif", other / name):
@@ -194,6 +239,8 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "bare").mkdir()
     with refused("no image.tif", tmp_path / "bare"):
         read_cell_folder(tmp_path / "bare", 4)
+    with refused("no cells in any folder", tmp_path):
+        CellFolders([write_folder(tmp_path / "bare-field", {})], 4, 1.0)
     (tmp_path / "none" / "train").mkdir(parents=True)
     with refused("no folders", tmp_path / "none" / "train"):
         training_folders(tmp_path / "none")
@@ -209,6 +256,18 @@ def test_the_budget_bounds_what_is_kept(tmp_path):
     assert samples[2].labels.tolist() == [1]
     assert samples.counts.tolist() == [[0, 1, 0, 0, 0]] * 3
     assert [s.name for s in samples] == ["a", "b", "c"]
+
+
+def test_the_digest_changes_with_any_id(tmp_path):
+    ids = np.eye(12, 16)
+    write_folder(tmp_path / "a", {1: ids})
+    write_folder(tmp_path / "b", {1: ids})
+    one, same = (CellFolders([tmp_path / n], 4, 1.0).digest for n in "ab")
+    ids[0, 5] = 1
+    write_folder(tmp_path / "c", {1: ids})
+    write_folder(tmp_path / "d", {2: np.eye(12, 16)})
+    assert one == same
+    assert len({one, *(CellFolders([tmp_path / n], 4, 1.0).digest for n in "cd")}) == 3
 
 
 # Test mapping
@@ -230,13 +289,15 @@ def test_mapping(tmp_path):
     save(root / "test_release" / "a.tif", RGB, compression="lzw", photometric="rgb")
     (image,) = read_test_mapping(root)
     assert image == (root / "test_release" / "a.tif", 3, 10, 14)
-    assert read_test_mapping(make_root(tmp_path, [])) == []
+    (root / MAPPING_NAME).write_text(json.dumps([ENTRY]), encoding="utf-8-sig")  # from Windows
+    assert len(read_test_mapping(root)) == 1
 
 
 @pytest.mark.parametrize(
     ("entries", "cause"),
     [
         ("{", "expected a JSON list"),
+        ([], "lists no images"),
         ([{"file_name": "a.tif", "id": 1}], "KeyError: 'height'"),
         ([dict(ENTRY, id="1")], "expected a name and whole numbers"),
         ([dict(ENTRY, file_name="../a.tif")], "expected a plain name"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from src_snippets import train
 from src_snippets.config import recipe
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
@@ -28,6 +29,8 @@ from src_snippets.train import (
     write_history,
 )
 from tests.conftest import empty_sample
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +168,9 @@ def test_a_loss_that_is_not_finite_stops_with_parts_and_images(parts, tiny_confi
     assert any(sample.name in message for sample in parts[0])
 
 
-def test_gradients_are_clipped(parts, tiny_config, tmp_path):
-    config = replace(tiny_config, clip_norm=1e-6, batch_size=6)
+@pytest.mark.parametrize("norm", [1e-6, 0.0])
+def test_gradients_are_clipped(parts, tiny_config, tmp_path, norm):
+    config = replace(tiny_config, clip_norm=norm, batch_size=6)
     run = TrainingRun(config, tmp_path, training_loader(parts[0], config, torch.device("cpu")))
     seen = []
     run.optimizer.step = lambda: seen.append(
@@ -179,7 +183,8 @@ def test_gradients_are_clipped(parts, tiny_config, tmp_path):
 
     arguments = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
     train_epoch(*arguments, config, Bar())
-    assert seen == [pytest.approx(1e-6, rel=0.01)]
+    assert len(seen) == 1
+    assert seen[0] == pytest.approx(norm, rel=0.01) if norm else seen[0] > 0.01
 
 
 def test_run_folders_tell_settings_and_data_apart(tmp_path, tiny_config):
@@ -193,6 +198,54 @@ def test_run_folders_tell_settings_and_data_apart(tmp_path, tiny_config):
     assert first != name(tiny_config, ["b"])
 
 
+def test_best_weights_are_those_of_the_best_epoch(parts, tiny_config, tmp_path, monkeypatch):
+    values = iter([0.2, 0.5, 0.3])
+
+    def scripted(truth, answers):
+        return dict.fromkeys(("AP", "AP50", "AP75"), next(values))
+
+    monkeypatch.setattr(train, "average_precision", scripted)
+    config = replace(tiny_config, epochs=3, eval_every=1, batch_size=6)
+    history = fit(config, *parts, tmp_path)
+    best, last = load_checkpoint(tmp_path / "best.pt"), load_checkpoint(tmp_path / "last.pt")
+    assert (len(best["history"]), best["best"], len(last["history"])) == (2, 0.5, 3)
+    assert [row["rate"] for row in history] == pytest.approx(
+        [config.lr * rate_factor(step, config, 3) for step in (1, 2, 3)]
+    )
+
+
+def test_where_nothing_can_be_scored_the_last_epoch_is_best(parts, tiny_config, tmp_path):
+    config = replace(tiny_config, eval_every=1)
+    fit(config, parts[0], [empty_sample(64, 64)], tmp_path)
+    assert len(load_checkpoint(tmp_path / "best.pt")["history"]) == 2
+
+
+def test_other_settings_do_not_take_up_a_run(finished, parts, tiny_config):
+    changed = replace(tiny_config, lr=0.5, scale=2.0)
+    for use in (lambda f: fit(changed, *parts, f), lambda f: load_trained(f / "best.pt", changed)):
+        with pytest.raises(ValueError, match=r"other settings: scale=1.0 \(now 2.0\), lr=0.002"):
+            use(finished[1])
+
+
+def test_a_run_begun_without_a_scaler_goes_on_with_one(finished, parts, tiny_config):
+    run = TrainingRun(tiny_config, finished[1], training_loader(parts[0], tiny_config, CPU))
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")
+    run.restore(load_checkpoint(finished[1] / "last.pt"))
+    assert len(run.history) == 2
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_checkpoints_run_no_code(tmp_path, capsys):
+    torch.save({"model": RunsCode()}, tmp_path / "last.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "last.pt")
+    assert "must never run" not in capsys.readouterr().out
+
+
 def test_checkpoints_are_whole_and_safe(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint({"epoch": 1, "w": torch.ones(2)}, path)
@@ -203,13 +256,13 @@ def test_checkpoints_are_whole_and_safe(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BadInput, match=r"last\.pt: not a checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no epoch was validated yet"):
         load_checkpoint(tmp_path / "absent.pt")
 
 
 def test_a_checkpoint_of_another_model_is_refused(finished):
-    with pytest.raises(ValueError, match="do not fit the model"):
-        load_trained(finished[1] / "best.pt", recipe("demo"))
+    with pytest.raises(ValueError, match="other settings: fpn_channels=16"):
+        load_trained(finished[1] / "best.pt", recipe("demo", crop=64, epochs=2))
 
 
 def test_empty_history(tmp_path):
@@ -218,7 +271,7 @@ def test_empty_history(tmp_path):
 
 
 def test_the_loader_leaves_no_lonely_batch(tiny_config, parts):
-    device = torch.device("cpu")
+    device = CPU
     assert len(training_loader(parts[0], tiny_config, device)) == 1  # 6 fields, 4 a batch
     assert len(training_loader(parts[0][:2], tiny_config, device)) == 1
     images, targets = next(iter(training_loader(parts[0], tiny_config, device)))

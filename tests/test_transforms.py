@@ -58,6 +58,34 @@ def test_magnified_edges_do_not_shift(turned):
     assert torch.equal(moved.layers[0] > 0, moved.image[0] > 100)
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (dict(flips=True), "RandomHorizontalFlip"),
+        (dict(flips=True), "RandomVerticalFlip"),
+        (dict(quarter_turns=True), "QuarterTurn"),
+        (dict(color_jitter=0.3), "ColorJitter"),
+        (dict(blur=0.5), "RandomApply"),
+    ],
+)
+def test_each_switch_adds_its_step(changes, name):
+    off = dict(flips=False, quarter_turns=False, color_jitter=0.0, blur=0.0)
+    bare = [type(step).__name__ for step in augmentation(recipe("baseline", **off)).transforms]
+    assert bare == ["ZoomCrop"]
+    chain = augmentation(recipe("baseline", **off | changes))
+    assert name in [type(step).__name__ for step in chain.transforms]
+
+
+def test_training_draws_differ_and_take_all_magnifications():
+    config = recipe("baseline", crop=32, zoom=(0.5, 2.0))
+    dataset = TrainingSet([striped_sample()], config)
+    torch.manual_seed(0)
+    assert not torch.equal(dataset[0][0], dataset[0][0])
+    sides = [ZoomCrop(30, (0.5, 2.0)).make_params([torch.zeros(3, 60, 90)]) for _ in range(200)]
+    windows = [side["window"][2] for side in sides]
+    assert (min(windows), max(windows)) == (15, 60)
+
+
 def test_quarter_turns_take_all_four_positions():
     layers = torch.tensor([[[1, 2], [3, 4]]], dtype=torch.int32)
     torch.manual_seed(0)

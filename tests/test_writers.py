@@ -82,6 +82,7 @@ def test_a_right_entry_passes():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (dict(image_id=[5]), "image_id [5] is"),
         (dict(image_id=6), "image_id 6 is not in the mapping"),
         (dict(category_id=5), "category_id 5; expected 1..4"),
         (dict(category_id=0), "category_id 0"),
