@@ -164,12 +164,14 @@ class ChunkedMatcher(Matcher):
         """
         cells, anchors = pair
         size = max(4_000_000 // len(cells), 1)
-        best, highest = [], cells.new_zeros(len(cells))
-        for part in anchors.split(size):
-            overlaps = box_iou(cells, part)
-            best.append(overlaps.max(dim=0))
-            highest = torch.maximum(highest, overlaps.amax(dim=1))
-        values, nearest = (torch.cat(column) for column in zip(*best, strict=True))
+        values = cells.new_empty(len(anchors))
+        nearest = torch.empty_like(values, dtype=torch.int64)
+        highest = cells.new_zeros(len(cells))
+        for begin in range(0, len(anchors), size):
+            part = slice(begin, begin + size)
+            overlaps = box_iou(cells, anchors[part])
+            values[part], nearest[part] = overlaps.max(dim=0)
+            torch.maximum(highest, overlaps.amax(dim=1), out=highest)
         matches = nearest.clone()
         matches[values < self.low_threshold] = self.BELOW_LOW_THRESHOLD
         between = (values >= self.low_threshold) & (values < self.high_threshold)

@@ -20,14 +20,17 @@ import pycocotools.mask
 import tifffile
 import torch
 from torchvision import tv_tensors
+from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_iou, masks_to_boxes
 from torchvision.transforms import v2
 
 from src_snippets.config import recipe
 from src_snippets.evaluate import average_precision, coco_results
 from src_snippets.forms import coco_truth, Instances
-from src_snippets.model import mask_targets, paste_mask
+from src_snippets.model import ChunkedMatcher, mask_targets, paste_mask
 from src_snippets.readers import read_cell_folder, read_image
 from src_snippets.transforms import augment_sample, augmentation, training_target
 from tests.conftest import jittered, make_sample, SHARED_DATA
@@ -120,6 +123,25 @@ def box_targets(side: str) -> Callable:
     ids = torch.arange(1, len(sample.labels) + 1)[:, None, None]
     masks = (sample.layers == ids).to(torch.uint8)  # the stock target; made before the clock runs
     return lambda: project_masks_on_boxes(masks, boxes, matched, 28)
+
+
+# Anchors matched to cells
+
+
+def matching(side: str) -> Callable:
+    """1,449 cells and the anchors of a 1024 px crop, 8 px and larger: 261,888 of them."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(1449, 2, generator=generator) * 990
+    cells = torch.cat([corner, corner + 8 + 24 * torch.rand(1449, 2, generator=generator)], 1)
+    config = recipe("baseline")
+    sizes = tuple((size,) for size in config.anchor_sizes)
+    levels = [torch.zeros(1, 1, 1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
+    images = ImageList(torch.zeros(1, 3, 1024, 1024), [(1024, 1024)])
+    (anchors,) = AnchorGenerator(sizes, (config.anchor_ratios,) * 5)(images, levels)
+    if side == "ours":
+        return lambda: ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)((cells, anchors))
+    stock = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+    return lambda: stock(box_iou(cells, anchors))
 
 
 # Detections to run lengths

@@ -29,6 +29,7 @@ def list_cases(quick: bool) -> dict[str, tuple]:
         if n < 3 or not quick
     }
     cases["mask targets of 128 boxes, 644 cells"] = ("box_targets", {}, both)
+    cases["1,449 cells matched to the anchors of a 1024 px crop"] = ("matching", {}, both)
     cases["200 detections at 1000x1000 to RLE"] = (
         "paste",
         dict(count=200, height=1000, width=1000),
