@@ -40,6 +40,7 @@ class Config:
     # Augmentation of the training part
     crop: int = within(512, 32, 8192)  # px, side of a training crop; smaller: less GPU memory
     zoom: tuple[float, float] = within((0.8, 1.25), 0.1, 10.0)  # least and most magnification
+    fill: bool = True  # small fields get pieces of others beside them; False: padded
     flips: bool = True  # left-right and up-down, each for half of the crops
     quarter_turns: bool = True  # 0, 90, 180 or 270 degrees
     color_jitter: float = within(0.2, 0.0, 1.0)  # strength; stains differ between laboratories
@@ -74,6 +75,8 @@ class Config:
     score_floor: float = within(0.05, 0.0, 1.0)  # least score kept; AP gains from a low one
     mask_threshold: float = within(0.5, 0.0, 1.0)  # probability from which a pixel is cell
     box_nms: float = within(0.5, 0.0, 1.0)  # IoU above which the weaker detection of a class goes
+    mask_nms: float = within(1.0, 0.0, 1.0)  # mask IoU, over all classes, as box_nms; 1: off
+    overlaps: bool = True  # False: a pixel that two cells claim goes to the better one alone
     detections: int = within(300, 1, 20_000)  # most cells an image
     show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn and counted
 

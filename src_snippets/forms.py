@@ -15,7 +15,7 @@ from scipy.ndimage import find_objects
 import torch
 from torch import Tensor
 
-from src_snippets.rle import encode_layers, mask_area
+from src_snippets.rle import encode_layers, mask_areas
 
 
 # %%
@@ -25,8 +25,9 @@ class CellSample:
 
     Attributes:
         image: (3, H, W) uint8, RGB.
-        layers: (L, H, W) int32 with L >= 1; pixel = instance id, 0 = background. Ids run from 1 to
-            N and lie in one layer each; instances that do not overlap share a layer.
+        layers: (L, H, W) int16, from 32,768 instances on int32, with L >= 1; pixel = instance id,
+            0 = background. Ids run from 1 to N and lie in one layer each; instances that do not
+            overlap share a layer.
         labels: (N,) int64, class 1..C of id `i` at `labels[i - 1]`.
         name: the folder's name.
     """
@@ -108,7 +109,7 @@ def pack_layers(maps: Sequence[np.ndarray], classes: Sequence[int], size: tuple[
         size: H, W; needed where there are no maps.
 
     Returns:
-        layers (L, H, W) int32 and labels (N,) int64 as in `CellSample`.
+        layers (L, H, W) int16 or int32 and labels (N,) int64 as in `CellSample`.
     """
     layers, labels = [], []
     for instance_map, label in zip(maps, classes, strict=True):
@@ -121,7 +122,8 @@ def pack_layers(maps: Sequence[np.ndarray], classes: Sequence[int], size: tuple[
         elif count:
             layers[slot] = layers[slot] + numbered
     layers = np.stack(layers) if layers else np.zeros((1, *size), np.int32)
-    return torch.from_numpy(layers), torch.tensor(labels, dtype=torch.int64)
+    kind = np.int16 if len(labels) < 2**15 else np.int32
+    return torch.from_numpy(layers.astype(kind)), torch.tensor(labels, dtype=torch.int64)
 
 
 # %%
@@ -129,7 +131,7 @@ def instance_boxes(layers: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tight boxes of all instances of an instance map.
 
     Args:
-        layers: (L, H, W) int32 as in `CellSample`, or a crop of it.
+        layers: (L, H, W) ints as in `CellSample`, or a crop of it.
         count: N, the highest id that may occur.
 
     Returns:
@@ -172,7 +174,8 @@ def coco_truth(samples: Sequence[CellSample], num_classes: int) -> dict:
         name = f"{sample.name}/image.tif"
         images.append(dict(id=image_id, file_name=name, height=height, width=width))
         truth = truth_instances(sample)
-        for box, label, rle in zip(truth.boxes, truth.labels, truth.rles, strict=True):
+        columns = (truth.boxes, truth.labels, truth.rles, mask_areas(truth.rles).tolist())
+        for box, label, rle, area in zip(*columns, strict=True):
             x1, y1, x2, y2 = box.tolist()
             annotations.append(
                 dict(
@@ -180,7 +183,7 @@ def coco_truth(samples: Sequence[CellSample], num_classes: int) -> dict:
                     image_id=image_id,
                     category_id=int(label),
                     segmentation=rle,
-                    area=mask_area(rle),
+                    area=area,
                     bbox=[x1, y1, x2 - x1, y2 - y1],
                     iscrowd=0,
                 )

@@ -7,7 +7,10 @@
 # run lengths inside their own boxes. No array of `N` image-size masks is ever made.
 
 # %%
-import numpy as np
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_inference, RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import box_iou, MultiScaleRoIAlign
+from torchvision.ops import box_area, MultiScaleRoIAlign
 
 from src_snippets.backbones import (
     build_backbone,
@@ -30,7 +33,8 @@ from src_snippets.backbones import (
 )
 from src_snippets.config import Config
 from src_snippets.forms import Instances
-from src_snippets.rle import encode_crop
+from src_snippets.fusion import settle
+from src_snippets.rle import encode_crops
 
 # %% [markdown]
 # Mask targets: RoIAlign (arXiv:1703.06870) of "pixel belongs to this cell" is a product of three
@@ -74,6 +78,27 @@ def axis_weights(low: Tensor, high: Tensor, bins: int, span: int, limit: int, ha
 
 
 # %%
+def similar_chunks(spans: Tensor, limit: int = 1_000_000):
+    """Groups boxes of like length, so that crops of one size waste little.
+
+    Args:
+        spans: (R,) int64, pixels to look at along each axis.
+        limit: most crop pixels of a group of more than one box.
+
+    Yields:
+        Indices (K,) int64 of a group, and its longest span.
+    """
+    order = spans.argsort()
+    lengths, begin = spans[order].tolist(), 0
+    while begin < len(lengths):
+        end = begin + 1
+        while end < len(lengths) and (end + 1 - begin) * lengths[end] ** 2 <= limit:
+            end += 1
+        yield order[begin:end], lengths[end - 1]
+        begin = end
+
+
+# %%
 @torch.no_grad()
 def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_pixel: bool):
     """What the mask head should answer at some boxes.
@@ -91,15 +116,8 @@ def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_p
     layers, ids, homes = target["layers"], target["ids"][matched], target["homes"][matched]
     height, width = layers.shape[-2:]
     spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(min=1).ceil().long() + 3
-    order = spans.argsort()
-    spans = spans[order].tolist()
     answer = boxes.new_zeros((len(boxes), size, size), dtype=torch.float32)
-    begin = 0
-    while begin < len(spans):
-        end = begin + 1
-        while end < len(spans) and (end + 1 - begin) * spans[end] ** 2 <= 1_000_000:
-            end += 1
-        part, span = order[begin:end], spans[end - 1]
+    for part, span in similar_chunks(spans):
         x1, y1, x2, y2 = boxes[part].float().unbind(1)
         rows, y = axis_weights(y1, y2, size, span, height, half_pixel)
         columns, x = axis_weights(x1, x2, size, span, width, half_pixel)
@@ -107,7 +125,6 @@ def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_p
         crops = (crops == ids[part, None, None]).float()
         with torch.autocast(boxes.device.type, enabled=False):
             answer[part] = rows @ crops @ columns.transpose(1, 2)
-        begin = end
     return answer
 
 
@@ -145,15 +162,50 @@ class Float32RPNHead(RPNHead):
 
 
 # %% [markdown]
-# Anchors are matched to cells in chunks: a table of all overlaps, cells x anchors, would grow with
-# the number of cells and reach gigabytes on a dense field.
+# Anchors are matched to cells block by block, and only with the cells that a block touches: a table
+# of all overlaps, cells x anchors, would reach gigabytes on a dense field, nearly all of it zeros.
 
 
 # %%
-class ChunkedMatcher(Matcher):
-    """torchvision's `Matcher` with equal results, given boxes in place of their table of IoUs.
+def paired_iou(cells: Tensor, anchors: Tensor) -> Tensor:
+    """(N, A) float32: torchvision's `box_iou` to the bit, with a third of its temporaries."""
+    later, earlier = torch.maximum, torch.minimum
+    width = earlier(cells[:, None, 2], anchors[:, 2]).sub_(later(cells[:, None, 0], anchors[:, 0]))
+    height = earlier(cells[:, None, 3], anchors[:, 3]).sub_(later(cells[:, None, 1], anchors[:, 1]))
+    shared = width.clamp_(min=0).mul_(height.clamp_(min=0))
+    union = torch.add(box_area(cells)[:, None], box_area(anchors), out=height).sub_(shared)
+    return shared.div_(union)
 
-    At most 4e6 overlaps are held at a time.
+
+def touching_blocks(cells: Tensor, anchors: Tensor, size: int, limit: int = 1_000_000):
+    """Yields (slice of `anchors`, indices of the `cells` that may overlap them), ascending.
+
+    Neighbours in `anchors` are neighbours in the image, so few cells touch a block of `size`.
+
+    Args:
+        limit: most pairs in one block, where it has more than one anchor.
+    """
+    wanted = -(-len(anchors) // size) * size
+    padded = torch.cat([anchors, anchors[-1:].expand(wanted - len(anchors), 4)]).view(-1, size, 4)
+    low, high = padded[..., :2].amin(1), padded[..., 2:].amax(1)
+    touches = (cells[:, :2] < high[:, None]) & (cells[:, 2:] > low[:, None])  # blocks, cells, 2
+    block, cell = touches.all(-1).nonzero(as_tuple=True)
+    for begin, near in zip(
+        range(0, wanted, size),
+        cell.split(block.bincount(minlength=len(low)).tolist()),
+        strict=True,
+    ):
+        step = min(max(limit // max(len(near), 1), 1), size)
+        for start in range(begin, min(begin + size, len(anchors)), step):
+            yield slice(start, min(start + step, begin + size, len(anchors))), near
+
+
+# %%
+class BlockMatcher(Matcher):
+    """torchvision's `Matcher`, given boxes in place of their table of IoUs.
+
+    Results are equal, but for a cell that overlaps no anchor at all: torchvision then matches every
+    anchor that does not touch it, here it has none.
     """
 
     def __call__(self, pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,24 +215,24 @@ class ChunkedMatcher(Matcher):
             (A,) int64: the cell of each anchor, -1 below the low threshold, -2 between the two.
         """
         cells, anchors = pair
-        size = max(4_000_000 // len(cells), 1)
-        values = cells.new_empty(len(anchors))
-        nearest = torch.empty_like(values, dtype=torch.int64)
-        highest = cells.new_zeros(len(cells))
-        for begin in range(0, len(anchors), size):
-            part = slice(begin, begin + size)
-            overlaps = box_iou(cells, anchors[part])
-            values[part], nearest[part] = overlaps.max(dim=0)
-            torch.maximum(highest, overlaps.amax(dim=1), out=highest)
+        values, highest = cells.new_zeros(len(anchors)), cells.new_zeros(len(cells))
+        nearest = torch.zeros_like(values, dtype=torch.int64)
+        size = 2048 if anchors.device.type == "cpu" else 16_384  # cache, or fewer launches
+        blocks = [pair for pair in touching_blocks(cells, anchors, size) if len(pair[1])]
+        for part, near in blocks:
+            overlaps = paired_iou(cells[near], anchors[part])
+            values[part], index = overlaps.max(dim=0)
+            nearest[part] = near[index]
+            highest[near] = torch.maximum(highest[near], overlaps.amax(dim=1))
         matches = nearest.clone()
         matches[values < self.low_threshold] = self.BELOW_LOW_THRESHOLD
         between = (values >= self.low_threshold) & (values < self.high_threshold)
         matches[between] = self.BETWEEN_THRESHOLDS
         # The best anchors of each cell are matched however little they overlap.
-        for chosen in torch.where(values >= highest.min())[0].split(size):
-            overlaps = box_iou(cells, anchors[chosen])
-            is_best = (overlaps == highest[:, None]).any(dim=0)
-            matches[chosen[is_best]] = nearest[chosen[is_best]]
+        for part, near in blocks:
+            overlaps = paired_iou(cells[near], anchors[part])
+            is_best = ((overlaps == highest[near, None]) & (overlaps > 0)).any(dim=0)
+            matches[part] = torch.where(is_best, nearest[part], matches[part])
         return matches
 
 
@@ -281,7 +333,8 @@ class InputTransform(GeneralizedRCNNTransform):
     def batch_images(self, images, size_divisible=32):
         # A trunk that shrinks a crop to one pixel has nothing to normalise over in training.
         tiny = max(max(image.shape[-2:]) for image in images) <= 32
-        return super().batch_images(images, 64 if tiny else size_divisible)
+        batch = super().batch_images(images, 64 if tiny else size_divisible)
+        return batch.contiguous(memory_format=torch.channels_last)  # as the model's weights
 
     def postprocess(self, result, image_shapes, original_image_sizes):
         if self.training:
@@ -342,7 +395,7 @@ def build_proposals(config: Config) -> RegionProposalNetwork:
         nms_thresh=config.rpn_nms,
     )
     proposals.box_similarity = lambda cells, anchors: (cells, anchors)
-    proposals.proposal_matcher = ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)
+    proposals.proposal_matcher = BlockMatcher(0.7, 0.3, allow_low_quality_matches=True)
     return proposals
 
 
@@ -391,7 +444,7 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     model = GeneralizedRCNN(backbone, build_proposals(config), build_heads(config), transform)
     if model_state is not None:
         load_model_state(model, model_state)
-    return model
+    return model.to(memory_format=torch.channels_last)  # the layout that convolutions prefer
 
 
 # %%
@@ -425,70 +478,82 @@ def initial_weights(config: Config) -> tuple[dict | None, dict | None]:
 
 
 # %%
-def paste_weights(low: float, high: float, size: int, limit: int, half_pixel: bool):
-    """Bilinear weights that carry a mask of `size` bins onto the pixels of one axis.
+def paste_weights(low: Tensor, high: Tensor, size: int, span: int, limit: int, half_pixel: bool):
+    """Bilinear weights that carry masks of `size` bins onto the pixels of one axis.
 
     Args:
-        low, high: edges of the box in pixels; limit: H or W.
+        low, high: (R,) float32, edges of the boxes in pixels; limit: H or W.
+        span: pixels from the first one on; at least the longest box + 3, grown by a bin each side.
         half_pixel: draw at pixel centres inside the box, and nothing outside. Else as torchvision's
             `paste_masks_in_image`: the box grows by one bin on each side and is cut to integers.
 
     Returns:
-        The first pixel, and weights (pixels, size) float32; no pixels where the box is empty.
+        first pixels (R,) int64; weights (R, span, size) float32; which of these pixels lie in both
+        box and image, (R, span) bool.
     """
     if half_pixel:
-        first, last = int(np.ceil(low - 0.5)), int(np.ceil(high - 0.5))
-        pixels = np.arange(max(first, 0), min(last, limit))
-        place = (pixels + 0.5 - low) * (size / max(high - low, 1e-6)) - 0.5
-        place = place.clip(0, size - 1) + 1
+        begin, end = torch.ceil(low - 0.5), torch.ceil(high - 0.5)
+        origin, step = low - 0.5, size / (high - low).clamp(min=1e-6)
+        shift, least, most = 0.5, 1, size
     else:
-        grow = np.float32((size + 2) / size)
-        middle, half = np.float32((high + low) * 0.5), np.float32((high - low) * 0.5) * grow
-        first, last = int(middle - half), int(middle + half)
-        pixels = np.arange(max(first, 0), min(last + 1, limit))
-        place = (pixels - first + np.float32(0.5)) * np.float32(
-            (size + 2) / max(last - first + 1, 1)
-        )
-        place = (place - np.float32(0.5)).clip(0, size + 1)
-    below = np.minimum(place.astype(np.int64), size)
+        middle, half = (high + low) * 0.5, (high - low) * 0.5 * ((size + 2) / size)
+        begin, end = (middle - half).trunc(), (middle + half).trunc() + 1
+        origin, step = begin - 0.5, (size + 2) / (end - begin).clamp(min=1)
+        shift, least, most = -0.5, 0, size + 1
+    first = begin.clamp(0, limit)
+    pixels = first[:, None] + torch.arange(span, device=low.device)
+    inside = pixels < end.clamp(max=limit)[:, None]
+    place = ((pixels - origin[:, None]) * step[:, None] + shift).clamp(least, most)
+    below = place.floor().clamp(max=size)
     # Bins 0 and size + 1 are a border of zeros, cut off again at the end.
-    weights = np.zeros((len(pixels), size + 2), np.float32)
-    index = np.arange(len(pixels))
-    weights[index, below] = 1 - (place - below)
-    weights[index, below + 1] = place - below
-    return int(pixels[0]) if len(pixels) else 0, weights[:, 1:-1]
+    weights = place.new_zeros((len(low), span, size + 2))
+    weights.scatter_(2, below.long()[..., None], (1 - (place - below))[..., None])
+    weights.scatter_(2, below.long()[..., None] + 1, (place - below)[..., None])
+    return first.long(), weights[..., 1:-1], inside
 
 
 # %%
-def paste_mask(mask: np.ndarray, box, size, threshold: float, half_pixel: bool) -> dict | None:
-    """The COCO RLE of one predicted mask, made inside its box.
+def paste_masks(masks: Tensor, boxes: Tensor, size, threshold: float, half_pixel: bool) -> list:
+    """The COCO RLEs of predicted masks, each made inside its box.
 
     Args:
-        mask: (M, M) float32 probabilities; box: (4,) XYXY pixels; size: H, W of the image.
+        masks: (R, M, M) float32 probabilities; boxes: (R, 4) XYXY pixels; size: H, W of the image.
         threshold: probability from which a pixel belongs to the cell.
 
     Returns:
-        The RLE at image size, or None where no pixel reaches the threshold.
+        R RLEs at image size, None where no pixel reaches the threshold. Memory is bounded by 1e5
+        crop pixels at a time, or one crop.
     """
-    height, width = size
-    left, columns = paste_weights(float(box[0]), float(box[2]), mask.shape[1], width, half_pixel)
-    top, rows = paste_weights(float(box[1]), float(box[3]), mask.shape[0], height, half_pixel)
-    crop = rows @ mask @ columns.T >= threshold
-    return encode_crop(crop, top, left, height, width) if crop.any() else None
+    bins, rles = masks.shape[-1], [None] * len(boxes)
+    spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, max(size)) * ((bins + 2) / bins)
+    for part, span in similar_chunks(spans.ceil().long() + 3, 100_000):
+        x1, y1, x2, y2 = boxes[part].float().unbind(1)
+        top, rows, in_rows = paste_weights(y1, y2, bins, span, size[0], half_pixel)
+        left, columns, in_columns = paste_weights(x1, x2, bins, span, size[1], half_pixel)
+        with torch.autocast(boxes.device.type, enabled=False):
+            crops = rows @ masks[part].float() @ columns.transpose(1, 2) >= threshold
+        crops &= in_rows[:, :, None] & in_columns[:, None, :]
+        arrays = (v.cpu().numpy() for v in (crops, top, left))
+        filled = crops.flatten(1).any(1).tolist()
+        for index, rle, any_pixel in zip(
+            part.tolist(), encode_crops(*arrays, *size), filled, strict=True
+        ):
+            rles[index] = rle if any_pixel else None
+    return rles
 
 
 # %%
-def to_instances(found: dict, size, threshold: float, half_pixel: bool) -> Instances:
+@torch.inference_mode()
+def to_instances(found: dict, size, config: Config) -> Instances:
     """Detections of one image, as they leave the model, in the common form.
 
     Detections whose mask is empty are left out: an empty mask matches nothing.
     """
-    arrays = {key: value.detach().cpu().numpy() for key, value in found.items()}
-    pairs = zip(arrays["masks"], arrays["boxes"], strict=True)
-    rles = [paste_mask(m[0], box, size, threshold, half_pixel) for m, box in pairs]
+    masks, half = found["masks"][:, 0], config.half_pixel
+    rles = paste_masks(masks, found["boxes"], size, config.mask_threshold, half)
     kept = [i for i, rle in enumerate(rles) if rle is not None]
-    boxes, scores, labels = (arrays[key][kept] for key in ("boxes", "scores", "labels"))
-    return Instances(boxes, scores, labels, [rles[i] for i in kept], tuple(size))
+    arrays = (found[key].cpu().numpy()[kept] for key in ("boxes", "scores", "labels"))
+    return settle(Instances(*arrays, [rles[i] for i in kept], tuple(size)), config)
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
@@ -504,24 +569,47 @@ def choose_precision(config: Config, device: torch.device) -> str:
 
 # %%
 @torch.inference_mode()
+def run_model(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[dict]:
+    """Boxes, scores, labels and (R, 1, M, M) masks of a batch of images, on the model's device."""
+    device = next(model.parameters()).device
+    precision = choose_precision(config, device)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(device.type, dtype, enabled=precision != "no"):
+        return model.eval()([image.to(device, non_blocking=True) for image in images])
+
+
 def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[Instances]:
     """Finds the cells of a batch of images.
 
     Args:
         model: from `build_model`; left in evaluation mode.
         images: B images (3, H, W) uint8; sizes may differ.
-        config: `mask_threshold`, `half_pixel` and `precision` are read; score floor, NMS and cap
-            are the model's.
+        config: `mask_threshold`, `half_pixel`, `mask_nms`, `overlaps` and `precision` are read;
+            score floor, box NMS and cap are the model's.
 
     Returns:
         B `Instances`, best first.
     """
-    device = next(model.parameters()).device
-    precision = choose_precision(config, device)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    with torch.autocast(device.type, dtype, enabled=precision != "no"):
-        answers = model.eval()([image.to(device, non_blocking=True) for image in images])
-    return [
-        to_instances(found, image.shape[-2:], config.mask_threshold, config.half_pixel)
-        for found, image in zip(answers, images, strict=True)
-    ]
+    pairs = zip(run_model(model, images, config), images, strict=True)
+    return [to_instances(found, image.shape[-2:], config) for found, image in pairs]
+
+
+# %%
+def detect_each(
+    model: GeneralizedRCNN, images: Iterable[Tensor], config: Config
+) -> Iterator[Instances]:
+    """Yields what `detect` finds in each image, in their order.
+
+    While the model looks at one image, a thread reads the next and another encodes the last one;
+    at most four images are held.
+    """
+    images, answers = iter(images), deque()
+    with ThreadPoolExecutor(2) as pool:
+        following = pool.submit(next, images, None)
+        while (image := following.result()) is not None:
+            following = pool.submit(next, images, None)
+            (found,) = run_model(model, [image], config)
+            answers.append(pool.submit(to_instances, found, image.shape[-2:], config))
+            if len(answers) > 1:
+                yield answers.popleft().result()
+        yield from (answer.result() for answer in answers)

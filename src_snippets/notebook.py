@@ -98,7 +98,7 @@ for label, count in enumerate(samples.counts.sum(0)[1:], start=1):
 print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
 
 # %%
-from src_snippets.transforms import augmentation
+from src_snippets.transforms import filled_crop
 
 # %%
 from src_snippets.plots import (
@@ -124,15 +124,20 @@ show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samp
 # %%
 torch.manual_seed(config.seed)
 most_cells = int(samples.counts.sum(1)[parts["train"].indices].argmax())
-augmented = plot_augmentations(parts["train"][most_cells], augmentation(config), config.num_classes)
+variants = [filled_crop(parts["train"], most_cells, config) for _ in range(5)]
+augmented = plot_augmentations(parts["train"][most_cells], variants, config.num_classes)
 show_figure(augmented, output / "figures" / "augmentations.png")
 
 # %% [markdown]
-# The same field as training sees it: flipped, turned, magnified, cut and recoloured. Outlines must
-# still sit on the cells. If colours look unlike any slide you have, lower `color_jitter`.
+# The same field as training sees it: flipped, turned, magnified, cut and recoloured, with pieces of
+# others beside it where it is smaller than `crop`. Outlines must still sit on the cells. If colours
+# look unlike any slide you have, lower `color_jitter`.
 
 # %%
 from src_snippets.backbones import find_weights
+
+# %%
+from src_snippets.fusion import settle
 
 # %%
 from src_snippets.model import build_model, count_parameters

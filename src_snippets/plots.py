@@ -18,7 +18,6 @@ from skimage.segmentation import find_boundaries
 
 from src_snippets.forms import CellSample, Instances, truth_instances
 from src_snippets.rle import paint
-from src_snippets.transforms import augment_sample
 
 # %%
 # Colours that stains do not have, bright enough to be seen on pink and on purple.
@@ -106,13 +105,15 @@ def plot_fields(fields: Sequence[tuple[np.ndarray, Instances, str]], num_classes
     return figure
 
 
-def plot_augmentations(sample: CellSample, chain, num_classes: int, variants: int = 5) -> Figure:
-    """A sample, and what augmentation makes of it, truth outlined on both."""
-    shown = [sample, *(augment_sample(sample, chain) for _ in range(variants))]
+def plot_augmentations(
+    sample: CellSample, variants: Sequence[CellSample], num_classes: int
+) -> Figure:
+    """A sample, and what augmentation makes of it, truth outlined on all."""
+    shown = [sample, *variants]
     figure = Figure(figsize=(9.6, 7), layout="constrained")
-    axes = figure.subplots(2, (variants + 2) // 2).flat
+    axes = figure.subplots(2, (len(variants) + 2) // 2).flat
     outlined = [outline_cells(s.image.numpy(), visible_truth(s)) for s in shown]
-    titles = ["as it is", *(f"variant {k}" for k in range(1, variants + 1))]
+    titles = ["as it is", *(f"variant {k}" for k in range(1, len(shown)))]
     show_row(list(axes)[: len(shown)], outlined, titles)
     add_legend(figure, num_classes)
     return figure

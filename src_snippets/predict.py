@@ -3,7 +3,8 @@
 # %% [markdown]
 # ## What is in the test images?
 # Each test image is read, shown to the model whole and answered with `Instances`; only the answers
-# are kept, so memory does not grow with the number of images.
+# are kept, so memory does not grow with the number of images. Threads read the next image and
+# encode the last answer meanwhile.
 
 # %%
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from src_snippets.config import Config
 from src_snippets.forms import Instances
-from src_snippets.model import detect
+from src_snippets.model import detect_each
 from src_snippets.readers import ImageRecord, read_image
 
 
@@ -27,7 +28,7 @@ def predict_images(
     Args:
         model: from `load_trained`.
         images: from `read_test_mapping`.
-        config: see `detect`.
+        config: see `detect_each`.
 
     Returns:
         `Instances` by image id, one for every image.
@@ -35,8 +36,7 @@ def predict_images(
     Raises:
         BadInput: an image cannot be read; names it.
     """
-    answers = {}
-    for image in tqdm(images, desc="predicting", unit="image"):
-        pixels = torch.from_numpy(read_image(image.path))
-        answers[image.image_id] = detect(model, [pixels], config)[0]
-    return answers
+    pixels = (torch.from_numpy(read_image(image.path)) for image in images)
+    found = detect_each(model, pixels, config)
+    bar = tqdm(found, desc="predicting", unit="image", total=len(images))
+    return {image.image_id: answer for image, answer in zip(images, bar, strict=True)}

@@ -23,20 +23,35 @@ def encode_runs(starts, ends, height: int, width: int) -> dict:
     Returns:
         `{"size": [height, width], "counts": str}`.
     """
-    starts, ends = np.asarray(starts, np.int64), np.asarray(ends, np.int64)
+    return encode_owned_runs(np.zeros(len(starts), np.int64), starts, ends, 1, height, width)[0]
+
+
+def encode_owned_runs(owners, starts, ends, count: int, height: int, width: int) -> list[dict]:
+    """COCO RLEs of many masks at once.
+
+    Args:
+        owners: (K,) ints, ascending: the mask 0 .. count - 1 that each run belongs to.
+        starts, ends: as in `encode_runs`, ascending within an owner.
+
+    Returns:
+        `count` RLEs; a mask without runs has an empty one.
+    """
+    owners, starts, ends = (np.asarray(v, np.int64) for v in (owners, starts, ends))
     # A run that ends where the next begins (bottom of one column, top of the next) is one run.
-    apart = starts[1:] != ends[:-1]
-    starts = starts[np.r_[True, apart]] if len(starts) else starts
-    ends = ends[np.r_[apart, True]] if len(ends) else ends
-    bounds = np.empty(2 * len(starts) + 2, np.int64)
-    bounds[0], bounds[1:-1:2], bounds[2:-1:2], bounds[-1] = 0, starts, ends, height * width
-    counts = np.diff(bounds)
-    if len(counts) > 1 and counts[-1] == 0:
-        counts = counts[:-1]
-    rle = pycocotools.mask.frPyObjects(
-        {"size": [height, width], "counts": counts.tolist()}, height, width
-    )
-    return {"size": [int(height), int(width)], "counts": rle["counts"].decode("ascii")}
+    apart = (starts[1:] != ends[:-1]) | (owners[1:] != owners[:-1])
+    first, last = np.r_[True, apart][: len(starts)], np.r_[apart, True][: len(starts)]
+    owners, starts, ends = owners[first], starts[first], ends[last]
+    before = np.r_[0, ends[:-1]][: len(ends)]
+    before[np.r_[True, owners[1:] != owners[:-1]][: len(owners)]] = 0
+    counts = np.stack([starts - before, ends - starts], axis=1).ravel().tolist()
+    bounds = (2 * np.searchsorted(owners, np.arange(count + 1))).tolist()
+    size, plain = [int(height), int(width)], []
+    for begin, end in pairwise(bounds):
+        own = counts[begin:end]
+        rest = height * width - sum(own)
+        plain.append({"size": size, "counts": [*own, rest] if rest or not own else own})
+    packed = pycocotools.mask.frPyObjects(plain, height, width) if plain else []
+    return [{"size": size.copy(), "counts": rle["counts"].decode("ascii")} for rle in packed]
 
 
 # %%
@@ -85,10 +100,10 @@ def counts_from_text(text: bytes) -> np.ndarray:
     return values
 
 
-def mask_area(rle: dict) -> int:
-    """Number of cell pixels. (pycocotools' own `area` fails on lists of over 255 with NumPy 2.)"""
-    starts, ends = decode_runs(rle)
-    return int((ends - starts).sum())
+def mask_areas(rles: list[dict]) -> np.ndarray:
+    """(N,) int64, the cell pixels of N RLEs. (pycocotools fails on over 255 with NumPy 2.)"""
+    parts = [pycocotools.mask.area(rles[i : i + 250]) for i in range(0, len(rles), 250)]
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
 
 # %%
@@ -102,15 +117,23 @@ def encode_crop(crop: np.ndarray, top: int, left: int, height: int, width: int) 
     Returns:
         `{"size": [height, width], "counts": str}`; memory grows with the crop, not the image.
     """
-    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), np.int8)
-    columns[:, 1:-1] = crop.T
-    steps = np.diff(columns, axis=1)
-    # nonzero() goes column by column, so starts and ends come in ascending, matching order.
-    column, row = np.nonzero(steps == 1)
-    starts = (left + column) * height + top + row
-    column, row = np.nonzero(steps == -1)
-    ends = (left + column) * height + top + row
-    return encode_runs(starts, ends, height, width)
+    return encode_crops(crop[None], np.array([top]), np.array([left]), height, width)[0]
+
+
+def encode_crops(crops: np.ndarray, tops, lefts, height: int, width: int) -> list[dict]:
+    """COCO RLEs of N masks from crops of one size, (N, h, w) bool; see `encode_crop`.
+
+    A crop may reach over the image's edge where it is empty.
+    """
+    columns = np.zeros((len(crops), crops.shape[2], crops.shape[1] + 2), np.int8)
+    columns[:, :, 1:-1] = crops.transpose(0, 2, 1)
+    steps = np.diff(columns, axis=2)
+    # nonzero() goes mask by mask and column by column, so starts and ends come in matching order.
+    owner, column, row = np.nonzero(steps == 1)
+    starts = (lefts[owner] + column) * height + tops[owner] + row
+    owner, column, row = np.nonzero(steps == -1)
+    ends = (lefts[owner] + column) * height + tops[owner] + row
+    return encode_owned_runs(owner, starts, ends, len(crops), height, width)
 
 
 # %%
@@ -129,15 +152,13 @@ def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
     runs = [(np.zeros(0, np.int64),) * 3]
     for layer in layers:
         pixels = layer.T.ravel()
-        bounds = np.r_[0, np.flatnonzero(np.diff(pixels)) + 1, pixels.size].astype(np.int64)
+        bounds = np.r_[0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1, pixels.size]
         ids = pixels[bounds[:-1]].astype(np.int64)
         cell = ids > 0
         runs.append((ids[cell], bounds[:-1][cell], bounds[1:][cell]))
     ids, starts, ends = (np.concatenate(part) for part in zip(*runs, strict=True))
     order = np.argsort(ids, kind="stable")
-    slots = np.searchsorted(ids[order], np.arange(1, count + 2))
-    parts = [order[a:b] for a, b in pairwise(slots)]
-    return [encode_runs(starts[part], ends[part], height, width) for part in parts]
+    return encode_owned_runs(ids[order] - 1, starts[order], ends[order], count, height, width)
 
 
 # %%

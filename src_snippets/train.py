@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from src_snippets.config import Config
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
-from src_snippets.model import build_model, choose_precision, detect, load_model_state
+from src_snippets.model import build_model, choose_precision, detect_each, load_model_state
 from src_snippets.places import written_whole
 from src_snippets.readers import BadInput
 from src_snippets.transforms import collate, TrainingSet
@@ -38,11 +38,14 @@ from src_snippets.transforms import collate, TrainingSet
 
 # %%
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101); norms and biases, all one-dimensional, are not decayed."""
+    """AdamW (arXiv:1711.05101); norms and biases, all one-dimensional, are not decayed.
+
+    All parameters are updated by one kernel.
+    """
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [dict(params=decayed), dict(params=free, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
 def rate_factor(step: int, config: Config, total: int) -> float:
@@ -100,34 +103,33 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config,
     means = {}
     model.train()
     for images, targets in loader:
-        names = [target["name"] for target in targets]
         losses = model(images, targets)
-        total = sum(losses.values())
         optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(sum(losses.values()))
+        # Read only now, so that a GPU has the backward pass to do while the numbers are fetched.
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
+            names = [target["name"] for target in targets]
             raise FloatingPointError(
                 f"Step {bar.n}: losses {values} on images {', '.join(names)}. Training has "
                 "stopped; the checkpoints are of earlier epochs. Lower lr, or set precision='no'."
             )
-        accelerator.backward(total)
         if config.clip_norm and accelerator.sync_gradients:
             accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales first
         optimizer.step()
         schedule.step()
         for name, value in (values | {"loss": sum(values.values())}).items():
-            mean = means.setdefault(name, MeanMetric().to(accelerator.device))
-            mean.update(value, len(images))
+            means.setdefault(name, MeanMetric()).update(value, len(images))
         parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
         bar.set_postfix(parts | {"rate": f"{schedule.get_last_lr()[0]:.1e}"}, refresh=False)
         bar.update()
-    return {name: float(mean.compute()) for name, mean in means.items()}
+    return {name: float(mean.to(accelerator.device).compute()) for name, mean in means.items()}
 
 
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
-    return [detect(model, [sample.image], config)[0] for sample in samples]
+    return list(detect_each(model, (sample.image for sample in samples), config))
 
 
 def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
@@ -146,6 +148,8 @@ NOT_TRAINED = (
     "score_floor",
     "mask_threshold",
     "box_nms",
+    "mask_nms",
+    "overlaps",
     "detections",
     "show_floor",
 )
@@ -240,7 +244,7 @@ class TrainingRun:
             cpu=default_device().type == "cpu",
             mixed_precision=choose_precision(config, default_device()),
             dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed
+                use_seedable_sampler=True, data_seed=config.seed, non_blocking=True
             ),
         )
         last = folder / "last.pt"

@@ -19,7 +19,7 @@ from src_snippets.evaluate import (
     precision_table,
 )
 from src_snippets.forms import coco_truth, Instances, truth_instances
-from src_snippets.rle import encode_crop, mask_area, paint
+from src_snippets.rle import encode_crop, mask_areas, paint
 from tests.conftest import empty_sample, jittered, make_sample, real_data
 
 
@@ -155,7 +155,7 @@ def test_results_are_coco_results(two_cells):
     assert (first["image_id"], first["category_id"], first["bbox"]) == (7, 1, [0.0, 0.0, 4.0, 4.0])
     assert second["bbox"] == [10.0, 10.0, 4.0, 4.0]
     assert json.loads(json.dumps(first))["segmentation"] == found.rles[0]
-    assert mask_area(first["segmentation"]) == 16
+    assert mask_areas([first["segmentation"]]) == [16]
     assert paint([first["segmentation"]], [1], 20, 20).sum() == 16
     assert coco_results({}) == []
 

@@ -19,7 +19,7 @@ def test_maps_that_do_not_overlap_share_a_layer():
     one, two = np.array([[1, 0, 0]]), np.array([[0, 1, 1]])
     layers, labels = pack_layers([one, two], [1, 3], (1, 3))
     assert layers.tolist() == [[[1, 2, 2]]]
-    assert (labels.tolist(), layers.dtype, labels.dtype) == ([1, 3], torch.int32, torch.int64)
+    assert (labels.tolist(), layers.dtype, labels.dtype) == ([1, 3], torch.int16, torch.int64)
 
 
 def test_maps_that_overlap_get_layers_of_their_own():

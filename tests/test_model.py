@@ -6,15 +6,16 @@ import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 
 from src_snippets.config import recipe
 from src_snippets.forms import truth_instances
 from src_snippets.model import (
+    BlockMatcher,
     build_model,
     choose_precision,
-    ChunkedMatcher,
     count_parameters,
     detect,
     Float32Anchors,
@@ -23,7 +24,9 @@ from src_snippets.model import (
     load_model_state,
     mask_loss,
     mask_targets,
-    paste_mask,
+    paired_iou,
+    paste_masks,
+    touching_blocks,
 )
 from src_snippets.readers import read_cell_folder
 from src_snippets.transforms import training_target
@@ -53,7 +56,8 @@ def stock_and_ours():
     sizes = tuple((size,) for size in PARITY.anchor_sizes)
     stock.rpn.anchor_generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
     stock.load_state_dict(ours.state_dict())
-    return stock, ours
+    # The layout in memory decides in which order convolutions add.
+    return stock.to(memory_format=torch.channels_last), ours
 
 
 def field_of_cells(seed=0, size=128):
@@ -187,39 +191,41 @@ def test_paste_equals_torchvisions(seed):
     boxes = random_boxes(12, 70, 90, seed)
     masks = torch.nn.functional.avg_pool2d(torch.rand(12, 1, 28, 28, generator=generator), 5, 1, 2)
     stock = paste_masks_in_image(masks, boxes, (70, 90))[:, 0]
-    for mask, box, wanted in zip(masks, boxes, stock, strict=True):
-        rle = paste_mask(mask[0].numpy(), box.numpy(), (70, 90), 0.5, half_pixel=False)
+    rles = paste_masks(masks[:, 0], boxes, (70, 90), 0.5, half_pixel=False)
+    for rle, wanted in zip(rles, stock, strict=True):
         found = pycocotools.mask.decode(rle) if rle else np.zeros((70, 90))
         different = (found != (wanted >= 0.5).numpy()) & (np.abs(wanted.numpy() - 0.5) > 1e-5)
         assert not different.any()
 
 
+def paste_one(box, value=1.0, threshold=0.5):
+    full = torch.full((1, 28, 28), value)
+    return paste_masks(full, torch.tensor([box]).float(), (4, 6), threshold, half_pixel=True)[0]
+
+
 def test_paste_worked_by_hand():
-    full = np.ones((28, 28), np.float32)
-    rle = paste_mask(full, [2, 1, 5, 3], (4, 6), 0.5, half_pixel=True)
-    assert pycocotools.mask.decode(rle).tolist() == [
+    assert pycocotools.mask.decode(paste_one([2, 1, 5, 3])).tolist() == [
         [0, 0, 0, 0, 0, 0],
         [0, 0, 1, 1, 1, 0],
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 0],
     ]
     # A pixel belongs to the box when its centre lies inside.
-    rle = paste_mask(full, [1.4, 0.6, 3.4, 2.6], (4, 6), 0.5, half_pixel=True)
-    assert pycocotools.mask.toBbox(rle).tolist() == [1, 1, 2, 2]
-    assert paste_mask(full * 0.4, [2, 1, 5, 3], (4, 6), 0.5, True) is None
-    assert paste_mask(full, [2.1, 1.1, 2.3, 1.3], (4, 6), 0.5, True) is None
-    assert paste_mask(full, [-9, -9, 99, 99], (4, 6), 0.5, True)["size"] == [4, 6]
+    assert pycocotools.mask.toBbox(paste_one([1.4, 0.6, 3.4, 2.6])).tolist() == [1, 1, 2, 2]
+    assert paste_one([2, 1, 5, 3], value=0.4) is None
+    assert paste_one([2.1, 1.1, 2.3, 1.3]) is None
+    assert pycocotools.mask.area(paste_one([-9, -9, 99, 99])) == 24
+    assert pycocotools.mask.area(paste_one([2, 1, 5, 3], threshold=0.0)) == 6
+    assert paste_one([7, 1, 9, 3]) is None  # beside the image
+    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (4, 6), 0.5, True) == []
 
 
 def round_trip(sample, half_pixel) -> np.ndarray:
     """IoU of each cell with itself after target and paste: what a perfect mask head reaches."""
     target = training_target(sample, 1)
     every = torch.arange(len(target["ids"]))
-    masks = mask_targets(target, target["boxes"], every, 28, half_pixel).numpy()
-    pasted = [
-        paste_mask(mask, box, sample.size, 0.5, half_pixel)
-        for mask, box in zip(masks, target["boxes"].numpy(), strict=True)
-    ]
+    masks = mask_targets(target, target["boxes"], every, 28, half_pixel)
+    pasted = paste_masks(masks, target["boxes"], sample.size, 0.5, half_pixel)
     truth = truth_instances(sample).rles
     pairs = zip(pasted, truth, strict=True)
     return np.array([pycocotools.mask.iou([found], [own], [0])[0, 0] for found, own in pairs])
@@ -340,26 +346,50 @@ def test_under_mixed_precision_boxes_are_decoded_in_float32(tiny_config):
         assert {v.dtype for v in found} == {torch.float32}
 
 
+def matchers():
+    return [kind(0.7, 0.3, allow_low_quality_matches=True) for kind in (Matcher, BlockMatcher)]
+
+
+def grid_anchors(side):
+    """Anchors of 8 and 32 px as the model lays them on a field of `side` px."""
+    make = AnchorGenerator(((8,), (32,)), ((0.5, 1.0, 2.0),) * 2)
+    levels = [torch.zeros(1, 1, side // stride, side // stride) for stride in (4, 8)]
+    return make(ImageList(torch.zeros(1, 3, side, side), [(side, side)]), levels)[0]
+
+
 @settings(max_examples=40, deadline=None)
-@given(strategies.integers(0, 2**31))
-def test_chunked_matches_equal_torchvisions(seed):
-    cells, anchors = random_boxes(9, 90, 90, seed), random_boxes(300, 90, 90, seed + 1)
+@given(strategies.integers(0, 2**31), strategies.booleans())
+def test_matches_by_block_equal_torchvisions(seed, on_grid):
+    cells, anchors = random_boxes(9, 300, 300, seed), random_boxes(9000, 300, 300, seed + 1)
     anchors[:40] = anchors[40:80]  # ties
-    cells[0] = torch.tensor([500.0, 500.0, 510.0, 510.0])  # touches no anchor
-    stock = Matcher(0.7, 0.3, allow_low_quality_matches=True)
-    ours = ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)
+    anchors = grid_anchors(300) if on_grid else anchors
+    stock, ours = matchers()
     for count in (9, 1):
         chosen = cells[-count:]
         assert torch.equal(ours((chosen, anchors)), stock(box_iou(chosen, anchors)))
 
 
-def test_a_small_chunk_gives_the_same_matches(monkeypatch):
+def test_a_cell_that_touches_no_anchor_gets_none():
     cells, anchors = random_boxes(9, 90, 90, 5), random_boxes(300, 90, 90, 6)
-    matcher = ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)
-    whole = matcher((cells, anchors))
-    many = cells.repeat(100_000, 1)  # 4 anchors a chunk
-    assert torch.equal(matcher((many, anchors[:40])) >= 0, matcher((cells, anchors[:40])) >= 0)
-    assert (whole >= 0).sum() >= 9
+    stock, ours = matchers()
+    with_it = torch.cat([cells, torch.tensor([[500.0, 500.0, 510.0, 510.0]])])
+    assert torch.equal(ours((with_it, anchors)), stock(box_iou(cells, anchors)))
+    assert (ours((with_it[-1:], anchors)) == -1).all()
+
+
+def test_paired_iou_is_torchvisions_to_the_bit():
+    cells, anchors = random_boxes(20, 90, 90, 5), random_boxes(300, 90, 90, 6)
+    assert torch.equal(paired_iou(cells, anchors), box_iou(cells, anchors))
+
+
+def test_blocks_hold_a_limited_number_of_pairs():
+    cells, anchors = random_boxes(50, 90, 90, 5), random_boxes(300, 90, 90, 6)
+    blocks = list(touching_blocks(cells, anchors, size=128, limit=1000))
+    assert max((part.stop - part.start) * len(near) for part, near in blocks) <= 1000
+    covered = torch.cat([torch.arange(300)[part] for part, _ in blocks])
+    assert covered.tolist() == list(range(300))
+    pairs = {(c, a) for part, near in blocks for a in range(300)[part] for c in near.tolist()}
+    assert set(map(tuple, (box_iou(cells, anchors) > 0).nonzero().tolist())) <= pairs
 
 
 def test_a_crop_of_one_feature_pixel_trains(tiny_model):

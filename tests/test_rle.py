@@ -4,7 +4,15 @@ import numpy as np
 import pycocotools.mask
 import pytest
 
-from src_snippets.rle import decode_runs, encode_crop, encode_layers, encode_runs, mask_area, paint
+from src_snippets.rle import (
+    decode_runs,
+    encode_crop,
+    encode_crops,
+    encode_layers,
+    encode_runs,
+    mask_areas,
+    paint,
+)
 
 masks = strategies.tuples(strategies.integers(1, 12), strategies.integers(1, 12)).flatmap(
     lambda s: arrays(bool, s)
@@ -23,7 +31,7 @@ def test_worked_example():
     starts, ends = decode_runs(rle)
     assert (starts.tolist(), ends.tolist()) == ([1], [4])
     assert pycocotools.mask.decode(rle).tolist() == mask.astype(int).tolist()
-    assert mask_area(rle) == 3
+    assert mask_areas([rle]).tolist() == [3]
     assert decode_runs({"size": [3, 2], "counts": [1, 3, 2]})[0].tolist() == [1]
 
 
@@ -43,8 +51,27 @@ def test_crop_equals_whole(crop, top, left, below, right):
     whole = np.pad(crop, ((top, below), (left, right)))
     rle = encode_crop(crop, top, left, *whole.shape)
     assert rle == oracle(whole)
-    assert mask_area(rle) == whole.sum()
+    assert mask_areas([rle]) == [whole.sum()]
     assert (paint([rle], [7], *whole.shape) == 7 * whole).all()
+
+
+@given(strategies.integers(0, 2**31))
+def test_many_crops_equal_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    crops = rng.random((6, 4, 5)) < rng.choice([0.1, 0.5, 1.0], (6, 1, 1))
+    crops[2] = False
+    tops, lefts = rng.integers(0, 5, 6), rng.integers(0, 5, 6)
+    rles = encode_crops(crops, tops, lefts, 8, 9)
+    corners = zip(crops, tops, lefts, strict=True)
+    assert rles == [encode_crop(crop, top, left, 8, 9) for crop, top, left in corners]
+    assert mask_areas(rles * 90).tolist() == crops.sum((1, 2)).tolist() * 90
+
+
+def test_touching_runs_of_two_masks_stay_apart():
+    # One mask ends at the bottom of column 0, the next begins at the top of column 1.
+    full = np.ones((2, 3, 1), bool)
+    first, second = encode_crops(full, np.array([0, 0]), np.array([0, 1]), 3, 2)
+    assert (decode_runs(first)[1].tolist(), decode_runs(second)[0].tolist()) == ([3], [3])
 
 
 @given(strategies.integers(0, 2**31), strategies.integers(1, 400), strategies.integers(1, 400))
@@ -67,7 +94,9 @@ def test_empty():
     empty = encode_crop(np.zeros((0, 0), bool), 0, 0, 4, 5)
     assert empty == oracle(np.zeros((4, 5), bool))
     assert encode_runs([], [], 4, 5) == empty
-    assert mask_area(empty) == 0
+    assert mask_areas([empty]).tolist() == [0]
+    assert mask_areas([]).tolist() == []
+    assert encode_crops(np.zeros((0, 3, 3), bool), np.zeros(0), np.zeros(0), 4, 5) == []
     assert encode_layers(np.zeros((1, 4, 5), np.int32), 0) == []
     assert not paint([], [], 4, 5).any()
 

@@ -3,14 +3,22 @@ import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+)
 
 from src_snippets.config import recipe
 from src_snippets.transforms import (
     augment_sample,
     augmentation,
+    Blur,
     collate,
+    ColorTwist,
+    filled_crop,
+    join_pieces,
     nearest_index,
-    QuarterTurn,
     training_target,
     TrainingSet,
     ZoomCrop,
@@ -53,7 +61,7 @@ def test_magnified_edges_do_not_shift(turned):
     ids[10:20] = 1
     sample = make_sample([ids.T if turned else ids], [1])
     sample.image[:] = sample.layers[0] * 200
-    moved = augment_sample(sample, ZoomCrop(120, (3.0, 3.0)))
+    moved = augment_sample(sample, ZoomCrop((120, 120), (3.0, 3.0)))
     assert moved.size == (120, 120)
     assert torch.equal(moved.layers[0] > 0, moved.image[0] > 100)
 
@@ -63,8 +71,7 @@ def test_magnified_edges_do_not_shift(turned):
     [
         (dict(flips=True), "RandomHorizontalFlip"),
         (dict(flips=True), "RandomVerticalFlip"),
-        (dict(quarter_turns=True), "QuarterTurn"),
-        (dict(color_jitter=0.3), "ColorJitter"),
+        (dict(color_jitter=0.3), "ColorTwist"),
         (dict(blur=0.5), "RandomApply"),
     ],
 )
@@ -81,16 +88,25 @@ def test_training_draws_differ_and_take_all_magnifications():
     dataset = TrainingSet([striped_sample()], config)
     torch.manual_seed(0)
     assert not torch.equal(dataset[0][0], dataset[0][0])
-    sides = [ZoomCrop(30, (0.5, 2.0)).make_params([torch.zeros(3, 60, 90)]) for _ in range(200)]
-    windows = [side["window"][2] for side in sides]
+    step = ZoomCrop((30, 30), (0.5, 2.0))
+    windows = [step.make_params([torch.zeros(3, 60, 90)])["window"][2] for _ in range(200)]
     assert (min(windows), max(windows)) == (15, 60)
 
 
 def test_quarter_turns_take_all_four_positions():
     layers = torch.tensor([[[1, 2], [3, 4]]], dtype=torch.int32)
     torch.manual_seed(0)
-    seen = {str(QuarterTurn()(tv_tensors.Mask(layers)).tolist()) for _ in range(60)}
+    step = ZoomCrop((2, 2), (1.0, 1.0), turns=True)
+    seen = {str(step(tv_tensors.Mask(layers)).tolist()) for _ in range(60)}
     assert len(seen) == 4
+
+
+def test_a_turned_window_fits_its_room():
+    torch.manual_seed(0)
+    step = ZoomCrop((20, 50), (0.5, 2.0), turns=True)
+    sizes = {tuple(step(tv_tensors.Image(striped_sample().image)).shape[-2:]) for _ in range(60)}
+    assert max(h for h, _ in sizes) == 20
+    assert max(w for _, w in sizes) == 50
 
 
 def test_nearest_index_takes_the_pixel_under_the_centre():
@@ -139,12 +155,108 @@ def test_the_whole_chain_keeps_types_and_leaves_the_sample_alone():
     torch.manual_seed(0)
     moved = augment_sample(sample, augmentation(recipe("baseline", crop=32, blur=1.0)))
     assert type(moved.image) is type(moved.layers) is torch.Tensor
-    assert (moved.image.dtype, moved.layers.dtype) == (torch.uint8, torch.int32)
+    assert (moved.image.dtype, moved.layers.dtype) == (torch.uint8, torch.int16)
     assert torch.equal(sample.image, before)
 
 
 def test_a_field_smaller_than_the_crop_is_taken_whole():
     sample = make_sample([np.eye(20, 30, dtype=int)], [1])
-    moved = augment_sample(sample, ZoomCrop(64, (1.0, 1.0)))
+    moved = augment_sample(sample, ZoomCrop((64, 64), (1.0, 1.0)))
     assert torch.equal(moved.layers, sample.layers)
     assert torch.equal(moved.image, sample.image)
+
+
+# Colour
+
+
+def twisted(image, bright=1.0, contrast=1.0, saturation=1.0, hue=0.0):
+    """What ColorTwist makes of an image with these factors drawn."""
+    step = ColorTwist(0.5)
+    drawn = torch.tensor([bright - 1, contrast - 1, saturation - 1, hue * 4]) / 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_: (drawn + 1) / 2)
+        return step(tv_tensors.Image(image))
+
+
+@pytest.mark.parametrize(
+    ("change", "stock"),
+    [
+        (dict(bright=1.3), lambda i: adjust_brightness(i, 1.3)),
+        (dict(contrast=0.6), lambda i: adjust_contrast(i, 0.6)),
+        (dict(saturation=1.4), lambda i: adjust_saturation(i, 1.4)),
+        (dict(saturation=0.6), lambda i: adjust_saturation(i, 0.6)),
+    ],
+)
+def test_each_colour_change_is_torchvisions(change, stock):
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    assert (twisted(image, **change).int() - stock(image).int()).abs().max() <= 1
+
+
+def test_hue_turns_red_to_green_and_leaves_grey():
+    image = torch.zeros(3, 1, 2, dtype=torch.uint8)
+    image[0, 0, 0] = 200  # pure red
+    image[:, 0, 1] = 90
+    assert twisted(image, hue=0.0).tolist() == image.tolist()
+    torch.manual_seed(0)
+    third = ColorTwist(0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(third, "strength", 4 / 3)
+        patch.setattr(torch, "rand", lambda *_: torch.tensor([0.5, 0.5, 0.5, 1.0]))
+        assert third(tv_tensors.Image(image))[:, 0].T.tolist() == [[0, 200, 0], [90, 90, 90]]
+
+
+def test_colour_leaves_the_instance_map_alone():
+    layers = tv_tensors.Mask(torch.full((1, 2, 2), 9, dtype=torch.int16))
+    assert torch.equal(ColorTwist(0.9)(layers), layers)
+
+
+def test_thin_fields_are_not_blurred():
+    thin = tv_tensors.Image(torch.randint(0, 256, (3, 2, 40), dtype=torch.uint8))
+    assert torch.equal(Blur(5, (1.0, 1.0))(thin), thin)
+    wide = tv_tensors.Image(torch.randint(0, 256, (3, 3, 40), dtype=torch.uint8))
+    assert not torch.equal(Blur(5, (1.0, 1.0))(wide), wide)
+
+
+# Crops of one size
+
+
+def test_pieces_keep_their_cells_apart():
+    one, two = (
+        make_sample([np.eye(4, 6, dtype=int)], [3]),
+        make_sample([np.eye(4, dtype=int) * 5], [2]),
+    )
+    joined = join_pieces([(0, 0, one), (2, 6, two)], 10)
+    assert (joined.size, joined.labels.tolist(), joined.name) == ((10, 10), [3, 2], "drawn+drawn")
+    assert torch.equal(joined.layers[0, :4, :6], one.layers[0].int())
+    assert torch.equal(joined.layers[0, 2:6, 6:], two.layers[0].int() * 2)
+    assert (joined.layers > 0).sum() == 8
+    assert joined.image[:, 9, 0].tolist() == [124, 116, 104]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_crops_are_full_whatever_the_fields(seed):
+    torch.manual_seed(seed)
+    sides = [(33, 86), (37, 85), (160, 700), (374, 464), (700, 160), (600, 600)]
+    fields = [striped_sample(*size) for size in sides]
+    for field in fields:
+        field.image.clamp_(min=1)  # what stays empty shows
+    config = recipe("baseline", crop=256, color_jitter=0.0, blur=0.0)
+    for index in range(len(fields)):
+        crop = filled_crop(fields, index, config)
+        assert crop.size == (256, 256)
+        target = training_target(crop, 1)
+        assert len(target["ids"]) > 20
+        empty = (crop.image == torch.tensor([124, 116, 104])[:, None, None]).all(0)
+        assert empty.float().mean() < 1 / 3
+
+
+def test_without_fill_a_small_field_stays_small():
+    config = recipe("baseline", crop=256, zoom=(1.0, 1.0), fill=False, quarter_turns=False)
+    crop = filled_crop([striped_sample(33, 86), striped_sample(300, 300)], 0, config)
+    assert crop.size == (33, 86)
+
+
+def test_many_cells_do_not_overflow_the_ids():
+    many = make_sample([np.arange(1, 30_001).reshape(100, 300)], [1])
+    joined = join_pieces([(0, 0, many), (100, 0, many)], 300)
+    assert joined.layers.max() == 60_000

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from src_snippets.config import recipe
 from src_snippets.evaluate import average_precision, coco_results
 from src_snippets.forms import coco_truth, Instances
-from src_snippets.model import ChunkedMatcher, mask_targets, paste_mask
+from src_snippets.model import BlockMatcher, mask_targets, paste_masks
 from src_snippets.readers import read_cell_folder, read_image
 from src_snippets.transforms import augment_sample, augmentation, training_target
 from tests.conftest import jittered, make_sample, SHARED_DATA
@@ -139,7 +139,7 @@ def matching(side: str) -> Callable:
     images = ImageList(torch.zeros(1, 3, 1024, 1024), [(1024, 1024)])
     (anchors,) = AnchorGenerator(sizes, (config.anchor_ratios,) * 5)(images, levels)
     if side == "ours":
-        return lambda: ChunkedMatcher(0.7, 0.3, allow_low_quality_matches=True)((cells, anchors))
+        return lambda: BlockMatcher(0.7, 0.3, allow_low_quality_matches=True)((cells, anchors))
     stock = Matcher(0.7, 0.3, allow_low_quality_matches=True)
     return lambda: stock(box_iou(cells, anchors))
 
@@ -154,8 +154,7 @@ def paste(side: str, count: int, height: int, width: int) -> Callable:
     boxes = torch.cat([corner, corner + 10 + 30 * torch.rand(count, 2)], 1)
     masks = torch.nn.functional.avg_pool2d(torch.rand(count, 1, 28, 28), 9, 1, 4)
     if side == "ours":
-        pairs = list(zip(masks[:, 0].numpy(), boxes.numpy(), strict=True))
-        return lambda: [paste_mask(m, b, (height, width), 0.5, True) for m, b in pairs]
+        return lambda: paste_masks(masks[:, 0], boxes, (height, width), 0.5, True)
 
     def work():
         pasted = paste_masks_in_image(masks, boxes, (height, width))[:, 0] >= 0.5

@@ -1,0 +1,96 @@
+from hypothesis import given, settings, strategies
+import numpy as np
+import pycocotools.mask
+
+from src_snippets.config import recipe
+from src_snippets.forms import Instances
+from src_snippets.fusion import mask_nms, overlapping_pairs, settle, without_overlaps
+from src_snippets.rle import encode_crops
+
+
+def make_answer(masks, scores, labels=None) -> Instances:
+    """An answer of (N, H, W) masks."""
+    masks = np.asarray(masks, bool).reshape(-1, *np.shape(masks)[-2:])
+    zeros = np.zeros(len(masks), np.int64)
+    rles = encode_crops(masks, zeros, zeros, *masks.shape[1:])
+    xywh = np.array(pycocotools.mask.toBbox(rles)).reshape(-1, 4)
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).astype(np.float32)
+    labels = zeros + 1 if labels is None else np.array(labels)
+    return Instances(boxes, np.array(scores, np.float32), labels, rles, masks.shape[1:])
+
+
+def decoded(found: Instances) -> np.ndarray:
+    return np.array([pycocotools.mask.decode(rle) for rle in found.rles], bool)
+
+
+ROWS = [[[1, 1, 1, 0, 0, 0]], [[0, 1, 1, 0, 0, 0]], [[0, 0, 0, 1, 1, 1]], [[0, 0, 1, 1, 0, 0]]]
+
+
+def test_mask_nms_worked_by_hand():
+    found = make_answer(ROWS, [0.5, 0.9, 0.6, 0.7], [1, 2, 3, 4])
+    # By score: 1, 3, 2, 0. IoU of 1 with 3 is 1/3, with 0 2/3; of 3 with 2 is 1/4.
+    assert mask_nms(found, 0.5).labels.tolist() == [2, 4, 3]
+    assert mask_nms(found, 0.3).labels.tolist() == [2, 3]  # 3 goes and so cannot drop 2
+    assert mask_nms(found, 0.0).labels.tolist() == [2, 3]
+    assert mask_nms(found, 0.99).labels.tolist() == [2, 4, 3, 1]
+
+
+def test_overlaps_go_to_the_better_one():
+    found = without_overlaps(make_answer(ROWS, [0.5, 0.9, 0.6, 0.7]))
+    assert decoded(found)[:, 0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 1, 0, 0],
+    ]
+    assert found.boxes.tolist() == [[0, 0, 1, 1], [1, 0, 3, 1], [4, 0, 6, 1], [3, 0, 4, 1]]
+    hidden = without_overlaps(make_answer(ROWS[:2], [0.9, 0.5], [3, 4]))
+    assert hidden.labels.tolist() == [3]
+
+
+def dense_nms(masks, scores, most) -> list[int]:
+    """The same on dense masks, pair by pair."""
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        union = [(masks[i] | masks[j]).sum() for j in kept]
+        shared = [(masks[i] & masks[j]).sum() for j in kept]
+        if all(s <= most * u for s, u in zip(shared, union, strict=True)):
+            kept.append(int(i))
+    return kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.sampled_from([0.1, 0.45, 0.7]))
+def test_survivors_are_those_of_dense_masks(seed, most):
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((30, 24, 20), bool)
+    for mask in masks:
+        y, x, side = rng.integers(0, 18), rng.integers(0, 14), rng.integers(2, 8)
+        mask[y : y + side, x : x + side] = True
+    scores = np.round(rng.random(30), 1).astype(np.float32)  # with ties
+    found = make_answer(masks, scores, np.arange(30))
+    assert mask_nms(found, most).labels.tolist() == dense_nms(masks, scores, most)
+    apart = without_overlaps(found)
+    assert decoded(apart).sum(0).max() == 1
+    assert np.array_equal(decoded(apart).any(0), masks.any(0))
+
+
+def test_pairs_come_in_chunks_of_rows():
+    found = make_answer([ROWS[0]] * 5, [0.5] * 5)
+    pairs = [
+        pair
+        for part in overlapping_pairs(found.rles, 0.5, rows=2)
+        for pair in zip(*part, strict=True)
+    ]
+    assert sorted(pairs) == [(i, j) for i in range(5) for j in range(i + 1, 5)]
+
+
+def test_nothing_and_settings():
+    nothing = make_answer(np.zeros((0, 4, 5)), [])
+    found = make_answer(ROWS, [0.5, 0.9, 0.6, 0.7])
+    config = recipe("baseline", mask_nms=0.5, overlaps=False)
+    assert len(mask_nms(nothing, 0.5)) == len(without_overlaps(nothing)) == 0
+    assert len(settle(nothing, config)) == 0
+    assert settle(found, recipe("baseline")) is found
+    assert len(settle(found, config)) == 3
+    assert decoded(settle(found, config)).sum(0).max() == 1
