@@ -7,10 +7,6 @@
 # run lengths inside their own boxes. No array of `N` image-size masks is ever made.
 
 # %%
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -228,8 +224,8 @@ class BlockMatcher(Matcher):
         matches[values < self.low_threshold] = self.BELOW_LOW_THRESHOLD
         between = (values >= self.low_threshold) & (values < self.high_threshold)
         matches[between] = self.BETWEEN_THRESHOLDS
-        # The best anchors of each cell are matched however little they overlap.
-        for part, near in blocks:
+        # If wanted, the best anchors of each cell are matched however little they overlap.
+        for part, near in blocks if self.allow_low_quality_matches else []:
             overlaps = paired_iou(cells[near], anchors[part])
             is_best = ((overlaps == highest[near, None]) & (overlaps > 0)).any(dim=0)
             matches[part] = torch.where(is_best, nearest[part], matches[part])
@@ -256,10 +252,21 @@ class InstanceMapRoIHeads(RoIHeads):
             return [], self.losses(features, proposals, image_shapes, targets)
         logits, offsets = self.predict_boxes(features, proposals, image_shapes)
         parts = self.postprocess_detections(logits, offsets, proposals, image_shapes)
-        logits = self.predict_masks(features, parts[0], image_shapes)
-        parts = (*parts, maskrcnn_inference(logits, parts[2]))
+        parts = (*parts, self.draw_masks(features, parts[0], parts[2], image_shapes))
         names = ("boxes", "scores", "labels", "masks")
         return [dict(zip(names, part, strict=True)) for part in zip(*parts, strict=True)], {}
+
+    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
+        """The cell (R,) and class (R,) int64 of each proposal, 0 where there is none, by image."""
+        matched, labels = [], []
+        for boxes, cells, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
+            found = torch.full((len(boxes),), -1, device=boxes.device)
+            if len(cells):
+                found = self.proposal_matcher((cells, boxes))
+            matched.append(found.clamp(min=0))
+            padded = torch.cat([classes, classes.new_zeros(1)])  # found is -1 below the threshold
+            labels.append(padded[found])
+        return matched, labels
 
     def predict_boxes(self, features, proposals, image_shapes):
         """Class logits (R, C + 1) and box offsets (R, 4C + 4), float32."""
@@ -271,6 +278,15 @@ class InstanceMapRoIHeads(RoIHeads):
         """Mask logits (R, C + 1, M, M), float32."""
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
         return self.mask_predictor(self.mask_head(pooled)).float()
+
+    def draw_masks(self, features, boxes, labels, image_shapes, size=200):
+        """Mask probabilities (R, 1, M, M) of each image, at most `size` boxes of each at a time."""
+        parts = []
+        for begin in range(0, max(map(len, boxes)), size) or [0]:
+            some, classes = ([v[begin : begin + size] for v in side] for side in (boxes, labels))
+            logits = self.predict_masks(features, some, image_shapes)
+            parts.append(maskrcnn_inference(logits, classes))
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def losses(self, features, proposals, image_shapes, targets):
         """The losses of classes, boxes and masks, each a float32 scalar."""
@@ -372,6 +388,7 @@ def build_heads(config: Config) -> InstanceMapRoIHeads:
         mask_head=MaskRCNNHeads(width, [width] * config.mask_convs, 1, nn.BatchNorm2d),
         mask_predictor=MaskRCNNPredictor(width, width, classes),
     )
+    heads.proposal_matcher = BlockMatcher(0.5, 0.5)
     heads.half_pixel = config.half_pixel
     return heads
 
@@ -543,7 +560,6 @@ def paste_masks(masks: Tensor, boxes: Tensor, size, threshold: float, half_pixel
 
 
 # %%
-@torch.inference_mode()
 def to_instances(found: dict, size, config: Config) -> Instances:
     """Detections of one image, as they leave the model, in the common form.
 
@@ -569,15 +585,6 @@ def choose_precision(config: Config, device: torch.device) -> str:
 
 # %%
 @torch.inference_mode()
-def run_model(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[dict]:
-    """Boxes, scores, labels and (R, 1, M, M) masks of a batch of images, on the model's device."""
-    device = next(model.parameters()).device
-    precision = choose_precision(config, device)
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    with torch.autocast(device.type, dtype, enabled=precision != "no"):
-        return model.eval()([image.to(device, non_blocking=True) for image in images])
-
-
 def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[Instances]:
     """Finds the cells of a batch of images.
 
@@ -590,26 +597,10 @@ def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list
     Returns:
         B `Instances`, best first.
     """
-    pairs = zip(run_model(model, images, config), images, strict=True)
+    device = next(model.parameters()).device
+    precision = choose_precision(config, device)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(device.type, dtype, enabled=precision != "no"):
+        answers = model.eval()([image.to(device, non_blocking=True) for image in images])
+    pairs = zip(answers, images, strict=True)
     return [to_instances(found, image.shape[-2:], config) for found, image in pairs]
-
-
-# %%
-def detect_each(
-    model: GeneralizedRCNN, images: Iterable[Tensor], config: Config
-) -> Iterator[Instances]:
-    """Yields what `detect` finds in each image, in their order.
-
-    While the model looks at one image, a thread reads the next and another encodes the last one;
-    at most four images are held.
-    """
-    images, answers = iter(images), deque()
-    with ThreadPoolExecutor(2) as pool:
-        following = pool.submit(next, images, None)
-        while (image := following.result()) is not None:
-            following = pool.submit(next, images, None)
-            (found,) = run_model(model, [image], config)
-            answers.append(pool.submit(to_instances, found, image.shape[-2:], config))
-            if len(answers) > 1:
-                yield answers.popleft().result()
-        yield from (answer.result() for answer in answers)

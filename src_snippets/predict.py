@@ -3,8 +3,7 @@
 # %% [markdown]
 # ## What is in the test images?
 # Each test image is read, shown to the model whole and answered with `Instances`; only the answers
-# are kept, so memory does not grow with the number of images. Threads read the next image and
-# encode the last answer meanwhile.
+# are kept, so memory does not grow with the number of images.
 
 # %%
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from src_snippets.config import Config
 from src_snippets.forms import Instances
-from src_snippets.model import detect_each
+from src_snippets.model import detect
 from src_snippets.readers import ImageRecord, read_image
 
 
@@ -28,7 +27,7 @@ def predict_images(
     Args:
         model: from `load_trained`.
         images: from `read_test_mapping`.
-        config: see `detect_each`.
+        config: see `detect`.
 
     Returns:
         `Instances` by image id, one for every image.
@@ -36,7 +35,8 @@ def predict_images(
     Raises:
         BadInput: an image cannot be read; names it.
     """
-    pixels = (torch.from_numpy(read_image(image.path)) for image in images)
-    found = detect_each(model, pixels, config)
-    bar = tqdm(found, desc="predicting", unit="image", total=len(images))
-    return {image.image_id: answer for image, answer in zip(images, bar, strict=True)}
+    answers = {}
+    for image in tqdm(images, desc="predicting", unit="image"):
+        pixels = torch.from_numpy(read_image(image.path))
+        answers[image.image_id] = detect(model, [pixels], config)[0]
+    return answers

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from src_snippets.config import Config
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
-from src_snippets.model import build_model, choose_precision, detect_each, load_model_state
+from src_snippets.model import build_model, choose_precision, detect, load_model_state
 from src_snippets.places import written_whole
 from src_snippets.readers import BadInput
 from src_snippets.transforms import collate, TrainingSet
@@ -129,7 +129,7 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config,
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
-    return list(detect_each(model, (sample.image for sample in samples), config))
+    return [detect(model, [sample.image], config)[0] for sample in samples]
 
 
 def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:

@@ -346,8 +346,8 @@ def test_under_mixed_precision_boxes_are_decoded_in_float32(tiny_config):
         assert {v.dtype for v in found} == {torch.float32}
 
 
-def matchers():
-    return [kind(0.7, 0.3, allow_low_quality_matches=True) for kind in (Matcher, BlockMatcher)]
+def matchers(high=0.7, low=0.3, every_cell=True):
+    return [kind(high, low, every_cell) for kind in (Matcher, BlockMatcher)]
 
 
 def grid_anchors(side):
@@ -363,10 +363,10 @@ def test_matches_by_block_equal_torchvisions(seed, on_grid):
     cells, anchors = random_boxes(9, 300, 300, seed), random_boxes(9000, 300, 300, seed + 1)
     anchors[:40] = anchors[40:80]  # ties
     anchors = grid_anchors(300) if on_grid else anchors
-    stock, ours = matchers()
-    for count in (9, 1):
-        chosen = cells[-count:]
-        assert torch.equal(ours((chosen, anchors)), stock(box_iou(chosen, anchors)))
+    for stock, ours in (matchers(), matchers(0.5, 0.5, every_cell=False)):
+        for count in (9, 1):
+            chosen = cells[-count:]
+            assert torch.equal(ours((chosen, anchors)), stock(box_iou(chosen, anchors)))
 
 
 def test_a_cell_that_touches_no_anchor_gets_none():

@@ -1,17 +1,19 @@
 """What `run.py` measures: each case does the same work the stock way and ours.
 
-A case is a function of `side` that prepares its input and returns the function to time. `stock` is
-torchvision's and pycocotools' public functions as their tutorials use them: one boolean mask an
-instance, `COCOeval`.
+A case is a function of `side` and `device` that prepares its input and returns the function to
+time; numbers which that returns go into the table. `stock` is torchvision's and pycocotools' public
+functions as their tutorials use them: one boolean mask an instance, `COCOeval`.
 """
 
 import atexit
 from collections.abc import Callable
 from contextlib import redirect_stdout
 import io
+import json
 from pathlib import Path
 import shutil
 import tempfile
+import time
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -19,21 +21,49 @@ from pycocotools.cocoeval import COCOeval
 import pycocotools.mask
 import tifffile
 import torch
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import box_iou, masks_to_boxes
 from torchvision.transforms import v2
+from tqdm import tqdm
 
-from src_snippets.config import recipe
+from src_snippets.config import Config, recipe
 from src_snippets.evaluate import average_precision, coco_results
-from src_snippets.forms import coco_truth, Instances
-from src_snippets.model import BlockMatcher, mask_targets, paste_masks
-from src_snippets.readers import read_cell_folder, read_image
-from src_snippets.transforms import augment_sample, augmentation, training_target
+from src_snippets.forms import CellSample, coco_truth, Instances
+from src_snippets.fusion import mask_nms
+from src_snippets.model import (
+    BlockMatcher,
+    build_model,
+    choose_precision,
+    InputTransform,
+    mask_targets,
+    paste_masks,
+)
+from src_snippets.predict import predict_images
+from src_snippets.readers import CellFolders, ImageRecord, read_cell_folder, read_image
+from src_snippets.rle import encode_crops
+from src_snippets.train import build_optimizer, train_epoch, training_loader, TrainingRun
+from src_snippets.transforms import (
+    augment_sample,
+    augmentation,
+    collate,
+    filled_crop,
+    training_target,
+)
 from tests.conftest import jittered, make_sample, SHARED_DATA
+
+
+def new_folder() -> Path:
+    """An empty folder that lives as long as the process."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def real_folder() -> Path:
@@ -43,8 +73,7 @@ def real_folder() -> Path:
 
 def tiled_folder(times: int) -> Path:
     """The real folder laid side by side `times` x `times`, with ids of its own for each copy."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
+    folder = new_folder()
     for path in sorted(real_folder().glob("*.tif")):
         if path.name == "image.tif":
             image = np.tile(np.moveaxis(read_image(path), 0, 2), (times, times, 1))
@@ -75,6 +104,7 @@ def read_dense(folder: Path):
 
 
 def stock_sample(folder: Path, crop: int) -> Callable:
+    """A function that reads and augments the folder as torchvision's tutorials do."""
     chain = v2.Compose(
         [
             v2.ScaleJitter((crop, crop), (0.8, 1.25)),
@@ -96,7 +126,7 @@ def stock_sample(folder: Path, crop: int) -> Callable:
     return work
 
 
-def training_sample(side: str, times: int) -> Callable:
+def training_sample(side: str, device: str, times: int) -> Callable:
     """Read, augment and derive the targets of a field of 161 x times^2 cells."""
     folder, crop = tiled_folder(times), 512
     if side == "stock":
@@ -104,13 +134,42 @@ def training_sample(side: str, times: int) -> Callable:
     if side == "decode":
         return lambda: [tifffile.imread(path) for path in sorted(folder.glob("*.tif"))]
     chain = augmentation(recipe("baseline", crop=crop, blur=0.0))
+    if side == "cached":
+        sample = read_cell_folder(folder, 4)
+        return lambda: training_target(augment_sample(sample, chain), 4)
     return lambda: training_target(augment_sample(read_cell_folder(folder, 4), chain), 4)
+
+
+def padding(side: str, device: str, batch: int) -> Callable:
+    """100 batches of crops from fields of 50 real sizes: how much of them is padding?"""
+    truth = json.loads((SHARED_DATA / "hw3-real" / "masks50_coco.json").read_text())
+    fields = []
+    for size in ((image["height"], image["width"]) for image in truth["images"]):
+        white = torch.full((3, *size), 255, dtype=torch.uint8)
+        fields.append(CellSample(white, torch.zeros((1, *size), dtype=torch.int16), torch.zeros(0)))
+    config = recipe("baseline", color_jitter=0.0, blur=0.0, fill=side == "ours")
+
+    def work():
+        torch.manual_seed(0)
+        shares = []
+        for _ in range(100):
+            chosen = torch.randint(len(fields), (batch,)).tolist()
+            images = [filled_crop(fields, index, config).image for index in chosen]
+            height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+            shown = sum(int((image[0] == 255).sum()) for image in images)
+            shares.append(1 - shown / (batch * height * width))
+        return {
+            "padding % mean": 100 * sum(shares) / len(shares),
+            "padding % worst": 100 * max(shares),
+        }
+
+    return work
 
 
 # Mask targets
 
 
-def box_targets(side: str) -> Callable:
+def box_targets(side: str, device: str) -> Callable:
     """Mask targets of 128 boxes on a field of 644 cells, 794 x 964 px."""
     sample = read_cell_folder(tiled_folder(2), 4)
     target = training_target(sample, 1)
@@ -118,48 +177,92 @@ def box_targets(side: str) -> Callable:
     matched = torch.randint(len(target["ids"]), (128,))
     boxes = target["boxes"][matched] + torch.randn(128, 4)
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    boxes, matched = boxes.to(device), matched.to(device)
+    target = {key: value.to(device) for key, value in target.items()}
     if side == "ours":
         return lambda: mask_targets(target, boxes, matched, 28, True)
-    ids = torch.arange(1, len(sample.labels) + 1)[:, None, None]
-    masks = (sample.layers == ids).to(torch.uint8)  # the stock target; made before the clock runs
+    ids = torch.arange(1, len(sample.labels) + 1, device=device)[:, None, None]
+    masks = (target["layers"] == ids).to(
+        torch.uint8
+    )  # the stock target; made before the clock runs
     return lambda: project_masks_on_boxes(masks, boxes, matched, 28)
 
 
 # Anchors matched to cells
 
 
-def matching(side: str) -> Callable:
-    """1,449 cells and the anchors of a 1024 px crop, 8 px and larger: 261,888 of them."""
+def matching(side: str, device: str, count: int) -> Callable:
+    """`count` cells and the anchors of a 1024 px crop, 8 px and larger: 261,888 of them."""
     generator = torch.Generator().manual_seed(0)
-    corner = torch.rand(1449, 2, generator=generator) * 990
-    cells = torch.cat([corner, corner + 8 + 24 * torch.rand(1449, 2, generator=generator)], 1)
+    corner = torch.rand(count, 2, generator=generator) * 990
+    cells = torch.cat([corner, corner + 8 + 24 * torch.rand(count, 2, generator=generator)], 1)
     config = recipe("baseline")
     sizes = tuple((size,) for size in config.anchor_sizes)
     levels = [torch.zeros(1, 1, 1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
     images = ImageList(torch.zeros(1, 3, 1024, 1024), [(1024, 1024)])
     (anchors,) = AnchorGenerator(sizes, (config.anchor_ratios,) * 5)(images, levels)
+    cells, anchors = cells.to(device), anchors.to(device)
     if side == "ours":
-        return lambda: BlockMatcher(0.7, 0.3, allow_low_quality_matches=True)((cells, anchors))
+        ours = BlockMatcher(0.7, 0.3, allow_low_quality_matches=True)
+        return lambda: {"matched": int((ours((cells, anchors)) >= 0).sum())}
     stock = Matcher(0.7, 0.3, allow_low_quality_matches=True)
-    return lambda: stock(box_iou(cells, anchors))
+    return lambda: {"matched": int((stock(box_iou(cells, anchors)) >= 0).sum())}
 
 
 # Detections to run lengths
 
 
-def paste(side: str, count: int, height: int, width: int) -> Callable:
-    """Predicted 28 x 28 masks of `count` cells of 10 to 40 px to COCO RLEs."""
+def predicted_masks(count: int, height: int, width: int, device: str):
+    """Boxes of `count` cells of 10 to 40 px and blurred noise as their 28 x 28 masks."""
     torch.manual_seed(0)
     corner = torch.rand(count, 2) * torch.tensor([width - 41, height - 41])
     boxes = torch.cat([corner, corner + 10 + 30 * torch.rand(count, 2)], 1)
     masks = torch.nn.functional.avg_pool2d(torch.rand(count, 1, 28, 28), 9, 1, 4)
+    return boxes.to(device), masks.to(device)
+
+
+def encode_dense(masks: torch.Tensor) -> list[dict]:
+    """COCO RLEs of (N, H, W) booleans."""
+    return pycocotools.mask.encode(
+        np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy(), np.uint8)
+    )
+
+
+def paste(side: str, device: str, count: int, height: int, width: int) -> Callable:
+    """Predicted 28 x 28 masks of `count` cells of 10 to 40 px to COCO RLEs."""
+    boxes, masks = predicted_masks(count, height, width, device)
     if side == "ours":
         return lambda: paste_masks(masks[:, 0], boxes, (height, width), 0.5, True)
+    return lambda: encode_dense(paste_masks_in_image(masks, boxes, (height, width))[:, 0] >= 0.5)
+
+
+# Mask NMS
+
+
+def mask_suppression(side: str, device: str, count: int, size: int) -> Callable:
+    """Mask NMS at IoU 0.3 of `count` detections, discs of 9 to 15 px on a field of `size` px."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:30, :30] - 14.5
+    crops = np.hypot(y, x) <= rng.uniform(9, 15, (count, 1, 1))
+    tops, lefts = rng.integers(0, size - 30, (2, count))
+    scores = rng.random(count).astype(np.float32)
+    if side == "ours":
+        rles = encode_crops(crops, tops, lefts, size, size)
+        found = Instances(np.zeros((count, 4)), scores, np.arange(count), rles, (size, size))
+        return lambda: {"survivors": len(mask_nms(found, 0.3))}
 
     def work():
-        pasted = paste_masks_in_image(masks, boxes, (height, width))[:, 0] >= 0.5
-        dense = np.asfortranarray(pasted.permute(1, 2, 0).numpy(), dtype=np.uint8)
-        return pycocotools.mask.encode(dense)
+        flat = torch.zeros(count, size, size)
+        for mask, crop, top, left in zip(flat, crops, tops, lefts, strict=True):
+            mask[top : top + 30, left : left + 30] = torch.from_numpy(crop)
+        flat = flat.flatten(1)[torch.from_numpy(scores).argsort(descending=True)]
+        shared, areas = flat @ flat.T, flat.sum(1)
+        over = shared / (areas[:, None] + areas - shared) > 0.3
+        kept = torch.ones(count, dtype=torch.bool)
+        for i in range(count):
+            if kept[i]:
+                kept[i + 1 :] &= ~over[i, i + 1 :]
+        return {"survivors": int(kept.sum())}
 
     return work
 
@@ -179,12 +282,12 @@ def random_truth(images: int, cells: int, size: int) -> dict:
     return coco_truth(samples, 4)
 
 
-def ap(side: str, images: int, cells: int) -> Callable:
+def ap(side: str, device: str, images: int, cells: int) -> Callable:
     """AP of `images` fields with about `cells` detections each, 100 and uncapped."""
     truth = random_truth(images, cells, 512)
     answers: dict[int, Instances] = jittered(truth)
     if side == "ours":
-        return lambda: average_precision(truth, answers)
+        return lambda: {"AP": average_precision(truth, answers)["AP_100"]}
     results = coco_results(answers)
 
     def work():
@@ -196,6 +299,262 @@ def ap(side: str, images: int, cells: int) -> Callable:
             evaluator.params.maxDets = [1, 100, 1000]
             evaluator.evaluate()
             evaluator.accumulate()
-        return evaluator
+        table = evaluator.eval["precision"][:, :, :, 0, 1]
+        return {"AP": float(table[table > -1].mean())}
 
     return work
+
+
+# A training epoch
+
+
+def benchmark_config(device: str, **changes) -> Config:
+    """The recipe a device is measured with, from random weights: none need to be downloaded."""
+    name = "demo" if device == "cpu" else "baseline"
+    return recipe(name, weights="none", score_floor=0.05, **changes)
+
+
+def stock_model(config: Config, device: str) -> MaskRCNN:
+    """torchvision's Mask R-CNN of the same trunk, heads and thresholds as a recipe's."""
+    ours = build_model(config).to(memory_format=torch.contiguous_format)
+    sizes = tuple((size,) for size in config.anchor_sizes)
+    model = MaskRCNN(
+        ours.backbone,
+        min_size=round(config.scale * config.crop),
+        max_size=100_000,
+        rpn_anchor_generator=AnchorGenerator(sizes, (config.anchor_ratios,) * 5),
+        rpn_head=RPNHead(config.fpn_channels, len(config.anchor_ratios), config.rpn_convs),
+        rpn_nms_thresh=config.rpn_nms,
+        box_head=ours.roi_heads.box_head,
+        box_predictor=ours.roi_heads.box_predictor,
+        box_score_thresh=config.score_floor,
+        box_nms_thresh=config.box_nms,
+        box_detections_per_img=config.detections,
+        box_batch_size_per_image=config.rois,
+        mask_head=ours.roi_heads.mask_head,
+        mask_predictor=ours.roi_heads.mask_predictor,
+        **{
+            f"rpn_{when}_nms_top_n_{part}": config.proposals
+            for when in ("pre", "post")
+            for part in ("train", "test")
+        },
+    )
+    model.rpn.head.load_state_dict(ours.rpn.head.state_dict())
+    return model.to(device)
+
+
+class StockSet(Dataset):
+    """A folder read `count` times an epoch, one boolean mask a cell."""
+
+    def __init__(self, folder: Path, count: int, crop: int):
+        self.count, self.sample = count, stock_sample(folder, crop)
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        image, target = self.sample()
+        return image / 255, target
+
+
+def waited(batches, spent: list):
+    """Yields batches; the seconds that each was waited for go to `spent`."""
+    batches = iter(batches)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        spent.append(time.perf_counter() - start)
+        if batch is None:
+            return
+        yield batch
+
+
+def stock_epoch(model, loader, device: str, precision: str) -> None:
+    """One pass as in torchvision's detection reference: no clipping, mixed precision as asked."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    model.train()
+    for images, targets in loader:
+        images = [image.to(device) for image in images]
+        targets = [{key: value.to(device) for key, value in t.items()} for t in targets]
+        with torch.autocast(device, dtype, enabled=precision != "no"):
+            losses = model(images, targets)
+            total = sum(losses.values())
+        assert torch.isfinite(total)
+        optimizer.zero_grad()
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def training(side: str, device: str, times: int) -> Callable:
+    """An epoch of 8 images (64 on a GPU) of 161 x times^2 cells, reading included."""
+    folder, count = tiled_folder(times), 8 if device == "cpu" else 64
+    config = benchmark_config(device, lr=1e-4)
+    spent = []
+    if side == "stock":
+        model = stock_model(config, device)
+        data = StockSet(folder, count, config.crop)
+        workers = 0 if device == "cpu" else 4
+        loader = DataLoader(data, config.batch_size, True, num_workers=workers, collate_fn=collate)
+        precision = choose_precision(config, torch.device(device))
+
+        def epoch():
+            stock_epoch(model, waited(loader, spent), device, precision)
+    else:
+        samples = CellFolders([folder] * count, 4, 4.0)
+        run = TrainingRun(
+            config, new_folder(), training_loader(samples, config, torch.device(device))
+        )
+        parts = (run.optimizer, run.schedule, run.accelerator, config, tqdm(disable=True))
+
+        def epoch():
+            train_epoch(run.model, waited(run.loader, spent), *parts)
+
+    def work():
+        spent.clear()
+        start = time.perf_counter()
+        epoch()
+        seconds = time.perf_counter() - start
+        return {"images/s": count / seconds, "waits for data %": 100 * sum(spent) / seconds}
+
+    return work
+
+
+# A test set
+
+
+def drawn_test_set(step: int) -> list[ImageRecord]:
+    """Every `step`-th image of the real test mapping, the real field repeated to its size."""
+    folder = new_folder()
+    path = SHARED_DATA / "hw3-real" / "test_image_name_to_ids.json"
+    field = np.moveaxis(read_image(real_folder() / "image.tif"), 0, 2)
+    records = []
+    for row in json.loads(path.read_text())[::step]:
+        size = (row["height"], row["width"])
+        tiles = [-(-side // length) for side, length in zip(size, field.shape, strict=False)]
+        image = np.tile(field, (*tiles, 1))[: size[0], : size[1]]
+        tifffile.imwrite(folder / row["file_name"], image, photometric="rgb", compression="lzw")
+        records.append(ImageRecord(folder / row["file_name"], row["id"], *size))
+    return records
+
+
+def stock_answers(model, records: list[ImageRecord], config: Config, device: str) -> list[dict]:
+    """COCO results as the tutorials make them."""
+    rows = []
+    for record in records:
+        image = torch.from_numpy(tifffile.imread(record.path)).permute(2, 0, 1) / 255
+        model.transform.min_size = (round(min(image.shape[1:]) * config.scale),)
+        (found,) = model([image.to(device)])
+        masks = found["masks"][:, 0] >= config.mask_threshold
+        for rle, box, score, label in zip(
+            encode_dense(masks),
+            found["boxes"].tolist(),
+            found["scores"].tolist(),
+            found["labels"].tolist(),
+            strict=True,
+        ):
+            x1, y1, x2, y2 = box
+            rows.append(
+                dict(
+                    image_id=record.image_id,
+                    category_id=label,
+                    segmentation=rle | {"counts": rle["counts"].decode()},
+                    score=score,
+                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                )
+            )
+    return rows
+
+
+def inference(side: str, device: str, step: int, detections: int) -> Callable:
+    """Reads every `step`-th image of the test set, finds cells and writes their JSON."""
+    records, path = drawn_test_set(step), new_folder() / "results.json"
+    config = benchmark_config(device, detections=detections)
+    model = stock_model(config, device) if side == "stock" else build_model(config).to(device)
+    model.eval()
+
+    @torch.inference_mode()
+    def work():
+        start = time.perf_counter()
+        if side == "stock":
+            rows = stock_answers(model, records, config, device)
+        else:
+            rows = coco_results(predict_images(model, records, config))
+        path.write_text(json.dumps(rows))
+        seconds = time.perf_counter() - start
+        return {"images/s": len(records) / seconds, "detections": len(rows)}
+
+    return work
+
+
+# What a single choice is worth: here `stock` is ours without it
+
+
+def step_layout(side: str, device: str) -> Callable:
+    """Four training steps on one batch of the real field, with and without our layout and AdamW."""
+    config = benchmark_config(device)
+    samples = [read_cell_folder(real_folder(), 4)] * config.batch_size
+    torch.manual_seed(0)
+    batch = next(iter(training_loader(samples, config, torch.device("cpu"))))
+    images = [image.to(device) for image in batch[0]]
+    targets = [
+        {key: value.to(device) for key, value in target.items() if key != "name"}
+        for target in batch[1]
+    ]
+    model = build_model(config).to(device)
+    optimizer = build_optimizer(model, config)
+    if side == "stock":
+        model = model.to(memory_format=torch.contiguous_format)
+        model.transform.batch_images = super(InputTransform, model.transform).batch_images
+        optimizer = torch.optim.AdamW(optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["fused"] = None
+    model.train()
+
+    def work():
+        for _ in range(4):
+            optimizer.zero_grad()
+            sum(model(images, targets).values()).backward()
+            optimizer.step()
+
+    return work
+
+
+# How cost grows
+
+
+def grid_sample(cells: int, size: int) -> CellSample:
+    """A field with square cells of at most 20 px on a grid."""
+    side = int(np.ceil(np.sqrt(cells)))
+    places = np.arange(cells)
+    pitch = size // side
+    length = min(pitch - 1, 20)
+    ids = np.zeros((size, size), np.int32)
+    for number, (row, column) in enumerate(zip(*divmod(places, side), strict=True), start=1):
+        top, left = row * pitch, column * pitch
+        ids[top : top + length, left : left + length] = number
+    return make_sample([ids], [1])
+
+
+def there_and_back(side: str, device: str, cells: int, size: int) -> Callable:
+    """From a field's instance map to the mask targets of 128 boxes, and `cells` predicted masks to
+    run lengths: all that depends on the number of cells."""
+    sample = grid_sample(cells, size)
+    torch.manual_seed(0)
+    matched = torch.randint(cells, (128,))
+    boxes, masks = predicted_masks(cells, size, size, device)
+
+    def ours():
+        target = training_target(sample, 1)
+        mask_targets(target, target["boxes"][matched], matched, 28, True)
+        paste_masks(masks[:, 0], boxes, (size, size), 0.5, True)
+
+    def stock():
+        dense = sample.layers == torch.arange(1, cells + 1)[:, None, None]
+        tight = masks_to_boxes(dense)
+        project_masks_on_boxes(dense.to(torch.uint8), tight[matched], matched, 28)
+        encode_dense(paste_masks_in_image(masks, boxes, (size, size))[:, 0] >= 0.5)
+
+    return ours if side == "ours" else stock
