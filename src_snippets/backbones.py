@@ -7,47 +7,46 @@
 # from random weights unless `weights="none"` says so.
 
 # %%
+from collections import OrderedDict
 from collections.abc import Sequence
+import math
 from pathlib import Path
 
+from safetensors.torch import load_file
+import timm
 import torch
 from torch import nn, Tensor
-from torchvision.models import mobilenet_v2, MobileNet_V2_Weights, resnet50, ResNet50_Weights
+from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from src_snippets.config import Config
 
+# %% [markdown]
+# torchvision's trunks by name, and any of timm's behind `timm:`, such as
+# `timm:convnextv2_base.fcmae_ft_in1k` or `timm:swin_tiny_patch4_window7_224.ms_in1k`. The tag says
+# what the weights learned from: where only ImageNet-1k is allowed, leave those with `in22k` alone.
 
 # %%
-def build_resnet10(weights=None) -> nn.Module:
-    """A ResNet with one basic block a stage (arXiv:1512.03385); nobody publishes weights for it."""
-    return ResNet(BasicBlock, [1, 1, 1, 1])
-
-
-# Constructor, published ImageNet weights, features with strides 4, 8, 16, 32, their channels.
-TRUNKS = {
-    "resnet50": (
-        resnet50,
-        ResNet50_Weights.IMAGENET1K_V1,
-        ("layer1", "layer2", "layer3", "layer4"),
-        (256, 512, 1024, 2048),
-    ),
-    "mobilenet_v2": (
-        mobilenet_v2,
-        MobileNet_V2_Weights.IMAGENET1K_V1,
-        ("3", "6", "13", "17"),
-        (24, 32, 96, 320),
-    ),
-    "resnet10": (
-        build_resnet10,
-        None,
-        ("layer1", "layer2", "layer3", "layer4"),
-        (64, 128, 256, 512),
-    ),
+# By the beginning of the name: which children give features with strides 2, 4, 8, 16, 32.
+STAGES = {
+    "res": ("relu", "layer1", "layer2", "layer3", "layer4"),
+    "mobilenet": ("1", "3", "6", "13", "17"),
+    "efficientnet": ("1", "2", "3", "5", "7"),
+    "convnext": (None, "1", "3", "5", "7"),
 }
 COCO_WEIGHTS = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
+
+
+def published_weights(name: str):
+    """The member of torchvision's weights enum for a trunk; None for `resnet10`."""
+    if name == "resnet10":
+        return None
+    if name == "resnet50_v2":
+        return get_model_weights("resnet50").IMAGENET1K_V2
+    return get_model_weights(name).IMAGENET1K_V1
 
 
 # %%
@@ -55,7 +54,16 @@ class WeightsNotFound(FileNotFoundError):
     """Asked-for weights cannot be had; the message says where they were looked for."""
 
 
-def find_weights(published, attached: Sequence[str] = ("/kaggle/input",)) -> Path:
+ATTACHED_FOLDERS = ("/kaggle/input",)
+
+
+def attached_file(name: str, attached: Sequence[str]) -> Path | None:
+    """The first file of a name below some folders, at any depth."""
+    return next((path for folder in attached for path in Path(folder).rglob(name)), None)
+
+
+# %%
+def find_weights(published, attached: Sequence[str] = ATTACHED_FOLDERS) -> Path:
     """Finds published weights on disk, else downloads them.
 
     Args:
@@ -72,9 +80,8 @@ def find_weights(published, attached: Sequence[str] = ("/kaggle/input",)) -> Pat
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
     if cached.is_file():
         return cached
-    for folder in attached:
-        if path := next(Path(folder).rglob(name), None):
-            return path
+    if path := attached_file(name, attached):
+        return path
     cached.parent.mkdir(parents=True, exist_ok=True)
     digest = name.rsplit("-", 1)[-1].removesuffix(".pth")
     try:
@@ -104,9 +111,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise WeightsNotFound(
             f"weights={str(path)!r}: no such file. Expected imagenet, coco, none or the path of a "
-            "state dict (.pth, .pt)."
+            "state dict (.pth, .pt, .safetensors)."
         )
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many types; each means a bad file
         raise ValueError(f"{path}: not a state dict that can be loaded safely ({error})") from error
@@ -116,33 +125,256 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+# %% [markdown]
+# Attention may be put behind each stage. It starts as the identity, so pretrained features survive,
+# and it lies beside the trunk, so the names of pretrained parameters stay.
+
+
 # %%
-def build_backbone(config: Config, state: dict[str, Tensor] | None) -> BackboneWithFPN:
-    """Builds trunk and pyramid.
+class SqueezeExcitation(nn.Module):
+    """Weighs channels by what the whole image shows (arXiv:1709.01507, equations 2 to 4).
+
+    Twice the sigmoid with zeros in the last layer: the identity at the start.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(channels // reduction, 4)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+        )
+        nn.init.zeros_(self.mlp[-1].weight)
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, x):
+        return x * 2 * self.mlp(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class ConvBlockAttention(SqueezeExcitation):
+    """CBAM (arXiv:1807.06521): weighs channels (equation 2), then places (equation 3).
+
+    Both weights are twice the sigmoid, with zeros in the last layer: the identity at the start.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__(channels, reduction)
+        self.places = nn.Conv2d(2, 1, 7, padding=3)
+        nn.init.zeros_(self.places.weight)
+        nn.init.zeros_(self.places.bias)
+
+    def forward(self, x):
+        pooled = (x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
+        x = x * 2 * sum(map(self.mlp, pooled)).sigmoid()
+        maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return x * 2 * self.places(maps).sigmoid()
+
+
+ATTENTION = {"none": nn.Identity, "se": SqueezeExcitation, "cbam": ConvBlockAttention}
+
+
+# %%
+class Trunk(nn.Module):
+    """The children of a classifier of torchvision up to its last stage, under their own names.
 
     Args:
-        config: `backbone` and `fpn_channels` are read.
-        state: a state dict of the trunk as torchvision's classifier, or None.
+        children: name and module, in the order they are run.
+        stages: names of the children whose outputs are wanted.
+    """
+
+    def __init__(self, children: dict[str, nn.Module], stages: Sequence[str]):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+            if name == stages[-1]:
+                break
+        self.stages = tuple(stages)
+
+    def forward(self, x, attention: Sequence[nn.Module]) -> list[Tensor]:
+        found, attention = [], iter(attention)
+        for name, child in self.named_children():
+            x = child(x)
+            if name in self.stages:
+                x = next(attention)(x)
+                found.append(x)
+        return found
+
+
+class TimmTrunk(nn.Module):
+    """A timm model that gives features; attention is put on its outputs, not between its stages."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.channels_last = model, str(model.output_fmt).endswith("NHWC")
+
+    def forward(self, x, attention: Sequence[nn.Module]) -> list[Tensor]:
+        maps = self.model(x)
+        maps = [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
+        return [part(m) for part, m in zip(attention, maps, strict=True)]
+
+
+# %%
+class Backbone(nn.Module):
+    """Trunk, attention and feature pyramid; parameters are named as in torchvision's.
 
     Returns:
-        A module from images (B, 3, H, W) to features "0", "1", "2", "3", "pool" with strides 4, 8,
-        16, 32, 64, of shape (B, fpn_channels, H / stride, W / stride).
+        Features "0", "1", .., "pool" of shape (B, fpn_channels, H / stride, W / stride).
+    """
+
+    def __init__(self, body: nn.Module, attention: nn.ModuleList, fpn: nn.Module, width: int):
+        super().__init__()
+        self.body, self.attention, self.fpn = body, attention, fpn
+        self.out_channels = width  # torchvision's name for it
+
+    def forward(self, x):
+        maps = self.body(x, self.attention)
+        return self.fpn(OrderedDict((str(level), m) for level, m in enumerate(maps)))
+
+
+# %%
+def build_trunk(config: Config, weights: Path | None) -> nn.Module:
+    """The trunk of a recipe, giving features of the pyramid's strides.
+
+    Args:
+        config: `backbone` and `pyramid` are read.
+        weights: a state dict of torchvision's classifier, or None for random weights.
 
     Raises:
-        ValueError: `state` does not fit the trunk; its classifier may be missing.
+        ValueError: weights that do not fit, or a stride that it cannot give.
     """
-    build, _, stages, channels = TRUNKS[config.backbone]
-    trunk = build(weights=None)
-    if state is not None:
-        missing, unexpected = trunk.load_state_dict(state, strict=False)
-        missing = [key for key in missing if not key.startswith(("fc.", "classifier."))]
-        if missing or unexpected:
-            raise ValueError(
-                f"The weights do not fit {config.backbone}: missing {missing[:3]}, "
-                f"unknown {unexpected[:3]}; expected those of torchvision's classifier."
-            )
-    body = trunk.features if config.backbone == "mobilenet_v2" else trunk
-    levels = {stage: str(level) for level, stage in enumerate(stages)}
-    return BackboneWithFPN(
-        body, levels, list(channels), config.fpn_channels, norm_layer=nn.BatchNorm2d
+    name = config.backbone
+    if name == "resnet10":
+        whole = ResNet(BasicBlock, [1, 1, 1, 1])  # arXiv:1512.03385; nobody publishes weights
+    else:
+        whole = get_model("resnet50" if name == "resnet50_v2" else name, weights=None)
+    if weights is not None:
+        load_classifier(whole, read_weights(weights), name)
+    children = dict((whole.features if hasattr(whole, "features") else whole).named_children())
+    known = next(names for prefix, names in STAGES.items() if name.startswith(prefix))
+    stages = [known[(2, 4, 8, 16, 32).index(s)] for s in config.pyramid if s <= 32]
+    if None in stages:
+        raise ValueError(f"pyramid={config.pyramid}: {name} has no features with stride 2.")
+    return Trunk(children, stages)
+
+
+# %%
+def load_classifier(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Loads a classifier's state dict; its last layers may be missing or of another size."""
+    last = ("fc.", "classifier.")
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(last)}
+    state = {key: value for key, value in state.items() if not key.startswith(last)}
+    shared = own.keys() & state.keys()
+    wrong = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(key for key in shared if own[key].shape != state[key].shape),
+    }
+    if found := ", ".join(f"{what} {keys[:2]}" for what, keys in wrong.items() if keys):
+        raise ValueError(
+            f"The weights do not fit {name}: {found}; expected those of torchvision's classifier."
+        )
+    model.load_state_dict(state, strict=False)
+
+
+# %%
+def build_timm_trunk(config: Config, weights: Path | None, attached=ATTACHED_FOLDERS) -> TimmTrunk:
+    """A trunk of timm, giving features of the pyramid's strides.
+
+    Args:
+        config: `backbone`, `pyramid` and `weights` are read. With `weights="imagenet"` a file
+            `<name>.safetensors`, `.pth` or `.bin` is looked for in `attached`, then in the cache of
+            the Hugging Face hub, then there.
+        weights: a file to take them from, or None.
+
+    Raises:
+        WeightsNotFound: they cannot be had.
+        ValueError: no such model, or a stride that it cannot give.
+    """
+    name, strides = config.backbone.removeprefix("timm:"), [s for s in config.pyramid if s <= 32]
+    options = dict(strict_img_size=False) if name.startswith("swin") else {}
+    files = (attached_file(name + end, attached) for end in (".safetensors", ".pth", ".bin"))
+    if config.weights == "imagenet":
+        weights = next((path for path in files if path), None)
+    try:
+        reduction = timm.create_model(name, features_only=True, **options).feature_info.reduction()
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"backbone={config.backbone!r}: timm gives no features: {error}"
+        ) from error
+    if missing := set(strides) - set(reduction):
+        raise ValueError(f"pyramid={config.pyramid}: {name} has no features with stride {missing}.")
+    options |= dict(features_only=True, out_indices=[reduction.index(s) for s in strides])
+    if weights is not None:
+        options["pretrained_cfg_overlay"] = dict(file=str(weights))
+    try:
+        model = timm.create_model(name, pretrained=config.weights != "none", **options)
+    except (OSError, RuntimeError) as error:
+        raise WeightsNotFound(
+            f"Weights of {config.backbone} cannot be had ({error}). Turn the internet on, attach "
+            f'{name}.safetensors, or set weights to its path. weights="none" is a random start.'
+        ) from error
+    return TimmTrunk(model)
+
+
+# %%
+def stage_groups(body: nn.Module) -> list[list[nn.Module]]:
+    """The trunk's modules in order: the stem, then a group for each of its outputs."""
+    model = body.model if isinstance(body, TimmTrunk) else body
+    outputs = body.stages if isinstance(body, Trunk) else list(model.return_layers)
+    groups, waiting = [], []
+    for name, child in model.named_children():
+        if name in outputs and not groups:
+            groups.append(waiting)  # what comes before the first output is the stem
+            waiting = []
+        waiting.append(child)
+        if name in outputs:
+            groups.append(waiting)
+            waiting = []
+    return groups
+
+
+def change_norms(module: nn.Module, kind: str) -> None:
+    """Puts frozen or group normalisation in the place of batch normalisation, weights kept."""
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            change_norms(child, kind)
+            continue
+        features = child.num_features
+        new = FrozenBatchNorm2d(features, child.eps)
+        if kind == "group":
+            new = nn.GroupNorm(math.gcd(32, features), features, child.eps)
+        new.load_state_dict(
+            {key: value for key, value in child.state_dict().items() if key in new.state_dict()}
+        )
+        setattr(module, name, new)
+
+
+# %%
+def build_backbone(config: Config, weights: Path | None) -> Backbone:
+    """Builds trunk, attention and pyramid.
+
+    Args:
+        config: `backbone`, `weights`, `pyramid`, `attention`, `norm`, `trained_stages` and
+            `fpn_channels` are read.
+        weights: a file with the trunk's weights, or None; see `build_trunk`, `build_timm_trunk`.
+    """
+    build = build_timm_trunk if config.backbone.startswith("timm:") else build_trunk
+    body = build(config, weights).eval()
+    plain = [nn.Identity() for stride in config.pyramid if stride <= 32]
+    with torch.no_grad():
+        seen = body(torch.zeros(1, 3, 64, 64), plain)
+    body.train()
+    channels = [int(features.shape[1]) for features in seen]
+    if config.norm == "frozen":
+        change_norms(body, "frozen")
+    groups = stage_groups(body)
+    for group in groups[: max(len(groups) - config.trained_stages, 0)]:
+        for module in group:
+            module.requires_grad_(False)
+    attention = nn.ModuleList(ATTENTION[config.attention](c) for c in channels)
+    fpn = FeaturePyramidNetwork(
+        channels,
+        config.fpn_channels,
+        LastLevelMaxPool() if config.pyramid[-1] > 32 else None,
+        nn.BatchNorm2d,
     )
+    return Backbone(body, attention, fpn, config.fpn_channels)

@@ -8,6 +8,7 @@
 # %%
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 import json
 
 
@@ -20,6 +21,26 @@ def within(default, low, high):
 def one_of(default, *others):
     """A dataclass field that takes `default` or one of `others`."""
     return field(default=default, metadata={"choices": (default, *others)})
+
+
+# %%
+# Trunks of torchvision. resnet10 is small enough for a CPU and has no published weights;
+# resnet50_v2 is resnet50 with the weights of torchvision's newer training.
+TRUNKS = (
+    "resnet10",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet50_v2",
+    "resnet101",
+    "resnext50_32x4d",
+    "mobilenet_v2",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+)
 
 
 # %%
@@ -47,15 +68,19 @@ class Config:
     blur: float = within(0.1, 0.0, 1.0)  # share of crops blurred, as if out of focus
     min_area: int = within(4, 1, 10_000)  # px; slivers left by a crop that are smaller are dropped
     # Model
-    backbone: str = one_of("resnet50", "mobilenet_v2", "resnet10")  # trunk; resnet10 is for a CPU
+    backbone: str = "resnet50"  # one of TRUNKS above, or timm:<a name of timm>
     weights: str = "imagenet"  # imagenet, coco, none, or a file. coco is data beyond ImageNet
+    trained_stages: int = within(5, 0, 5)  # of stem and four stages, from the top; others frozen
+    norm: str = one_of("batch", "frozen", "group", "sync")  # frozen: the trunk's; for tiny batches
+    attention: str = one_of("none", "se", "cbam")  # behind each stage; the identity at the start
+    pyramid: tuple[int, ...] = within((4, 8, 16, 32, 64), 2, 64)  # strides; 2 for tiny cells
     fpn_channels: int = within(256, 8, 1024)  # width of pyramid and heads; 256 fits coco weights
     rpn_convs: int = within(2, 1, 8)  # 3x3 convolutions before the proposals
     box_convs: int = within(4, 0, 8)  # convolutions in the box head
     box_features: int = within(1024, 16, 4096)  # width of the box head's last layer
     mask_convs: int = within(4, 1, 8)  # convolutions in the mask head
     scale: float = within(1.0, 0.25, 8.0)  # network px per image px; 2: smaller cells, 4x cost
-    anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, 5 levels
+    anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, one a level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height over width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU above which the weaker proposal goes
     proposals: int = within(2000, 1, 20_000)  # kept an image; more for fields with many cells
@@ -138,14 +163,13 @@ def check_setting(config_field, value):
     kind = type(default[0] if is_tuple else default)
     if kind is float:
         items = [float(v) if type(v) is int else v for v in items]
-    wanted = f"{len(default)} values of type {kind.__name__}" if is_tuple else kind.__name__
+    wanted = f"values of type {kind.__name__}" if is_tuple else kind.__name__
     if "choices" in limits:
         wanted += " out of " + ", ".join(limits["choices"])
     elif limits:
         wanted += f" from {limits['low']} to {limits['high']}"
     fits = all(type(v) is kind for v in items)
-    # Ratios may be any number of values; anchor sizes belong to levels, zoom is a pair.
-    if is_tuple and name != "anchor_ratios":
+    if name == "zoom":
         fits = fits and len(items) == len(default)
     if fits and "choices" in limits:
         fits = items[0] in limits["choices"]
@@ -184,7 +208,28 @@ def recipe(name: str, /, **changes) -> Config:
     config = Config(recipe=name, **checked)
     if config.zoom[0] > config.zoom[1]:
         raise ValueError(f"Setting zoom={config.zoom}: expected the least before the most.")
+    check_trunk(config)
     return config
+
+
+# %%
+def check_trunk(config: Config) -> None:
+    """Raises ValueError where backbone, pyramid and anchor sizes do not go together."""
+    if config.backbone not in TRUNKS and not config.backbone.startswith("timm:"):
+        raise ValueError(
+            f"Setting backbone={config.backbone!r}: expected timm:<a name of timm> or one of "
+            f"{', '.join(TRUNKS)}."
+        )
+    levels = config.pyramid
+    if any(b != 2 * a for a, b in pairwise(levels)) or not 2 <= levels[0] <= 16 <= levels[-1]:
+        raise ValueError(
+            f"Setting pyramid={levels}: expected strides that double, such as 4, 8, 16."
+        )
+    if len(config.anchor_sizes) != len(levels):
+        raise ValueError(
+            f"Setting anchor_sizes={config.anchor_sizes}: expected one for each of the "
+            f"{len(levels)} levels of pyramid={levels}."
+        )
 
 
 # %%

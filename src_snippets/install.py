@@ -17,6 +17,8 @@ import sys
 PACKAGES = (
     ("torch", "torch>=2.6", None),
     ("torchvision", "torchvision>=0.21", None),
+    ("timm", "timm>=1.0", None),
+    ("safetensors", "safetensors>=0.4", None),
     ("accelerate", "accelerate>=1.0", None),
     ("pycocotools", "pycocotools>=2.0.8", None),
     ("scipy", "scipy>=1.11", None),

@@ -7,6 +7,9 @@
 # run lengths inside their own boxes. No array of `N` image-size masks is ever made.
 
 # %%
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -22,10 +25,11 @@ from torchvision.ops import box_area, MultiScaleRoIAlign
 
 from src_snippets.backbones import (
     build_backbone,
+    change_norms,
     COCO_WEIGHTS,
     find_weights,
+    published_weights,
     read_weights,
-    TRUNKS,
 )
 from src_snippets.config import Config
 from src_snippets.forms import Instances
@@ -233,28 +237,8 @@ class BlockMatcher(Matcher):
 
 
 # %%
-class InstanceMapRoIHeads(RoIHeads):
-    """torchvision's RoI heads with mask targets from instance maps.
-
-    Targets are those of `training_target`; boxes are in network pixels, `layers` may have another
-    resolution. The state dict is that of `RoIHeads`.
-    """
-
-    half_pixel = True
-
-    def check_targets(self, targets):
-        for target in targets or [{}]:
-            if not {"boxes", "labels", "layers", "ids", "homes"} <= set(target):
-                raise ValueError(f"Target with {sorted(target)}: expected that of training_target.")
-
-    def forward(self, features, proposals, image_shapes, targets=None):
-        if self.training:
-            return [], self.losses(features, proposals, image_shapes, targets)
-        logits, offsets = self.predict_boxes(features, proposals, image_shapes)
-        parts = self.postprocess_detections(logits, offsets, proposals, image_shapes)
-        parts = (*parts, self.draw_masks(features, parts[0], parts[2], image_shapes))
-        names = ("boxes", "scores", "labels", "masks")
-        return [dict(zip(names, part, strict=True)) for part in zip(*parts, strict=True)], {}
+class BoundedRoIHeads(RoIHeads):
+    """torchvision's RoI heads with memory that does not grow with cells or detections."""
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
         """The cell (R,) and class (R,) int64 of each proposal, 0 where there is none, by image."""
@@ -287,6 +271,31 @@ class InstanceMapRoIHeads(RoIHeads):
             logits = self.predict_masks(features, some, image_shapes)
             parts.append(maskrcnn_inference(logits, classes))
         return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+# %%
+class InstanceMapRoIHeads(BoundedRoIHeads):
+    """torchvision's RoI heads with mask targets from instance maps.
+
+    Targets are those of `training_target`; boxes are in network pixels, `layers` may have another
+    resolution. The state dict is that of `RoIHeads`.
+    """
+
+    half_pixel = True
+
+    def check_targets(self, targets):
+        for target in targets or [{}]:
+            if not {"boxes", "labels", "layers", "ids", "homes"} <= set(target):
+                raise ValueError(f"Target with {sorted(target)}: expected that of training_target.")
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if self.training:
+            return [], self.losses(features, proposals, image_shapes, targets)
+        logits, offsets = self.predict_boxes(features, proposals, image_shapes)
+        parts = self.postprocess_detections(logits, offsets, proposals, image_shapes)
+        parts = (*parts, self.draw_masks(features, parts[0], parts[2], image_shapes))
+        names = ("boxes", "scores", "labels", "masks")
+        return [dict(zip(names, part, strict=True)) for part in zip(*parts, strict=True)], {}
 
     def losses(self, features, proposals, image_shapes, targets):
         """The losses of classes, boxes and masks, each a float32 scalar."""
@@ -366,10 +375,37 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def parameter_table(model: GeneralizedRCNN, most: int = 200_000_000) -> str:
+    """Parameters of each part in millions, all and trainable, to print.
+
+    Raises:
+        ValueError: over `most` are trainable; the rules of HW3 allow 200 million.
+    """
+    parts = {
+        "trunk": model.backbone.body,
+        "attention": model.backbone.attention,
+        "pyramid": model.backbone.fpn,
+        "proposals": model.rpn,
+        "box and mask heads": model.roi_heads,
+        "all": model,
+    }
+    lines = ["million parameters    all  trainable"]
+    for name, part in parts.items():
+        every = sum(p.numel() for p in part.parameters()) / 1e6
+        lines.append(f"{name:<18} {every:6.1f} {count_parameters(part) / 1e6:10.1f}")
+    if (found := count_parameters(model)) > most:
+        raise ValueError(
+            f"{found / 1e6:.1f} M trainable parameters; at most {most / 1e6:.0f} M are allowed. "
+            "Take a smaller backbone, or freeze some of it with trained_stages."
+        )
+    return "\n".join(lines)
+
+
+# %%
 def build_heads(config: Config) -> InstanceMapRoIHeads:
     """The box and mask heads, named as in `maskrcnn_resnet50_fpn_v2`."""
     width, classes = config.fpn_channels, config.num_classes + 1  # 0 is background
-    levels = ["0", "1", "2", "3"]
+    levels = [str(level) for level, stride in enumerate(config.pyramid) if stride <= 32]
     heads = InstanceMapRoIHeads(
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
         box_head=FastRCNNConvFCHead(
@@ -454,19 +490,27 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
         WeightsNotFound: the weights asked for cannot be had.
         ValueError: they do not fit, or nobody publishes such weights.
     """
-    trunk_state, model_state = initial_weights(config) if load_initial else (None, None)
+    trunk_file, model_state = initial_weights(config) if load_initial else (None, None)
     torch.manual_seed(config.seed)
-    backbone = build_backbone(config, trunk_state)
+    start = config if load_initial else replace(config, weights="none")
+    backbone = build_backbone(start, trunk_file)
     transform = InputTransform(config.scale)
     model = GeneralizedRCNN(backbone, build_proposals(config), build_heads(config), transform)
+    if config.norm == "group":
+        change_norms(model, "group")
+    if config.norm == "sync":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if model_state is not None:
         load_model_state(model, model_state)
     return model.to(memory_format=torch.channels_last)  # the layout that convolutions prefer
 
 
 # %%
-def initial_weights(config: Config) -> tuple[dict | None, dict | None]:
-    """The state dicts to start from: of the trunk, of the whole model; None where there is none."""
+def initial_weights(config: Config) -> tuple[Path | None, dict | None]:
+    """What to start from: a file with the trunk's weights, the model's state dict, or neither.
+
+    timm finds the weights of its trunks itself: see `build_timm_trunk`.
+    """
     if config.weights == "none":
         return None, None
     if config.weights == "coco":
@@ -476,16 +520,18 @@ def initial_weights(config: Config) -> tuple[dict | None, dict | None]:
             )
         return None, read_weights(find_weights(COCO_WEIGHTS))
     if config.weights == "imagenet":
-        published = TRUNKS[config.backbone][1]
+        if config.backbone.startswith("timm:"):
+            return None, None
+        published = published_weights(config.backbone)
         if published is None:
             raise ValueError(
                 f"There are no published ImageNet weights for {config.backbone!r}: set weights to "
                 "'none' or to a file, or take another backbone."
             )
-        return read_weights(find_weights(published)), None
+        return find_weights(published), None
     state = read_weights(config.weights)
     whole = any(key.startswith("roi_heads.") for key in state)
-    return (None, state) if whole else (state, None)
+    return (None, state) if whole else (Path(config.weights), None)
 
 
 # %% [markdown]

@@ -140,12 +140,11 @@ from src_snippets.backbones import find_weights
 from src_snippets.fusion import settle
 
 # %%
-from src_snippets.model import build_model, count_parameters
+from src_snippets.model import build_model, parameter_table
 
 # %%
-parameters = count_parameters(build_model(config))
 print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
-print(f"{parameters / 1e6:.1f} M trainable parameters")
+print(parameter_table(build_model(config)))
 
 # %%
 from src_snippets.evaluate import average_precision, format_scores, panoptic_quality
