@@ -45,8 +45,8 @@ TRUNKS = (
 
 # %%
 @dataclass(frozen=True)
-class Config:
-    """All settings. Lengths in pixels are image pixels unless a line says network pixels.
+class DataSettings:
+    """Data and augmentation. Lengths are in image pixels unless a line says network pixels.
 
     `within(default, low, high)` states the range of a value, `one_of` its choices.
     """
@@ -67,7 +67,12 @@ class Config:
     color_jitter: float = within(0.2, 0.0, 1.0)  # strength; stains differ between laboratories
     blur: float = within(0.1, 0.0, 1.0)  # share of crops blurred, as if out of focus
     min_area: int = within(4, 1, 10_000)  # px; slivers left by a crop that are smaller are dropped
-    # Model
+
+
+@dataclass(frozen=True)
+class ModelSettings(DataSettings):
+    """Trunk, pyramid, anchors and heads."""
+
     backbone: str = "resnet50"  # one of TRUNKS above, or timm:<a name of timm>
     weights: str = "imagenet"  # imagenet, coco, none, or a file. coco is data beyond ImageNet
     trained_stages: int = within(5, 0, 5)  # of stem and four stages, from the top; others frozen
@@ -86,16 +91,30 @@ class Config:
     proposals: int = within(2000, 1, 20_000)  # kept an image; more for fields with many cells
     rois: int = within(512, 8, 4096)  # proposals an image the heads learn from, a quarter cells
     half_pixel: bool = True  # masks sampled at pixel centres; False: as stock torchvision
-    # Training
+
+
+# %%
+@dataclass(frozen=True)
+class Config(ModelSettings):
+    """All settings: those above, training and prediction."""
+
     epochs: int = within(50, 1, 10_000)  # passes over the training part
     batch_size: int = within(2, 1, 256)  # crops a step and process; lower when memory runs out
-    lr: float = within(1e-4, 1e-7, 1.0)  # AdamW's highest rate
+    accumulate: int = within(1, 1, 256)  # batches whose gradients are added up for one step
+    optimizer: str = one_of("adamw", "adam", "sgd")  # sgd, momentum 0.9, wants 50 times the lr
+    lr: float = within(1e-4, 1e-7, 1.0)  # the highest rate
+    group_lr: tuple[float, ...] = within((1.0, 1.0, 1.0, 1.0), 0.0, 10.0)  # stem, trunk, neck, head
+    layer_decay: float = within(1.0, 0.1, 1.0)  # of the rate, from each stage of the trunk down
     weight_decay: float = within(0.01, 0.0, 1.0)  # of weights; norms and biases are not decayed
     warmup_steps: int = within(500, 0, 100_000)  # steps of rising rate; at most a fifth of all
-    schedule: str = one_of("constant", "cosine")  # the rate after the warm-up
+    warmup: str = one_of("linear", "cosine")  # how the rate rises
+    schedule: str = one_of("constant", "cosine", "one_cycle", "plateau")  # after the warm-up
+    plateau_patience: int = within(3, 1, 1000)  # looks without a lower loss, then lr / 10
     clip_norm: float = within(1.0, 0.0, 1000.0)  # largest gradient norm; 0: no clipping
     precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU
     eval_every: int = within(1, 1, 10_000)  # epochs between two looks at the validation part
+    best_by: str = one_of("AP50", "AP", "loss")  # of the validation part: which epoch is kept
+    patience: int = within(0, 0, 10_000)  # looks without a better one, then it stops; 0: never
     # Prediction
     score_floor: float = within(0.05, 0.0, 1.0)  # least score kept; AP gains from a low one
     mask_threshold: float = within(0.5, 0.0, 1.0)  # probability from which a pixel is cell
@@ -119,6 +138,16 @@ RECIPES = {
         detections=200,
         score_floor=0.5,
         mask_threshold=0.6,
+    ),
+    # Attention behind the stages; 250 steps are three epochs of HW3. Not measured.
+    "attention": dict(
+        scale=2.0,
+        attention="cbam",
+        warmup_steps=250,
+        schedule="cosine",
+        best_by="AP",
+        patience=30,
+        box_nms=0.3,
     ),
     # The drawn dataset on a CPU.
     "demo": dict(
@@ -163,13 +192,15 @@ def check_setting(config_field, value):
     kind = type(default[0] if is_tuple else default)
     if kind is float:
         items = [float(v) if type(v) is int else v for v in items]
-    wanted = f"values of type {kind.__name__}" if is_tuple else kind.__name__
+    wanted = f"{len(default)} values of type {kind.__name__}" if is_tuple else kind.__name__
+    if name in ("anchor_sizes", "anchor_ratios", "pyramid"):  # as many as are wanted
+        wanted = f"values of type {kind.__name__}"
     if "choices" in limits:
         wanted += " out of " + ", ".join(limits["choices"])
     elif limits:
         wanted += f" from {limits['low']} to {limits['high']}"
     fits = all(type(v) is kind for v in items)
-    if name == "zoom":
+    if name in ("zoom", "group_lr"):
         fits = fits and len(items) == len(default)
     if fits and "choices" in limits:
         fits = items[0] in limits["choices"]

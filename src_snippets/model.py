@@ -10,6 +10,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -450,6 +451,38 @@ def build_proposals(config: Config) -> RegionProposalNetwork:
     proposals.box_similarity = lambda cells, anchors: (cells, anchors)
     proposals.proposal_matcher = BlockMatcher(0.7, 0.3, allow_low_quality_matches=True)
     return proposals
+
+
+# %%
+def anchor_shapes(config: Config) -> np.ndarray:
+    """(A, 2) float64, width and height of all anchors in image pixels."""
+    sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
+    shapes = np.stack([sizes / ratios, sizes * ratios], axis=-1)
+    return shapes.reshape(-1, 2) / config.scale
+
+
+def cells_with_anchor(sides: np.ndarray, config: Config, least: float = 0.5) -> np.ndarray:
+    """Which cells have an anchor whose IoU with them, centre on centre, is at least `least`.
+
+    Args:
+        sides: (N, 2), width and height of cells in image pixels.
+
+    Returns:
+        (N,) bool.
+    """
+    shapes = anchor_shapes(config)
+    shared = np.minimum(sides[:, None], shapes).prod(-1)
+    union = sides.prod(-1)[:, None] + shapes.prod(-1) - shared
+    return (shared / union).max(1, initial=0) >= least
+
+
+def describe_anchors(covered: np.ndarray, most: float = 0.02) -> str:
+    """A line on how many cells have an anchor; a warning where over `most` of them have none."""
+    without = 1 - covered.mean() if len(covered) else 0.0
+    line = f"{without:.1%} of {len(covered):,} cells have no anchor with IoU 0.5"
+    if without <= most:
+        return line
+    return f"WARNING: {line}. Change anchor_sizes, anchor_ratios or scale: the figure shows where."
 
 
 # %%

@@ -102,11 +102,13 @@ from src_snippets.transforms import filled_crop
 
 # %%
 from src_snippets.plots import (
+    plot_anchors,
     plot_augmentations,
     plot_counts,
     plot_fields,
     plot_history,
     plot_predictions,
+    plot_schedule,
     show_figure,
 )
 
@@ -140,17 +142,46 @@ from src_snippets.backbones import find_weights
 from src_snippets.fusion import settle
 
 # %%
-from src_snippets.model import build_model, parameter_table
+from src_snippets.model import (
+    anchor_shapes,
+    build_model,
+    cells_with_anchor,
+    describe_anchors,
+    parameter_table,
+)
 
 # %%
 print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
 print(parameter_table(build_model(config)))
 
 # %%
+boxes = np.concatenate([truth_instances(sample).boxes for sample in parts["train"]])
+sides = boxes[:, 2:] - boxes[:, :2]
+covered = cells_with_anchor(sides, config)
+print(describe_anchors(covered))
+show_figure(plot_anchors(sides, covered, anchor_shapes(config)), output / "figures" / "anchors.png")
+
+# %% [markdown]
+# The model learns a cell best when an anchor, a box of fixed size, overlaps it by half. Red dots
+# far from all crosses ask for other `anchor_sizes` or `anchor_ratios`.
+
+# %%
 from src_snippets.evaluate import average_precision, format_scores, panoptic_quality
 
 # %%
-from src_snippets.train import by_image_id, fit, load_trained, run_folder, validate
+from src_snippets.train import (
+    by_image_id,
+    fit,
+    load_trained,
+    rate_factor,
+    run_folder,
+    validate,
+)
+
+# %%
+steps = config.epochs * -(-max(len(parts["train"]) // config.batch_size, 1) // config.accumulate)
+rates = [config.lr * rate_factor(step, config, steps) for step in range(steps)]
+show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
 
 # %%
 run = run_folder(output, config, {"split": split, "images": samples.digest})

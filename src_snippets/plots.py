@@ -194,3 +194,35 @@ def plot_counts(truths: Sequence[Instances], answers, num_classes: int, floor: f
     axis.set(ylabel="cells", title=f"Cells by class (score of at least {floor:g})")
     axis.legend(frameon=False)
     return figure
+
+
+# %%
+def plot_schedule(rates: Sequence[float]) -> Figure:
+    """The learning rate of each step of a run."""
+    figure = Figure(figsize=(5, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(range(1, len(rates) + 1), rates, color="#1f6fb4")
+    axis.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def plot_anchors(sides: np.ndarray, covered: np.ndarray, shapes: np.ndarray) -> Figure:
+    """Width and height of cells and of the anchors that should meet them, both in image pixels.
+
+    Args:
+        sides: (N, 2) float, width and height of cells; covered: (N,) bool, an anchor fits.
+        shapes: (A, 2) float, width and height of anchors.
+    """
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for chosen, color, label in (
+        (covered, "#8c8c8c", "cell"),
+        (~covered, "#d62728", "cell without an anchor"),
+    ):
+        axis.scatter(*sides[chosen].T, s=6, color=color, label=f"{label} ({chosen.sum():,})")
+    axis.scatter(*shapes.T, s=60, marker="+", color="#1f6fb4", label=f"anchor ({len(shapes)})")
+    axis.set(xscale="log", yscale="log", xlabel="width, px", ylabel="height, px")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    return figure

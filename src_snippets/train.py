@@ -3,8 +3,8 @@
 # %% [markdown]
 # ## How does it learn?
 # One step is: losses of a batch, backward, clip, update. accelerate takes care of the device and of
-# mixed precision. After each epoch everything is written to `last.pt`, and the weights with the
-# best validation AP50 to `best.pt`; a stopped run goes on from there.
+# mixed precision. After each epoch everything is written to `last.pt`, and the weights of the
+# best epoch to `best.pt`; a stopped run goes on from there.
 
 # %%
 from collections.abc import Sequence
@@ -27,39 +27,112 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 
+from src_snippets.backbones import stage_groups
 from src_snippets.config import Config
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.model import build_model, choose_precision, detect, load_model_state
 from src_snippets.places import written_whole
 from src_snippets.readers import BadInput
-from src_snippets.transforms import collate, TrainingSet
+from src_snippets.transforms import collate, training_target, TrainingSet
 
 
 # %%
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101); norms and biases, all one-dimensional, are not decayed.
+def rate_groups(model: nn.Module, config: Config) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parts of the model with what their rate is multiplied with: see `group_lr`, `layer_decay`.
 
-    All parameters are updated by one kernel.
+    The stem and each stage of the trunk are parts of their own, then come attention and pyramid
+    (the neck), and proposals and heads. The highest stage has the trunk's whole rate, each one
+    below `layer_decay` of it.
     """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [dict(params=decayed), dict(params=free, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    stem, trunk, neck, heads = config.group_lr
+    groups = stage_groups(model.backbone.body)
+    parts = []
+    for depth, group in enumerate(reversed(groups)):
+        share = stem if depth == len(groups) - 1 else trunk
+        parts.append((share * config.layer_decay**depth, group))
+    parts.append((neck, [model.backbone.attention, model.backbone.fpn]))
+    parts.append((heads, [model.rpn, model.roi_heads]))
+    learned = [(share, [p for m in part for p in m.parameters()]) for share, part in parts]
+    return [(share, [p for p in part if p.requires_grad]) for share, part in learned]
 
 
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), Adam or SGD; one-dimensional parameters are not decayed.
+
+    These are norms and biases. All parameters are updated by one kernel.
+    """
+    groups = []
+    for share, part in rate_groups(model, config):
+        rate = dict(lr=config.lr * share)
+        groups.append(dict(params=[p for p in part if p.ndim > 1], **rate))
+        groups.append(dict(params=[p for p in part if p.ndim <= 1], weight_decay=0.0, **rate))
+    groups = [group for group in groups if group["params"]]
+    options = dict(lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, **options)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, **options)
+
+
+# %%
 def rate_factor(step: int, config: Config, total: int) -> float:
     """What the highest rate is multiplied with at a step, 0..1.
 
-    Linear warm-up over `warmup_steps` (at most a fifth of the run), then constant or a half cosine
-    down to 0 at step `total`.
+    A warm-up over `warmup_steps` (at most a fifth of the run), then constant (plateau too: see
+    `plateau_factor`) or a half cosine down to 0 at step `total`. `one_cycle` is torch's
+    `OneCycleLR`: over three tenths of the run up from a 25th, then down to nearly 0.
     """
+
+    def half_cosine(share):
+        return 0.5 * (1 + math.cos(math.pi * share))
+
+    if config.schedule == "one_cycle":
+        top = max(0.3 * total - 1, 1)
+        if step <= top:
+            return 1 - 0.96 * half_cosine(step / top)
+        return 4e-6 + (1 - 4e-6) * half_cosine(min((step - top) / max(total - 1 - top, 1), 1))
     warmup = min(config.warmup_steps, total // 5)
     if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
+        rise = (step + 1) / warmup
+        return rise if config.warmup == "linear" else 1 - half_cosine(rise)
+    if config.schedule != "cosine":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return half_cosine((step - warmup) / max(total - warmup, 1))
+
+
+# %%
+def plateau_factor(history: list[dict], patience: int) -> float:
+    """A tenth for each time that `patience` looks in a row had no lower validation loss."""
+    best, waited, factor = math.inf, 0, 1.0
+    for loss in (row["val_loss"] for row in history if "val_loss" in row):
+        best, waited = (loss, 0) if loss < best else (best, waited + 1)
+        if waited == patience:
+            factor, waited = factor / 10, 0
+    return factor
+
+
+def scheduled(step: int, config: Config, total: int, history: list[dict]) -> float:
+    """What rates are multiplied with at a step, given the epochs before it."""
+    factor = rate_factor(step, config, total)
+    if config.schedule == "plateau":
+        factor *= plateau_factor(history, config.plateau_patience)
+    return factor
+
+
+def epoch_scores(history: list[dict], best_by: str) -> list[float]:
+    """How good each look at the validation part was; higher is better, nothing to score is 0."""
+    if best_by == "loss":
+        return [-row["val_loss"] for row in history if "val_loss" in row]
+    return [row[best_by] or 0.0 for row in history if best_by in row]
+
+
+def has_stalled(history: list[dict], config: Config) -> bool:
+    """Whether the last `patience` looks at the validation part were all below an earlier one."""
+    scores = epoch_scores(history, config.best_by)
+    if not config.patience or len(scores) <= config.patience:
+        return False
+    return max(scores[-config.patience :]) < max(scores[: -config.patience])
 
 
 # %%
@@ -87,6 +160,17 @@ def training_loader(samples, config: Config, device: torch.device) -> DataLoader
 
 
 # %%
+def check_finite(values: dict[str, float], step: int, targets: list[dict]) -> None:
+    """Raises FloatingPointError where a loss is not finite; names the parts and the images."""
+    if not all(map(math.isfinite, values.values())):
+        names = [target["name"] for target in targets]
+        raise FloatingPointError(
+            f"Step {step}: losses {values} on images {', '.join(names)}. Training has stopped; the "
+            "checkpoints are of earlier epochs. Lower lr, or set precision='no'."
+        )
+
+
+# %%
 def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config, bar) -> dict:
     """Trains for one pass over the loader.
 
@@ -98,30 +182,26 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config,
         The mean of each loss part, and their sum as `loss`.
 
     Raises:
-        FloatingPointError: a loss is not finite; names the parts and the images.
+        FloatingPointError: see `check_finite`.
     """
     means = {}
     model.train()
     for images, targets in loader:
-        losses = model(images, targets)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(sum(losses.values()))
-        # Read only now, so that a GPU has the backward pass to do while the numbers are fetched.
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            names = [target["name"] for target in targets]
-            raise FloatingPointError(
-                f"Step {bar.n}: losses {values} on images {', '.join(names)}. Training has "
-                "stopped; the checkpoints are of earlier epochs. Lower lr, or set precision='no'."
-            )
-        if config.clip_norm and accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales first
-        optimizer.step()
-        schedule.step()
+        with accelerator.accumulate(model):
+            losses = model(images, targets)
+            accelerator.backward(sum(losses.values()))
+            # Read only now: a GPU has the backward pass to do while the numbers are fetched.
+            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+            check_finite(values, bar.n, targets)
+            if config.clip_norm and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales first
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         for name, value in (values | {"loss": sum(values.values())}).items():
             means.setdefault(name, MeanMetric()).update(value, len(images))
         parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
-        bar.set_postfix(parts | {"rate": f"{schedule.get_last_lr()[0]:.1e}"}, refresh=False)
+        bar.set_postfix(parts | {"rate": f"{max(schedule.get_last_lr()):.1e}"}, refresh=False)
         bar.update()
     return {name: float(mean.to(accelerator.device).compute()) for name, mean in means.items()}
 
@@ -130,6 +210,27 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config,
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
     return [detect(model, [sample.image], config)[0] for sample in samples]
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, samples: Sequence[CellSample], config: Config) -> float:
+    """Mean loss on whole, unaugmented fields; norms as in prediction, equal sampling."""
+    device = next(model.parameters()).device
+    precision, losses = choose_precision(config, device), []
+    model.eval()
+    for part in (model, model.transform, model.rpn, model.roi_heads):
+        part.training = True  # these give losses; the layers within them stay as they are
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        for sample in samples:
+            target = training_target(sample, config.min_area)
+            target = {key: value.to(device) for key, value in target.items()}
+            with torch.autocast(device.type, dtype, enabled=precision != "no"):
+                parts = model([sample.image.to(device)], [target])
+            losses.append(float(sum(parts.values())))
+    model.eval()
+    return sum(losses) / len(losses)
 
 
 def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
@@ -227,6 +328,20 @@ def write_history(history: list[dict], path: Path) -> None:
 
 
 # %%
+def build_accelerator(config: Config) -> Accelerator:
+    """accelerate's view of the devices, with the precision and accumulation of the settings."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # precision may have been changed
+    return Accelerator(
+        cpu=default_device().type == "cpu",
+        mixed_precision=choose_precision(config, default_device()),
+        gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=config.seed, non_blocking=True
+        ),
+    )
+
+
+# %%
 class TrainingRun:
     """All that a checkpoint holds: model, optimiser, schedule, scaler, history and best score.
 
@@ -238,21 +353,14 @@ class TrainingRun:
 
     def __init__(self, config: Config, folder: Path, loader: DataLoader):
         self.config, self.folder = config, folder
-        self.history, self.best = [], -1.0
-        AcceleratorState._reset_state(reset_partial_state=True)  # precision may have been changed
-        self.accelerator = Accelerator(
-            cpu=default_device().type == "cpu",
-            mixed_precision=choose_precision(config, default_device()),
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed, non_blocking=True
-            ),
-        )
+        self.history = []
+        self.accelerator = build_accelerator(config)
         last = folder / "last.pt"
         model = build_model(config, load_initial=not last.exists()).to(self.accelerator.device)
         optimizer = build_optimizer(model, config)
-        self.total = config.epochs * len(loader)
+        self.total = config.epochs * math.ceil(len(loader) / config.accumulate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: rate_factor(step, config, self.total)
+            optimizer, lambda step: scheduled(step, config, self.total, self.history)
         )
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         if last.exists():
@@ -268,14 +376,21 @@ class TrainingRun:
             part.load_state_dict(state[name])
         if self.accelerator.scaler is not None and state["scaler"]:  # empty: begun without a GPU
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history, self.best = state["history"], state["best"]
+        self.history = state["history"]
 
-    def save(self, row: dict, is_best: bool) -> None:
-        """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`."""
+    def save(self, row: dict) -> None:
+        """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`.
+
+        The best is the last one of the highest score, or the last where nothing is scored.
+        """
+        before = epoch_scores(self.history, self.config.best_by)
         self.history.append(row)
+        scores = epoch_scores(self.history, self.config.best_by)
+        is_best = not scores or (len(scores) > len(before) and scores[-1] >= max(scores))
         scaler = self.accelerator.scaler
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        notes = dict(config=asdict(self.config), history=self.history, best=self.best)
+        best = max(scores, default=None)
+        notes = dict(config=asdict(self.config), history=self.history, best=best)
         write_history(self.history, self.folder / "history.csv")
         if is_best:
             save_checkpoint({"model": state["model"], **notes}, self.folder / "best.pt")
@@ -292,18 +407,18 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
     losses = train_epoch(
         run.model, run.loader, run.optimizer, run.schedule, run.accelerator, config, bar
     )
-    row = dict(epoch=epoch, seconds=0.0, rate=run.schedule.get_last_lr()[0], **losses)
-    is_best = len(val_samples) == 0
+    row = dict(epoch=epoch, seconds=0.0, rate=max(run.schedule.get_last_lr()), **losses)
     if len(val_samples) and (epoch % config.eval_every == 0 or epoch == config.epochs):
-        answers = validate(run.accelerator.unwrap_model(run.model), val_samples, config)
-        scores = average_precision(truth, by_image_id(answers))
+        model = run.accelerator.unwrap_model(run.model)
+        scores = average_precision(truth, by_image_id(validate(model, val_samples, config)))
         row |= {name: scores[name] for name in ("AP", "AP50", "AP75")}
-        is_best = row["AP50"] is None or row["AP50"] >= run.best
-        run.best = max(run.best, row["AP50"] or 0.0)
         ap = "no cells to score" if row["AP50"] is None else f"AP50 {row['AP50']:.3f}"
+        if config.best_by == "loss" or config.schedule == "plateau":
+            row["val_loss"] = validation_loss(model, val_samples, config)
+            ap += f", loss {row['val_loss']:.3f}"
         bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")
     row["seconds"] = round(time.perf_counter() - start, 2)
-    run.save(row, is_best)
+    run.save(row)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # crops differ in size; what the cache holds may not fit the next
@@ -320,7 +435,7 @@ def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
 
     Returns:
         One dictionary an epoch: epoch, seconds, rate, mean losses, and in epochs with a validation
-        AP, AP50, AP75 (0..1, uncapped).
+        AP, AP50, AP75 (0..1, uncapped), and val_loss where a setting needs it.
     """
     run = TrainingRun(config, folder, training_loader(train_samples, config, default_device()))
     done = len(run.history)
@@ -328,7 +443,11 @@ def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
         print(f"{folder}: {done} of {config.epochs} epochs are done, going on from there.")
     truth = coco_truth(val_samples, config.num_classes)
     steps = len(run.loader)
-    with tqdm(total=run.total, initial=done * steps, desc="training", unit="step") as bar:
+    options = dict(total=config.epochs * steps, initial=done * steps, unit="batch")
+    with tqdm(desc="training", **options) as bar:
         for epoch in range(done + 1, config.epochs + 1):
+            if has_stalled(run.history, config):
+                bar.write(f"No better {config.best_by} in {config.patience} looks: training ends.")
+                break
             run_epoch(run, epoch, val_samples, truth, bar)
     return run.history

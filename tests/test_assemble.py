@@ -125,7 +125,7 @@ def test_the_table_of_settings_has_every_field():
     rows = settings_table().splitlines()[2:]
     assert len(rows) == len(fields(Config))
     assert rows[1].startswith("| `seed` | `0` | 0 to 2147483647 | split, initial weights")
-    assert "| `schedule` | `constant` | constant, cosine |" in "\n".join(rows)
+    assert "| `schedule` | `constant` | constant, cosine, one_cycle, plateau |" in "\n".join(rows)
     with pytest.raises(ValueError, match=r"README\.md: expected the lines"):
         build_readme("# No table")
 

@@ -42,7 +42,7 @@ def test_every_default_is_within_its_own_limits(name):
         ({"anchor_ratios": []}, "anchor_ratios"),
         ({"pyramid": [4, 8, 32], "anchor_sizes": [8, 16, 32]}, "expected strides that double"),
         ({"pyramid": [8, 16, 32, 64, 128]}, "from 2 to 64"),
-        ({"zoom": [2.0]}, "zoom=[2.0]: expected values of type float from 0.1 to 10.0"),
+        ({"zoom": [2.0]}, "zoom=[2.0]: expected 2 values of type float from 0.1 to 10.0"),
         ({"zoom": [2.0, 1.0]}, "the least before the most"),
     ],
 )
@@ -52,7 +52,7 @@ def test_wrong_settings_say_what_is_valid(changes, message):
 
 
 def test_unknown_recipe_lists_the_known():
-    with pytest.raises(ValueError, match="no recipe 'fast'; there are: baseline, demo"):
+    with pytest.raises(ValueError, match="no recipe 'fast'; there are: baseline, attention, demo"):
         recipe("fast")
 
 

@@ -13,10 +13,13 @@ from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
 from src_snippets.config import recipe
 from src_snippets.forms import truth_instances
 from src_snippets.model import (
+    anchor_shapes,
     BlockMatcher,
     build_model,
+    cells_with_anchor,
     choose_precision,
     count_parameters,
+    describe_anchors,
     detect,
     Float32Anchors,
     initial_weights,
@@ -25,6 +28,7 @@ from src_snippets.model import (
     mask_loss,
     mask_targets,
     paired_iou,
+    parameter_table,
     paste_masks,
     touching_blocks,
 )
@@ -430,3 +434,36 @@ def test_initial_weights_of_a_checkpoint(tmp_path, tiny_config):
     )
     assert initial_weights(tiny_config) == (None, None)
     assert count_parameters(again) == sum(p.numel() for p in model.parameters())
+
+
+def test_anchors_and_the_cells_they_fit():
+    config = recipe(
+        "baseline",
+        scale=2.0,
+        pyramid=(4, 8, 16),
+        anchor_sizes=(8, 16, 32),
+        anchor_ratios=(1.0, 4.0),
+    )
+    assert anchor_shapes(config).tolist() == [[4, 4], [2, 8], [8, 8], [4, 16], [16, 16], [8, 32]]
+    # IoU of 11 x 11 with 8 x 8 is 64 / 121, of 23 x 23 with 16 x 16 is 256 / 529.
+    sides = np.array([[4, 4], [11, 11], [23, 23], [2, 8], [8, 2]])
+    assert cells_with_anchor(sides, config).tolist() == [True, True, False, True, False]
+    assert cells_with_anchor(sides[:0], config).tolist() == []
+    assert describe_anchors(np.ones(50, bool)) == "0.0% of 50 cells have no anchor with IoU 0.5"
+    assert describe_anchors(np.array([True, False])).startswith("WARNING: 50.0% of 2 cells")
+    assert "0 cells" in describe_anchors(np.zeros(0, bool))
+
+
+def test_parameters_are_counted_by_part(tiny_model):
+    lines = parameter_table(tiny_model).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "trunk",
+        "attention",
+        "pyramid",
+        "proposals",
+        "box and mask heads",
+        "all",
+    ]
+    assert lines[-1].split()[1] == f"{count_parameters(tiny_model) / 1e6:.1f}"
+    with pytest.raises(ValueError, match=r"at most 1 M are allowed. Take a smaller backbone"):
+        parameter_table(tiny_model, most=1_000_000)

@@ -39,7 +39,16 @@ def check_outputs(out: Path, data: Path) -> None:
     check_results(results, read_test_mapping(data), 4)
     check_zip(out / "test-results.zip", results)
     names = {path.stem for path in (out / "figures").glob("*.png")}
-    assert names == {"samples", "augmentations", "history", "predictions", "counts", "test"}
+    assert names == {
+        "samples",
+        "augmentations",
+        "anchors",
+        "schedule",
+        "history",
+        "predictions",
+        "counts",
+        "test",
+    }
 
 
 def test_alone_in_an_empty_folder_it_finds_the_drawn_cells(tmp_path):

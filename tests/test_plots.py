@@ -7,11 +7,13 @@ from src_snippets.plots import (
     class_color,
     enlarge,
     outline_cells,
+    plot_anchors,
     plot_augmentations,
     plot_counts,
     plot_fields,
     plot_history,
     plot_predictions,
+    plot_schedule,
     show_figure,
     visible_truth,
 )
@@ -111,3 +113,13 @@ def test_history_curves():
         "AP": 0.1,
         "AP50": 0.3,
     }
+
+
+def test_schedule_and_anchors():
+    (axis,) = plot_schedule([0.1, 0.2, 0.1]).axes
+    assert axis.lines[0].get_xdata().tolist() == [1, 2, 3]
+    sides, covered = np.array([[8.0, 9.0], [90.0, 90.0], [9.0, 9.0]]), np.array([True, False, True])
+    (axis,) = plot_anchors(sides, covered, np.array([[8.0, 8.0]])).axes
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts == ["cell (2)", "cell without an anchor (1)", "anchor (1)"]
+    plot_anchors(sides[:0], covered[:0], np.array([[8.0, 8.0]]))

@@ -16,9 +16,12 @@ from src_snippets.readers import BadInput
 from src_snippets.train import (
     build_optimizer,
     by_image_id,
+    epoch_scores,
     fit,
+    has_stalled,
     load_checkpoint,
     load_trained,
+    plateau_factor,
     rate_factor,
     run_folder,
     save_checkpoint,
@@ -26,6 +29,7 @@ from src_snippets.train import (
     training_loader,
     TrainingRun,
     validate,
+    validation_loss,
     write_history,
 )
 from tests.conftest import empty_sample
@@ -46,13 +50,48 @@ def finished(parts, tiny_config, tmp_path_factory):
     return fit(tiny_config, *parts, folder), folder
 
 
-def test_norms_and_biases_are_not_decayed():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    model[0].bias.requires_grad_(False)
-    decayed, free = build_optimizer(model, recipe("baseline", weight_decay=0.1)).param_groups
-    assert [p.shape for p in decayed["params"]] == [(4, 3, 3, 3)]
-    assert [p.shape for p in free["params"]] == [(4,), (4,)]
-    assert (decayed["weight_decay"], free["weight_decay"], decayed["lr"]) == (0.1, 0.0, 1e-4)
+@pytest.fixture(scope="module")
+def tiny_model(tiny_config):
+    return build_model(tiny_config)
+
+
+def test_norms_and_biases_are_not_decayed(tiny_model, tiny_config):
+    optimizer = build_optimizer(tiny_model, replace(tiny_config, weight_decay=0.1))
+    decays = {(p.ndim > 1, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {(True, 0.1), (False, 0.0)}
+    found = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in tiny_model.parameters())
+
+
+def rates_by_name(model, config):
+    """The rate of each parameter by its name."""
+    groups = build_optimizer(model, config).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    return {name: rates[id(p)] for name, p in model.named_parameters() if id(p) in rates}
+
+
+def test_each_part_has_its_rate(tiny_model, tiny_config):
+    config = replace(tiny_config, lr=1.0, group_lr=(0.1, 0.2, 0.3, 0.4), layer_decay=0.5)
+    rates = rates_by_name(tiny_model, config)
+    for name, wanted in {
+        "backbone.body.conv1.weight": 0.1 / 16,
+        "backbone.body.layer1.0.conv1.weight": 0.2 / 8,
+        "backbone.body.layer4.0.conv1.weight": 0.2,
+        "backbone.fpn.inner_blocks.0.0.weight": 0.3,
+        "rpn.head.cls_logits.weight": 0.4,
+        "roi_heads.mask_predictor.conv5_mask.bias": 0.4,
+    }.items():
+        assert rates[name] == pytest.approx(wanted)
+    frozen = build_model(replace(tiny_config, trained_stages=2))
+    assert not any("layer2" in name for name in rates_by_name(frozen, config))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)],
+)
+def test_optimisers(name, kind, tiny_model, tiny_config):
+    assert type(build_optimizer(tiny_model, replace(tiny_config, optimizer=name))) is kind
 
 
 def test_rates_by_hand():
@@ -62,6 +101,78 @@ def test_rates_by_hand():
     assert rate_factor(1000, replace(config, schedule="constant"), 24) == 1.0
     assert rate_factor(0, replace(config, warmup_steps=500), 10) == 0.5  # at most a fifth
     assert rate_factor(0, replace(config, warmup_steps=0), 1) == 1.0
+    soft = replace(config, warmup="cosine")
+    assert [rate_factor(step, soft, 24) for step in (1, 3)] == pytest.approx([0.5, 1.0])
+
+
+def test_one_cycle_is_torchs():
+    config = recipe("demo", schedule="one_cycle")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    stock = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50)
+    for step in range(50):
+        assert rate_factor(step, config, 50) == pytest.approx(stock.get_last_lr()[0], abs=1e-6)
+        optimizer.step()
+        if step < 49:
+            stock.step()
+
+
+def losses_history(*losses):
+    return [{"val_loss": loss, "AP50": None} for loss in losses]
+
+
+def test_a_plateau_lowers_the_rate():
+    assert plateau_factor([], 2) == 1.0
+    assert plateau_factor([{"loss": 1.0}], 2) == 1.0
+    assert plateau_factor(losses_history(3, 2, 2), 2) == 1.0
+    assert plateau_factor(losses_history(3, 2, 2, 4), 2) == pytest.approx(0.1)
+    assert plateau_factor(losses_history(3, 2, 2, 4, 1, 1), 2) == pytest.approx(0.1)
+    assert plateau_factor(losses_history(3, 2, 2, 4, 5, 6), 2) == pytest.approx(0.01)
+
+
+def test_training_stalls_after_its_patience():
+    config = recipe("demo", patience=2, best_by="AP")
+    history = [{"AP": value} for value in (0.1, 0.4, 0.3, 0.35)]
+    assert has_stalled(history, config)
+    assert not has_stalled(history[:3], config)
+    assert not has_stalled([*history[:3], {"loss": 1.0}], config)
+    assert not has_stalled([{"AP": 0.4}] * 9, config)  # as good as before
+    assert not has_stalled(history, replace(config, patience=0))
+    assert epoch_scores(losses_history(3, 2), "loss") == [-3, -2]
+    assert epoch_scores(losses_history(3, 2), "AP50") == [0.0, 0.0]
+
+
+def test_gradients_of_several_batches_are_added_up(parts, tiny_config, tmp_path):
+    steps = []
+    for name, accumulate in (("one", 1), ("two", 2)):
+        config = replace(tiny_config, epochs=1, batch_size=2, accumulate=accumulate)
+        (tmp_path / name).mkdir()
+        fit(config, parts[0], [], tmp_path / name)
+        schedule = load_checkpoint(tmp_path / name / "last.pt")["schedule"]
+        steps.append(schedule["last_epoch"])
+    assert steps == [len(parts[0]) // 2, math.ceil(len(parts[0]) // 2 / 2)]
+
+
+def test_the_best_by_loss_and_early_stopping(parts, tiny_config, tmp_path, monkeypatch):
+    values = iter([3.0, 2.0, 2.5, 2.6, 9.0])
+    monkeypatch.setattr(train, "validation_loss", lambda *_: next(values))
+    config = replace(tiny_config, epochs=9, eval_every=1, batch_size=6, best_by="loss", patience=2)
+    history = fit(config, *parts, tmp_path)
+    assert [row["val_loss"] for row in history] == [3.0, 2.0, 2.5, 2.6]
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert (len(best["history"]), best["best"]) == (2, -2.0)
+    assert fit(config, *parts, tmp_path) == history  # it stays ended
+
+
+def test_validation_loss_is_repeatable_and_changes_nothing(tiny_model, parts, tiny_config):
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = validation_loss(tiny_model, parts[1], tiny_config)
+    assert first == validation_loss(tiny_model, parts[1], tiny_config) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+    assert not any(module.training for module in tiny_model.modules())
+    empty = validation_loss(tiny_model, [empty_sample(64, 64)], tiny_config)
+    assert math.isfinite(empty)
 
 
 def test_history_and_files(finished, tiny_config):
@@ -95,8 +206,8 @@ def test_going_on_after_an_epoch_equals_never_stopping(
 
     saved = TrainingRun.save
 
-    def save_and_stop(self, row, is_best):
-        saved(self, row, is_best)
+    def save_and_stop(self, row):
+        saved(self, row)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainingRun, "save", save_and_stop)
