@@ -58,6 +58,9 @@ class DataSettings:
     val_fraction: float = within(0.2, 0.0, 0.9)  # share of the images that measures, never trains
     cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded fields kept in memory
     workers: int = within(-1, -1, 64)  # loader processes; -1: one a core, at most 4; 0 without GPU
+    grey: bool = False  # the model sees brightness alone; for stains that colours mislead
+    pixel_mean: tuple[float, ...] = within((0.485, 0.456, 0.406), 0.0, 1.0)  # R, G, B; of ImageNet
+    pixel_std: tuple[float, ...] = within((0.229, 0.224, 0.225), 0.001, 1.0)  # see the notebook
     # Augmentation of the training part
     crop: int = within(512, 32, 8192)  # px, side of a training crop; smaller: less GPU memory
     zoom: tuple[float, float] = within((0.8, 1.25), 0.1, 10.0)  # least and most magnification
@@ -130,6 +133,27 @@ class Config(ModelSettings):
 # is small enough for two CPU cores.
 
 # %%
+DEMO = dict(
+    crop=128,
+    backbone="resnet10",
+    weights="none",
+    fpn_channels=64,
+    rpn_convs=1,
+    box_convs=0,
+    box_features=256,
+    mask_convs=2,
+    proposals=300,
+    rois=64,
+    epochs=18,
+    batch_size=4,
+    lr=2e-3,
+    warmup_steps=50,
+    schedule="cosine",
+    eval_every=6,
+    detections=200,
+)
+
+# %%
 RECIPES = {
     # torchvision's maskrcnn_resnet50_fpn_v2 with anchors for cells. Score on HW3: not measured.
     "baseline": dict(
@@ -149,26 +173,21 @@ RECIPES = {
         patience=30,
         box_nms=0.3,
     ),
-    # The drawn dataset on a CPU.
-    "demo": dict(
-        crop=128,
-        backbone="resnet10",
-        weights="none",
-        fpn_channels=64,
-        rpn_convs=1,
-        box_convs=0,
-        box_features=256,
-        mask_convs=2,
-        proposals=300,
-        rois=64,
-        epochs=18,
+    # Grey input and small, flat anchors. Not measured.
+    "small_anchors": dict(
+        grey=True,
+        anchor_sizes=(4, 8, 16, 32, 48),
+        anchor_ratios=(0.25, 0.5, 1.0),
+        mask_convs=6,
+        box_convs=6,
+        optimizer="sgd",
+        lr=5e-3,
         batch_size=4,
-        lr=2e-3,
-        warmup_steps=50,
         schedule="cosine",
-        eval_every=6,
-        detections=200,
+        patience=10,
     ),
+    # The drawn dataset on a CPU.
+    "demo": DEMO,
 }
 
 
@@ -200,7 +219,7 @@ def check_setting(config_field, value):
     elif limits:
         wanted += f" from {limits['low']} to {limits['high']}"
     fits = all(type(v) is kind for v in items)
-    if name in ("zoom", "group_lr"):
+    if name in ("zoom", "group_lr", "pixel_mean", "pixel_std"):
         fits = fits and len(items) == len(default)
     if fits and "choices" in limits:
         fits = items[0] in limits["choices"]

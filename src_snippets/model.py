@@ -23,6 +23,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_infer
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import box_area, MultiScaleRoIAlign
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from src_snippets.backbones import (
     build_backbone,
@@ -336,14 +337,15 @@ class InputTransform(GeneralizedRCNNTransform):
     they came from the head, (R, 1, M, M).
     """
 
-    def __init__(self, scale: float):
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB
-        super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std)
-        self.scale = scale
+    def __init__(self, config: Config):
+        means = dict(image_mean=config.pixel_mean, image_std=config.pixel_std)
+        super().__init__(min_size=0, max_size=0, **means)
+        self.scale, self.grey = config.scale, config.grey
 
     def normalize(self, image):
         if image.dtype != torch.uint8:
             raise TypeError(f"Image of type {image.dtype}; expected uint8, 0..255.")
+        image = rgb_to_grayscale(image, 3) if self.grey else image
         return super().normalize(image.float() / 255)
 
     def resize(self, image, target=None):
@@ -527,7 +529,7 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     torch.manual_seed(config.seed)
     start = config if load_initial else replace(config, weights="none")
     backbone = build_backbone(start, trunk_file)
-    transform = InputTransform(config.scale)
+    transform = InputTransform(config)
     model = GeneralizedRCNN(backbone, build_proposals(config), build_heads(config), transform)
     if config.norm == "group":
         change_norms(model, "group")

@@ -95,6 +95,8 @@ sizes = f"{len(parts['train'])} training, {len(parts['val'])} validation"
 print(f"{sizes}, {len(test_images)} test images")
 for label, count in enumerate(samples.counts.sum(0)[1:], start=1):
     print(f"class{label}: {count} cells")
+means = torch.stack([sample.image.float().mean((1, 2)) for sample in parts["train"]]).mean(0) / 255
+print("mean R, G, B of the training images:", [round(value, 3) for value in means.tolist()])
 print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
 
 # %%

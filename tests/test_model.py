@@ -314,7 +314,7 @@ def test_no_detection_above_the_floor(tiny_config):
 def test_magnification_scales_boxes_and_leaves_maps():
     sample = field_of_cells(0, 50)
     target = training_target(sample, 1)
-    images, (seen,) = InputTransform(2.0).train()([sample.image], [target])
+    images, (seen,) = InputTransform(recipe("demo", scale=2.0)).train()([sample.image], [target])
     assert images.image_sizes == [(100, 100)]
     assert images.tensors.shape == (1, 3, 128, 128)
     assert torch.equal(seen["boxes"], target["boxes"] * 2)
@@ -323,7 +323,7 @@ def test_magnification_scales_boxes_and_leaves_maps():
 
 def test_mixed_precision_keeps_anchors_exact(tiny_config):
     anchors = Float32Anchors(((8,),), ((1.0,),))
-    images = InputTransform(1.0)([torch.zeros(3, 1024, 1024, dtype=torch.uint8)])[0]
+    images = InputTransform(recipe("demo"))([torch.zeros(3, 1024, 1024, dtype=torch.uint8)])[0]
     (half,) = anchors(images, [torch.zeros(1, 4, 256, 256, dtype=torch.bfloat16)])
     (full,) = anchors(images, [torch.zeros(1, 4, 256, 256)])
     assert half.dtype == torch.float32
@@ -337,7 +337,7 @@ def test_mixed_precision_keeps_anchors_exact(tiny_config):
 
 def test_under_mixed_precision_boxes_are_decoded_in_float32(tiny_config):
     model = build_model(tiny_config).eval()
-    images = InputTransform(1.0)([torch.zeros(3, 64, 64, dtype=torch.uint8)])[0]
+    images = InputTransform(recipe("demo"))([torch.zeros(3, 64, 64, dtype=torch.uint8)])[0]
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         features = model.backbone(images.tensors)
         assert features["0"].dtype == torch.bfloat16
@@ -467,3 +467,12 @@ def test_parameters_are_counted_by_part(tiny_model):
     assert lines[-1].split()[1] == f"{count_parameters(tiny_model) / 1e6:.1f}"
     with pytest.raises(ValueError, match=r"at most 1 M are allowed. Take a smaller backbone"):
         parameter_table(tiny_model, most=1_000_000)
+
+
+def test_grey_input_and_normalisation():
+    image = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 32, 32)
+    changes = dict(pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 0.5))
+    seen = InputTransform(recipe("demo", **changes))([image])[0].tensors[0, :, 0, 0]
+    assert seen.tolist() == [1.0, 0.0, 0.0]
+    seen = InputTransform(recipe("demo", grey=True, **changes))([image])[0].tensors[0, :, 0, 0]
+    assert seen.tolist() == pytest.approx([76 / 255, 76 / 255, 152 / 255])
