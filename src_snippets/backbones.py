@@ -14,12 +14,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 import timm
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 import torch
 from torch import nn, Tensor
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
 from torchvision.models.resnet import BasicBlock, ResNet
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from src_snippets.config import Config
@@ -179,15 +180,16 @@ class Trunk(nn.Module):
     Args:
         children: name and module, in the order they are run.
         stages: names of the children whose outputs are wanted.
+        marks: names of the children that end a stage, strides 4 to 32.
     """
 
-    def __init__(self, children: dict[str, nn.Module], stages: Sequence[str]):
+    def __init__(self, children: dict[str, nn.Module], stages: Sequence[str], marks: Sequence[str]):
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
             if name == stages[-1]:
                 break
-        self.stages = tuple(stages)
+        self.stages, self.marks = tuple(stages), tuple(marks)
 
     def forward(self, x, attention: Sequence[nn.Module]) -> list[Tensor]:
         found, attention = [], iter(attention)
@@ -204,7 +206,8 @@ class TimmTrunk(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.channels_last = model, str(model.output_fmt).endswith("NHWC")
+        self.model = model
+        self.channels_last = str(getattr(model, "output_fmt", "")).endswith("NHWC")
 
     def forward(self, x, attention: Sequence[nn.Module]) -> list[Tensor]:
         maps = self.model(x)
@@ -253,7 +256,7 @@ def build_trunk(config: Config, weights: Path | None) -> nn.Module:
     stages = [known[(2, 4, 8, 16, 32).index(s)] for s in config.pyramid if s <= 32]
     if None in stages:
         raise ValueError(f"pyramid={config.pyramid}: {name} has no features with stride 2.")
-    return Trunk(children, stages)
+    return Trunk(children, stages, known[1:])
 
 
 # %%
@@ -317,9 +320,11 @@ def build_timm_trunk(config: Config, weights: Path | None, attached=ATTACHED_FOL
 
 # %%
 def stage_groups(body: nn.Module) -> list[list[nn.Module]]:
-    """The trunk's modules in order: the stem, then a group for each of its outputs."""
+    """The trunk's modules in order: the stem, then a group for each stage from stride 4 on."""
     model = body.model if isinstance(body, TimmTrunk) else body
-    outputs = body.stages if isinstance(body, Trunk) else list(model.return_layers)
+    outputs = body.marks if isinstance(body, Trunk) else list(getattr(model, "return_layers", []))
+    if not outputs:
+        return [[model]]  # timm does not say which of its children are stages
     groups, waiting = [], []
     for name, child in model.named_children():
         if name in outputs and not groups:
@@ -332,20 +337,37 @@ def stage_groups(body: nn.Module) -> list[list[nn.Module]]:
     return groups
 
 
-def change_norms(module: nn.Module, kind: str) -> None:
-    """Puts frozen or group normalisation in the place of batch normalisation, weights kept."""
+def use_group_norm(module: nn.Module) -> None:
+    """Puts group normalisation in the place of batch normalisation, affine weights kept."""
     for name, child in module.named_children():
         if not isinstance(child, nn.BatchNorm2d):
-            change_norms(child, kind)
+            use_group_norm(child)
             continue
-        features = child.num_features
-        new = FrozenBatchNorm2d(features, child.eps)
-        if kind == "group":
-            new = nn.GroupNorm(math.gcd(32, features), features, child.eps)
-        new.load_state_dict(
-            {key: value for key, value in child.state_dict().items() if key in new.state_dict()}
-        )
+        new = nn.GroupNorm(math.gcd(32, child.num_features), child.num_features, child.eps)
+        new.load_state_dict({"weight": child.weight, "bias": child.bias})
+        if isinstance(child, BatchNormAct2d):  # timm's, with an activation behind it
+            new = nn.Sequential(new, child.drop, child.act)
         setattr(module, name, new)
+
+
+def freeze_stages(body: nn.Module, config: Config) -> None:
+    """Freezes all but the upper `trained_stages` of the trunk, statistics of norms too.
+
+    Raises:
+        ValueError: only a part should be frozen, but timm does not say where its stages begin.
+    """
+    groups = stage_groups(body)
+    if len(groups) == 1 and 0 < config.trained_stages < 5:
+        raise ValueError(
+            f"trained_stages={config.trained_stages}: timm does not say where the stages of "
+            f"{config.backbone} begin; expected 0 or 5."
+        )
+    frozen = 0 if config.trained_stages == 5 else max(len(groups) - config.trained_stages, 0)
+    for module in [module for group in groups[:frozen] for module in group]:
+        module.requires_grad_(False)
+        names = [name for name, child in body.named_modules() if child is module]
+        parent, _, name = names[0].rpartition(".")
+        setattr(body.get_submodule(parent), name, freeze_batch_norm_2d(module))
 
 
 # %%
@@ -360,16 +382,16 @@ def build_backbone(config: Config, weights: Path | None) -> Backbone:
     build = build_timm_trunk if config.backbone.startswith("timm:") else build_trunk
     body = build(config, weights).eval()
     plain = [nn.Identity() for stride in config.pyramid if stride <= 32]
-    with torch.no_grad():
-        seen = body(torch.zeros(1, 3, 64, 64), plain)
+    try:
+        with torch.no_grad():
+            seen = body(torch.zeros(1, 3, 64, 64), plain)
+    except AssertionError as error:
+        raise ValueError(f"{config.backbone}: takes images of one size only ({error}).") from error
     body.train()
     channels = [int(features.shape[1]) for features in seen]
     if config.norm == "frozen":
-        change_norms(body, "frozen")
-    groups = stage_groups(body)
-    for group in groups[: max(len(groups) - config.trained_stages, 0)]:
-        for module in group:
-            module.requires_grad_(False)
+        body = freeze_batch_norm_2d(body)
+    freeze_stages(body, config)
     attention = nn.ModuleList(ATTENTION[config.attention](c) for c in channels)
     fpn = FeaturePyramidNetwork(
         channels,

@@ -125,7 +125,7 @@ def label_image(found: Instances) -> np.ndarray:
 
     Where instances overlap, the one with the higher score shows.
     """
-    order = np.argsort(found.scores, kind="stable")  # the best is painted last
+    order = np.argsort(-found.scores, kind="stable")[::-1]  # the best is painted last
     rles = [found.rles[i] for i in order]
     classes = paint(rles, found.labels[order], *found.size)
     return np.stack([classes, paint(rles, order + 1, *found.size)], axis=-1)

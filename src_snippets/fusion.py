@@ -16,36 +16,23 @@ from src_snippets.rle import encode_layers, paint
 
 
 # %%
-def overlapping_pairs(rles: list[dict], least: float, rows: int = 256):
-    """Yields (K,) int64 arrays i, j with i < j: masks whose IoU is over `least`.
+def mask_nms(found: Instances, most: float, rows: int = 256) -> Instances:
+    """Drops detections whose mask IoU with a better one that stays, of any class, is over `most`.
 
     Args:
-        rles: N COCO RLEs of one size; least: 0..1.
-        rows: so many masks are compared with all others at a time, 8 * rows * N bytes.
-    """
-    for begin in range(0, len(rles), rows):
-        rest = rles[begin:]
-        table = pycocotools.mask.iou(rest, rles[begin : begin + rows], [0] * len(rest[:rows]))
-        later, earlier = np.nonzero(table > least)
-        apart = later > earlier
-        yield begin + earlier[apart], begin + later[apart]
-
-
-def mask_nms(found: Instances, most: float) -> Instances:
-    """Drops detections whose mask IoU with a better one that stays, of any class, is over `most`.
+        rows: so many masks are compared with all weaker ones at a time, 8 * rows * N bytes.
 
     Returns:
         The others, best first; equal scores keep their order.
     """
     found = found.select(np.argsort(-found.scores, kind="stable"))
-    weaker = [[] for _ in found.rles]
-    for better, worse in overlapping_pairs(found.rles, most):
-        for i, j in zip(better.tolist(), worse.tolist(), strict=True):
-            weaker[i].append(j)
     kept = np.ones(len(found), bool)
-    for i, rivals in enumerate(weaker):
-        if kept[i]:
-            kept[rivals] = False
+    for begin in range(0, len(found), rows):
+        rest = found.rles[begin:]
+        table = pycocotools.mask.iou(rest, rest[:rows], [0] * len(rest[:rows]))
+        for row, overlaps in enumerate(table.T):
+            if kept[begin + row]:
+                kept[begin + row + 1 :] &= overlaps[row + 1 :] <= most
     return found.select(kept)
 
 
@@ -57,7 +44,7 @@ def without_overlaps(found: Instances) -> Instances:
         Detections with what is left of their masks, tight boxes, and no mask empty; their order
         stays. Memory: two maps of the image's size.
     """
-    order = np.argsort(found.scores, kind="stable")  # the best is painted last
+    order = np.argsort(-found.scores, kind="stable")[::-1]  # the best, and first, is painted last
     drawn = paint([found.rles[i] for i in order], order + 1, *found.size)[None]
     boxes, areas, _ = instance_boxes(torch.from_numpy(drawn), len(found))
     rles = encode_layers(drawn, len(found))

@@ -8,9 +8,11 @@
 
 # %%
 from dataclasses import replace
+import math
 from pathlib import Path
 
 import numpy as np
+from timm.layers import convert_sync_batchnorm
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -23,15 +25,16 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_infer
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import box_area, MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from src_snippets.backbones import (
     build_backbone,
-    change_norms,
     COCO_WEIGHTS,
     find_weights,
     published_weights,
     read_weights,
+    use_group_norm,
 )
 from src_snippets.config import Config
 from src_snippets.forms import Instances
@@ -80,27 +83,29 @@ def axis_weights(low: Tensor, high: Tensor, bins: int, span: int, limit: int, ha
 
 
 # %%
-def similar_chunks(spans: Tensor, limit: int = 1_000_000):
-    """Groups boxes of like length, so that crops of one size waste little.
+def similar_chunks(spans: Tensor, limit: int):
+    """Groups boxes of like size, so that crops of one size waste little.
 
     Args:
-        spans: (R,) int64, pixels to look at along each axis.
+        spans: (R, 2) int64, rows and columns to look at.
         limit: most crop pixels of a group of more than one box.
 
     Yields:
-        Indices (K,) int64 of a group, and its longest span.
+        Indices (K,) int64 of a group, the most rows and the most columns in it.
     """
-    order = spans.argsort()
-    lengths, begin = spans[order].tolist(), 0
-    while begin < len(lengths):
-        end = begin + 1
-        while end < len(lengths) and (end + 1 - begin) * lengths[end] ** 2 <= limit:
-            end += 1
-        yield order[begin:end], lengths[end - 1]
+    order = spans.amax(1).argsort()
+    sizes, begin = spans[order].tolist(), 0
+    while begin < len(sizes):
+        end, (rows, columns) = begin + 1, sizes[begin]
+        for height, width in sizes[end:]:
+            most = max(rows, height), max(columns, width)
+            if (end + 1 - begin) * most[0] * most[1] > limit:
+                break
+            end, (rows, columns) = end + 1, most
+        yield order[begin:end], rows, columns
         begin = end
 
 
-# %%
 @torch.no_grad()
 def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_pixel: bool):
     """What the mask head should answer at some boxes.
@@ -117,12 +122,12 @@ def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_p
     """
     layers, ids, homes = target["layers"], target["ids"][matched], target["homes"][matched]
     height, width = layers.shape[-2:]
-    spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(min=1).ceil().long() + 3
+    spans = (boxes[:, [3, 2]] - boxes[:, [1, 0]]).clamp(min=1).ceil().long() + 3
     answer = boxes.new_zeros((len(boxes), size, size), dtype=torch.float32)
-    for part, span in similar_chunks(spans):
+    for part, tall, wide in similar_chunks(spans, 1_000_000):
         x1, y1, x2, y2 = boxes[part].float().unbind(1)
-        rows, y = axis_weights(y1, y2, size, span, height, half_pixel)
-        columns, x = axis_weights(x1, x2, size, span, width, half_pixel)
+        rows, y = axis_weights(y1, y2, size, tall, height, half_pixel)
+        columns, x = axis_weights(x1, x2, size, wide, width, half_pixel)
         crops = layers[homes[part, None, None], y[:, :, None], x[:, None, :]]
         crops = (crops == ids[part, None, None]).float()
         with torch.autocast(boxes.device.type, enabled=False):
@@ -405,12 +410,24 @@ def parameter_table(model: GeneralizedRCNN, most: int = 200_000_000) -> str:
 
 
 # %%
+def build_pooler(config: Config, bins: int) -> MultiScaleRoIAlign:
+    """RoIAlign on the pyramid's levels, with the strides of the settings.
+
+    torchvision would infer them from the first image it sees, and wrongly so from a small one.
+    """
+    strides = [stride for stride in config.pyramid if stride <= 32]
+    pooler = MultiScaleRoIAlign(list(map(str, range(len(strides)))), bins, sampling_ratio=2)
+    pooler.scales = [1 / stride for stride in strides]
+    low, high = (int(math.log2(stride)) for stride in (strides[0], strides[-1]))
+    pooler.map_levels = initLevelMapper(low, high, canonical_scale=224, canonical_level=4)
+    return pooler
+
+
 def build_heads(config: Config) -> InstanceMapRoIHeads:
     """The box and mask heads, named as in `maskrcnn_resnet50_fpn_v2`."""
     width, classes = config.fpn_channels, config.num_classes + 1  # 0 is background
-    levels = [str(level) for level, stride in enumerate(config.pyramid) if stride <= 32]
     heads = InstanceMapRoIHeads(
-        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+        box_roi_pool=build_pooler(config, 7),
         box_head=FastRCNNConvFCHead(
             (width, 7, 7), [width] * config.box_convs, [config.box_features], nn.BatchNorm2d
         ),
@@ -423,7 +440,7 @@ def build_heads(config: Config) -> InstanceMapRoIHeads:
         score_thresh=config.score_floor,
         nms_thresh=config.box_nms,
         detections_per_img=config.detections,
-        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
+        mask_roi_pool=build_pooler(config, 14),
         mask_head=MaskRCNNHeads(width, [width] * config.mask_convs, 1, nn.BatchNorm2d),
         mask_predictor=MaskRCNNPredictor(width, width, classes),
     )
@@ -532,9 +549,9 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     transform = InputTransform(config)
     model = GeneralizedRCNN(backbone, build_proposals(config), build_heads(config), transform)
     if config.norm == "group":
-        change_norms(model, "group")
+        use_group_norm(model)
     if config.norm == "sync":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     if model_state is not None:
         load_model_state(model, model_state)
     return model.to(memory_format=torch.channels_last)  # the layout that convolutions prefer
@@ -623,11 +640,11 @@ def paste_masks(masks: Tensor, boxes: Tensor, size, threshold: float, half_pixel
         crop pixels at a time, or one crop.
     """
     bins, rles = masks.shape[-1], [None] * len(boxes)
-    spans = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(0, max(size)) * ((bins + 2) / bins)
-    for part, span in similar_chunks(spans.ceil().long() + 3, 100_000):
+    spans = (boxes[:, [3, 2]] - boxes[:, [1, 0]]).clamp(0, max(size)) * ((bins + 2) / bins)
+    for part, tall, wide in similar_chunks(spans.ceil().long() + 3, 100_000):
         x1, y1, x2, y2 = boxes[part].float().unbind(1)
-        top, rows, in_rows = paste_weights(y1, y2, bins, span, size[0], half_pixel)
-        left, columns, in_columns = paste_weights(x1, x2, bins, span, size[1], half_pixel)
+        top, rows, in_rows = paste_weights(y1, y2, bins, tall, size[0], half_pixel)
+        left, columns, in_columns = paste_weights(x1, x2, bins, wide, size[1], half_pixel)
         with torch.autocast(boxes.device.type, enabled=False):
             crops = rows @ masks[part].float() @ columns.transpose(1, 2) >= threshold
         crops &= in_rows[:, :, None] & in_columns[:, None, :]

@@ -43,7 +43,7 @@ class ZoomCrop(v2.Transform):
         field, room = flat_inputs[0].shape[-2:], self.room[:: -1 if turns % 2 else 1]
         low, high = map(math.log, self.zoom)
         zoom = math.exp(low + float(torch.rand(())) * (high - low))
-        sides = [max(round(most / zoom), 1) for most in room]
+        sides = [math.ceil(most / zoom - 1e-6) for most in room]
         window = [min(side, length) for side, length in zip(sides, field, strict=True)]
         corner = [int(torch.randint(f - w + 1, ())) for f, w in zip(field, window, strict=True)]
         size = [min(max(round(w * zoom), 1), most) for w, most in zip(window, room, strict=True)]

@@ -10,7 +10,6 @@ from torchvision.models import mobilenet_v2, resnet18, resnext50_32x4d
 from src_snippets.backbones import (
     build_backbone,
     build_timm_trunk,
-    change_norms,
     ConvBlockAttention,
     find_weights,
     published_weights,
@@ -184,21 +183,61 @@ def test_frozen_stages_are_counted_from_the_top(name):
     assert trained == sorted(set(trained))
 
 
-def test_norms():
-    frozen = build_backbone(small(norm="frozen"), None)
+@pytest.mark.parametrize("name", ["resnet10", "timm:resnetv2_18", "timm:regnety_002"])
+def test_frozen_norms_change_nothing_in_prediction_and_stay(name):
+    torch.manual_seed(0)
+    plain = build_backbone(small(name), None).eval()
+    torch.manual_seed(0)
+    frozen = build_backbone(small(name, norm="frozen"), None)
+    image = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        for key, level in plain(image).items():
+            assert torch.allclose(frozen.eval()(image)[key], level, atol=1e-4)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.body.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in frozen.fpn.modules())
-    source = resnet18()
-    source.bn1.running_mean[:] = 3.0
-    change_norms(source, "frozen")
-    assert source.bn1.running_mean[0] == 3.0
+
+
+def test_frozen_stages_keep_their_statistics():
+    model = build_backbone(small(trained_stages=0), None).train()
+    before = {key: value.clone() for key, value in model.body.state_dict().items()}
+    model(torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(value, before[key]) for key, value in model.body.state_dict().items())
+
+
+def test_group_and_synchronised_norms():
     group = build_model(small(norm="group"))
     assert not any(isinstance(m, nn.BatchNorm2d) for m in group.modules())
     sample = empty_sample(64, 64)
     losses = group.train()([sample.image], [training_target(sample, 1)])
     assert torch.isfinite(sum(losses.values()))
+    active = build_model(small("timm:regnety_002", norm="group")).backbone.body
+    plain = build_model(small("timm:regnety_002")).backbone.body
+    count = [sum(isinstance(m, nn.ReLU) for m in side.modules()) for side in (active, plain)]
+    assert count[0] == count[1] > 10
     several = build_model(small(norm="sync"))
     assert any(isinstance(m, nn.SyncBatchNorm) for m in several.backbone.modules())
+
+
+def test_all_stages_are_trained_by_default_whatever_the_pyramid():
+    changes = dict(pyramid=(2, 4, 8, 16, 32), anchor_sizes=(4, 8, 16, 32, 64))
+    model = build_backbone(small(**changes), None)
+    assert all(p.requires_grad for p in model.parameters())
+    changes = dict(pyramid=(8, 16, 32, 64), anchor_sizes=(8, 16, 32, 64), trained_stages=4)
+    model = build_backbone(small(**changes), None)
+    assert not model.body.conv1.weight.requires_grad
+    assert model.body.layer1[0].conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["timm:efficientnet_b0", "timm:mobilenetv3_small_050"])
+def test_timms_models_that_do_not_name_their_stages(name):
+    assert len(shapes(build_backbone(small(name), None))) == 5
+    with pytest.raises(ValueError, match="does not say where the stages"):
+        build_backbone(small(name, trained_stages=3), None)
+
+
+def test_models_of_one_image_size_are_refused():
+    with pytest.raises(ValueError, match="images of one size only"):
+        build_backbone(small("timm:maxvit_tiny_tf_224"), None)
 
 
 def test_the_real_imagenet_trunk_loads_and_knows_its_features():

@@ -28,12 +28,20 @@ def test_a_case_is_measured_in_a_process_of_its_own():
 
 
 def test_an_error_in_a_case_is_shown():
-    with pytest.raises(RuntimeError, match=r"1000x1000 to RLE, ours:\n(.|\n)*no NVIDIA|CUDA"):
-        run_case("200 detections at 1000x1000 to RLE", "ours", device="cuda", quick=True)
+    with pytest.raises(RuntimeError, match=r"no such case, ours:\n(.|\n)*KeyError"):
+        run_case("no such case", "ours", quick=True)
+
+
+@pytest.mark.parametrize("options", [["--only", "no such"], ["--quick", "--only", "2,000 det"]])
+def test_options_that_leave_no_case_are_refused(options):
+    command = [sys.executable, "tests/benchmarks/run.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there are:\ntraining sample, 161 cells" in done.stderr
 
 
 def test_only_some_cases_and_a_file_of_figures(tmp_path):
-    options = ["--quick", "--only", "mask NMS", "--json", str(tmp_path / "figures.json")]
+    options = ["--quick", "--only", "MASK nms", "--json", str(tmp_path / "figures.json")]
     command = [sys.executable, "tests/benchmarks/run.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = done.stdout.splitlines()

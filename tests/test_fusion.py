@@ -4,7 +4,7 @@ import pycocotools.mask
 
 from src_snippets.config import recipe
 from src_snippets.forms import Instances
-from src_snippets.fusion import mask_nms, overlapping_pairs, settle, without_overlaps
+from src_snippets.fusion import mask_nms, settle, without_overlaps
 from src_snippets.rle import encode_crops
 
 
@@ -75,14 +75,18 @@ def test_survivors_are_those_of_dense_masks(seed, most):
     assert np.array_equal(decoded(apart).any(0), masks.any(0))
 
 
-def test_pairs_come_in_chunks_of_rows():
-    found = make_answer([ROWS[0]] * 5, [0.5] * 5)
-    pairs = [
-        pair
-        for part in overlapping_pairs(found.rles, 0.5, rows=2)
-        for pair in zip(*part, strict=True)
-    ]
-    assert sorted(pairs) == [(i, j) for i in range(5) for j in range(i + 1, 5)]
+def test_equal_scores_keep_the_first():
+    found = make_answer(ROWS[:2], [0.5, 0.5], [7, 8])
+    assert decoded(without_overlaps(found))[:, 0].sum(1).tolist() == [3]
+    assert mask_nms(found, 0.5).labels.tolist() == [7]
+
+
+def test_chunks_of_rows_change_nothing():
+    rng = np.random.default_rng(0)
+    found = make_answer(rng.random((40, 6, 7)) < 0.3, rng.random(40), np.arange(40))
+    whole = mask_nms(found, 0.2).labels.tolist()
+    assert 2 < len(whole) < 40
+    assert mask_nms(found, 0.2, rows=7).labels.tolist() == whole
 
 
 def test_nothing_and_settings():

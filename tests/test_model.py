@@ -30,6 +30,7 @@ from src_snippets.model import (
     paired_iou,
     parameter_table,
     paste_masks,
+    similar_chunks,
     touching_blocks,
 )
 from src_snippets.readers import read_cell_folder
@@ -476,3 +477,23 @@ def test_grey_input_and_normalisation():
     assert seen.tolist() == [1.0, 0.0, 0.0]
     seen = InputTransform(recipe("demo", grey=True, **changes))([image])[0].tensors[0, :, 0, 0]
     assert seen.tolist() == pytest.approx([76 / 255, 76 / 255, 152 / 255])
+
+
+def test_a_small_first_image_does_not_change_later_answers(tiny_config):
+    config = recipe("demo", **{**vars_of(tiny_config), "score_floor": 0.0})
+    field = field_of_cells(0, 96).image
+    model, fresh = build_model(config), build_model(config)
+    detect(model, [field[:, :20, :30]], config)
+    (after,), (alone,) = detect(model, [field], config), detect(fresh, [field], config)
+    assert np.array_equal(after.boxes, alone.boxes)
+    for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        assert pooler.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_a_long_thin_box_costs_its_own_area():
+    spans = torch.tensor([[6, 4000], [5, 7], [4000, 6], [6, 5]])
+    chunks = [(part.tolist(), rows, columns) for part, rows, columns in similar_chunks(spans, 100)]
+    assert chunks == [([3, 1], 6, 7), ([0], 6, 4000), ([2], 4000, 6)]
+    masks = torch.ones(1, 28, 28)
+    (rle,) = paste_masks(masks, torch.tensor([[0.0, 2.0, 4000.0, 5.0]]), (10, 4096), 0.5, True)
+    assert pycocotools.mask.area(rle) == 12_000

@@ -47,7 +47,7 @@ CASES = {
     "training sample, 1,449 cells, 1191x1446": Case(
         "training_sample", dict(times=3), ("decode", "cached"), on_gpu=False, quick=False
     ),
-    "200 crops of fields of 50 real sizes, in pairs": Case(
+    "200 crops of 50 real sizes, in pairs; stock: padded": Case(
         "padding", dict(batch=2), on_gpu=False, quick=False
     ),
     "mask targets of 128 boxes, 644 cells": Case("box_targets"),
@@ -243,7 +243,7 @@ def plot_growth(lines: list[tuple[str, str, list]], path: Path) -> None:
 def main() -> None:
     """Prints the table; `--json` also writes every figure, `--figure` draws the curves."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="smaller cases, fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, fewer repeats")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--figure", type=Path, help="measure the curves and draw them here, as PNG")
@@ -254,13 +254,29 @@ def main() -> None:
     if options.case:
         print(json.dumps(measure(options.case, options.side, options.device, options.quick)))
         return
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no GPU on this machine")
+    chosen = {
+        name: case
+        for name, case in CASES.items()
+        if options.only.lower() in name.lower()
+        and (case.quick or not options.quick)
+        and (case.on_gpu or options.device == "cpu")
+    }
+    if not chosen:
+        parser.error(
+            f"no case with {options.only!r} in its name runs with these options; there are:\n"
+            + "\n".join(CASES)
+        )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     print("| case | stock s | ours s | ratio | stock MB | ours MB | ratio | also |")
     print("|---|---|---|---|---|---|---|---|")
     figures = {}
-    for name, case in CASES.items():
-        left_out = options.only not in name or (options.quick and not case.quick)
-        if left_out or (options.device == "cuda" and not case.on_gpu):
-            continue
+    for name, case in chosen.items():
         figures[name] = {
             side: run_case(name, side, options.device, options.quick)
             for side in (STOCK, OURS, *case.extra)
