@@ -337,6 +337,7 @@ def stage_groups(body: nn.Module) -> list[list[nn.Module]]:
     return groups
 
 
+# %%
 def use_group_norm(module: nn.Module) -> None:
     """Puts group normalisation in the place of batch normalisation, affine weights kept."""
     for name, child in module.named_children():

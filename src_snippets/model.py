@@ -106,6 +106,7 @@ def similar_chunks(spans: Tensor, limit: int):
         begin = end
 
 
+# %%
 @torch.no_grad()
 def mask_targets(target: dict, boxes: Tensor, matched: Tensor, size: int, half_pixel: bool):
     """What the mask head should answer at some boxes.
