@@ -54,8 +54,10 @@ class DataSettings:
     recipe: str = "baseline"  # the recipe these settings started from; set by recipe()
     seed: int = within(0, 0, 2**31 - 1)  # split, initial weights, order, augmentation
     # Data
-    num_classes: int = within(4, 1, 255)  # K of the last classK.tif
+    num_classes: int = within(4, 1, 255)  # K of the last classK.tif; CSV and COCO files tell it
     val_fraction: float = within(0.2, 0.0, 0.9)  # share of the images that measures, never trains
+    folds: int = within(1, 1, 100)  # k: k models, each measured on another k-th; 1: val_fraction
+    fold: int = within(0, 0, 100)  # the only one to train now, from 1 on; 0: all, one by one
     cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded fields kept in memory
     workers: int = within(-1, -1, 64)  # loader processes; -1: one a core, at most 4; 0 without GPU
     grey: bool = False  # the model sees brightness alone; for stains that colours mislead
@@ -123,7 +125,8 @@ class Config(ModelSettings):
     mask_threshold: float = within(0.5, 0.0, 1.0)  # probability from which a pixel is cell
     box_nms: float = within(0.5, 0.0, 1.0)  # IoU above which the weaker detection of a class goes
     mask_nms: float = within(1.0, 0.0, 1.0)  # mask IoU, over all classes, as box_nms; 1: off
-    overlaps: bool = True  # False: a pixel that two cells claim goes to the better one alone
+    overlaps: bool = True  # False: a pixel is one cell's: the better one's, in truth the first's
+    fusion_iou: float = within(0.5, 0.0, 1.0)  # mask IoU above which models found the same cell
     detections: int = within(300, 1, 20_000)  # most cells an image
     show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn and counted
 
@@ -258,6 +261,8 @@ def recipe(name: str, /, **changes) -> Config:
     config = Config(recipe=name, **checked)
     if config.zoom[0] > config.zoom[1]:
         raise ValueError(f"Setting zoom={config.zoom}: expected the least before the most.")
+    if config.fold > config.folds:
+        raise ValueError(f"Setting fold={config.fold}: expected at most folds={config.folds}.")
     check_trunk(config)
     return config
 

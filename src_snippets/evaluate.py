@@ -114,7 +114,8 @@ def average_precision(truth: dict, answers: Mapping[int, Instances]) -> dict:
     scores["classes"] = {}
     for column, category in enumerate(sorted(c["id"] for c in truth["categories"])):
         row = {name: mean_precision(table[cut, :, column, 1]) for name, cut in cuts.items()}
-        row["cells"] = sum(a["category_id"] == category for a in truth["annotations"])
+        own = (a for a in truth["annotations"] if a["category_id"] == category)
+        row["cells"] = sum(not a["iscrowd"] for a in own)
         scores["classes"][category] = row
     return scores
 

@@ -7,8 +7,9 @@
 # right and lower edge outside: a cell in column 3 alone spans x from 3 to 4.
 
 # %%
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import find_objects
@@ -28,8 +29,10 @@ class CellSample:
         layers: (L, H, W) int16, from 32,768 instances on int32, with L >= 1; pixel = instance id,
             0 = background. Ids run from 1 to N and lie in one layer each; instances that do not
             overlap share a layer.
-        labels: (N,) int64, class 1..C of id `i` at `labels[i - 1]`.
-        name: the folder's name.
+        labels: (N,) int64, class 1..C of id `i` at `labels[i - 1]`; -k for a crowd of class k,
+            cells that nobody told apart: nothing is learned from it, and what is found in it is
+            not scored.
+        name: the folder's or the file's name.
     """
 
     image: Tensor
@@ -78,52 +81,53 @@ class Instances:
 
 
 # %%
-def renumber(instance_map: np.ndarray, first: int) -> tuple[np.ndarray, int]:
-    """Gives the ids of a map consecutive numbers from `first` on, in ascending order of old id.
+def renumber(ids: np.ndarray, first: int) -> tuple[np.ndarray, int]:
+    """Gives ids consecutive numbers from `first` on, in their ascending order.
 
     Args:
-        instance_map: (H, W) ints, 0 = background.
+        ids: (K,) ints from 1 on.
         first: the new number of the smallest id, at least 1.
 
     Returns:
-        The (H, W) int32 map, and how many ids it holds.
+        The new ids (K,) int32, and how many different ones there are.
     """
-    highest = int(instance_map.max(initial=0))
-    if highest > 4 * instance_map.size + 1000:  # a table up to the highest id would be too large
-        ids, inverse = np.unique(instance_map, return_inverse=True)
-        table = np.where(ids > 0, np.cumsum(ids > 0) + first - 1, 0).astype(np.int32)
-        return table[inverse].reshape(instance_map.shape), int((ids > 0).sum())
-    present = np.bincount(instance_map.ravel(), minlength=1) > 0
-    present[0] = False
-    table = np.where(present, np.cumsum(present) + first - 1, 0).astype(np.int32)
-    return table[instance_map], int(present.sum())
+    if ids.max(initial=0) > 4 * ids.size + 1000:  # a table up to the highest would be too large
+        known, inverse = np.unique(ids, return_inverse=True)
+        return (inverse + first).astype(np.int32), len(known)
+    present = np.bincount(ids) > 0
+    table = (np.cumsum(present) + first - 1).astype(np.int32)
+    return table[ids], int(present.sum())
 
 
 # %%
-def pack_layers(maps: Sequence[np.ndarray], classes: Sequence[int], size: tuple[int, int]):
-    """Packs one instance map a class into as few layers as overlaps allow.
+def pack_parts(parts: Iterable[tuple], size: tuple[int, int], overlaps: bool = True):
+    """Packs instances into as few layers as overlaps allow.
 
     Args:
-        maps: (H, W) ints each, pixel = instance id within that class, 0 = background.
-        classes: the class 1..C of each map.
-        size: H, W; needed where there are no maps.
+        parts: (places, ids, label) each: (K,) row-major pixel offsets, (K,) ints from 1 on that
+            tell the part's instances apart, and their label.
+        size: H, W.
+        overlaps: False: a pixel belongs to the first part that claims it alone.
 
     Returns:
         layers (L, H, W) int16 or int32 and labels (N,) int64 as in `CellSample`.
     """
-    layers, labels = [], []
-    for instance_map, label in zip(maps, classes, strict=True):
-        numbered, count = renumber(instance_map, len(labels) + 1)
+    layers, labels = [np.zeros(size[0] * size[1], np.int16)], []
+    for places, ids, label in parts:
+        if not overlaps:
+            ours = layers[0][places] == 0
+            places, ids = places[ours], ids[ours]
+        numbered, count = renumber(ids, len(labels) + 1)
         labels += [label] * count
-        free = (k for k, layer in enumerate(layers) if not ((layer > 0) & (numbered > 0)).any())
-        slot = next(free, None)
-        if count and slot is None:
-            layers.append(numbered)
-        elif count:
-            layers[slot] = layers[slot] + numbered
-    layers = np.stack(layers) if layers else np.zeros((1, *size), np.int32)
-    kind = np.int16 if len(labels) < 2**15 else np.int32
-    return torch.from_numpy(layers.astype(kind)), torch.tensor(labels, dtype=torch.int64)
+        if len(labels) >= 2**15 and layers[0].dtype == np.int16:
+            layers = [layer.astype(np.int32) for layer in layers]
+        home = next((layer for layer in layers if not layer[places].any()), None)
+        if home is None:
+            layers.append(home := np.zeros_like(layers[0]))
+        home[places] = numbered
+    stacked = layers[0][None] if len(layers) == 1 else np.stack(layers)
+    stacked = stacked.reshape(len(layers), *size)
+    return torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64)
 
 
 # %%
@@ -153,7 +157,14 @@ def instance_boxes(layers: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 # %%
 def truth_instances(sample: CellSample) -> Instances:
-    """The truth of a sample in the form of an answer, with scores of 1."""
+    """The truth of a sample in the form of an answer, with scores of 1 and without crowds."""
+    known = with_crowds(sample)
+    return known.select(known.labels > 0)
+
+
+# %%
+def with_crowds(sample: CellSample) -> Instances:
+    """The truth of a sample in the form of an answer; crowds keep their negative labels."""
     count = len(sample.labels)
     boxes, _, _ = instance_boxes(sample.layers, count)
     rles = encode_layers(sample.layers.numpy(), count)
@@ -171,9 +182,9 @@ def coco_truth(samples: Sequence[CellSample], num_classes: int) -> dict:
     images, annotations = [], []
     for image_id, sample in enumerate(samples, start=1):
         height, width = sample.size
-        name = f"{sample.name}/image.tif"
+        name = sample.name if Path(sample.name).suffix else f"{sample.name}/image.tif"
         images.append(dict(id=image_id, file_name=name, height=height, width=width))
-        truth = truth_instances(sample)
+        truth = with_crowds(sample)
         columns = (truth.boxes, truth.labels, truth.rles, mask_areas(truth.rles).tolist())
         for box, label, rle, area in zip(*columns, strict=True):
             x1, y1, x2, y2 = box.tolist()
@@ -181,11 +192,11 @@ def coco_truth(samples: Sequence[CellSample], num_classes: int) -> dict:
                 dict(
                     id=len(annotations) + 1,
                     image_id=image_id,
-                    category_id=int(label),
+                    category_id=abs(int(label)),
                     segmentation=rle,
                     area=area,
                     bbox=[x1, y1, x2 - x1, y2 - y1],
-                    iscrowd=0,
+                    iscrowd=int(label < 0),
                 )
             )
     categories = [dict(id=k, name=f"class{k}") for k in range(1, num_classes + 1)]

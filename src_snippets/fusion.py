@@ -6,6 +6,9 @@
 # steps work on run lengths: nothing of cells x height x width is made.
 
 # %%
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pycocotools.mask
 import torch
@@ -57,3 +60,45 @@ def settle(found: Instances, config: Config) -> Instances:
     if config.mask_nms < 1:
         found = mask_nms(found, config.mask_nms)
     return found if config.overlaps else without_overlaps(found)
+
+
+# %% [markdown]
+# Several models answer together: what most of them see rises above what one alone sees.
+
+
+# %%
+def fuse(answers: Sequence[Instances], config: Config, rows: int = 256) -> Instances:
+    """Joins the answers of several models for one image.
+
+    The best detection stands for those of its class that overlap it (mask IoU above `fusion_iou`),
+    the best one of each other model. Its score is the sum of theirs over the number of models.
+
+    Args:
+        answers: one `Instances` a model, at least one, all of one image.
+        rows: so many masks are compared with all weaker ones at a time, 8 * rows * N bytes.
+
+    Returns:
+        The joined detections, best first, at most `detections`; see `settle` for the rest.
+    """
+    model = np.repeat(np.arange(len(answers)), [len(found) for found in answers])
+    columns = ("boxes", "scores", "labels")
+    boxes, scores, labels = (np.concatenate([getattr(a, c) for a in answers]) for c in columns)
+    rles = [rle for found in answers for rle in found.rles]
+    order = np.argsort(-scores, kind="stable")
+    every = Instances(boxes, scores, labels, rles, answers[0].size).select(order)
+    model, free, joined = model[order], np.ones(len(every), bool), every.scores.copy()
+    leads = np.zeros(len(every), bool)
+    for begin in range(0, len(every), rows):
+        rest = every.rles[begin:]
+        table = pycocotools.mask.iou(rest, rest[:rows], [0] * len(rest[:rows]))
+        for lead, overlaps in enumerate(table.T, start=begin):
+            if not free[lead]:
+                continue
+            alike = free[begin:] & (overlaps > config.fusion_iou) & (model[begin:] != model[lead])
+            alike = begin + np.flatnonzero(alike & (every.labels[begin:] == every.labels[lead]))
+            others = alike[np.unique(model[alike], return_index=True)[1]]  # the best of each
+            leads[lead], free[lead], free[others] = True, False, False
+            joined[lead] = every.scores[[lead, *others]].sum() / len(answers)
+    chosen = np.flatnonzero(leads)
+    chosen = chosen[np.argsort(-joined[chosen], kind="stable")][: config.detections]
+    return settle(replace(every, scores=joined).select(chosen), config)

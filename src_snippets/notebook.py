@@ -18,11 +18,11 @@ install_missing()
 # All in one place, standard library first.
 
 # %%
+from dataclasses import replace
 import os
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
 
 # %%
 from src_snippets.config import describe, recipe, settings_from
@@ -36,13 +36,13 @@ from src_snippets.config import describe, recipe, settings_from
 # %%
 DATA = os.environ.get("HW3_DATA", "")  # the dataset's folder, or "demo"; empty: search for it
 OUT = os.environ.get("HW3_OUT", "")  # where results go; empty: /kaggle/working, else results
-RECIPE = os.environ.get("HW3_RECIPE", "")  # baseline or demo; empty: baseline if there is a dataset
+RECIPE = os.environ.get("HW3_RECIPE", "")  # a name below; empty: baseline if there is a dataset
+ENSEMBLE = os.environ.get("HW3_ENSEMBLE", "").split()  # best.pt files that answer the test too
 CHANGES = {} | settings_from(os.environ)  # {"epochs": 30, "batch_size": 4} | settings_from(..)
 
 # %%
 from src_snippets.places import (
     find_dataset,
-    MAPPING_NAME,
     output_folder,
     SEARCHED_FOLDERS,
 )
@@ -53,16 +53,16 @@ from src_snippets.demo import make_demo
 # %%
 output = output_folder(OUT)
 found_root = find_dataset(DATA)
-config = recipe(RECIPE or ("baseline" if found_root else "demo"), **CHANGES)
+chosen_settings = recipe(RECIPE or ("baseline" if found_root else "demo"), **CHANGES)
 data_root = found_root or make_demo(output / ".demo-dataset")
 if found_root is None:
     print("=" * 78)
     print("DEMO: the images below are drawn; the scores say nothing about real cells.")
-    print(f"For your own, set DATA above to a folder with train/ and {MAPPING_NAME},")
+    print("For your own, set DATA above to a folder with train/ and its truth (see below),")
     print(f"or put it below {', '.join(SEARCHED_FOLDERS)}; then run from the settings cell on.")
     print("=" * 78)
 print(f"dataset: {data_root}\nresults: {output}\nsettings (* differs from the default):")
-print(describe(config))
+print(describe(chosen_settings))
 
 # %%
 from src_snippets.rle import encode_crop, encode_layers, paint
@@ -71,12 +71,15 @@ from src_snippets.rle import encode_crop, encode_layers, paint
 from src_snippets.forms import CellSample, coco_truth, Instances, truth_instances
 
 # %%
-from src_snippets.readers import (
-    CellFolders,
-    read_image,
-    read_test_mapping,
-    split_images,
-    training_folders,
+from src_snippets.readers import read_image
+
+# %%
+from src_snippets.datasets import (
+    CellSamples,
+    channel_statistics,
+    choose_splits,
+    open_dataset,
+    pick,
     write_json,
 )
 
@@ -84,20 +87,22 @@ from src_snippets.readers import (
 # Everything is read and checked now; the validation part is chosen by image and never augmented.
 
 # %%
-test_images = read_test_mapping(data_root)
-samples = CellFolders(training_folders(data_root), config.num_classes, config.cache_gb)
-split = split_images([folder.name for folder in samples.folders], config.val_fraction, config.seed)
-parts = {
-    part: Subset(samples, [i for i, f in enumerate(samples.folders) if f.name in set(names)])
-    for part, names in split.items()
-}
-sizes = f"{len(parts['train'])} training, {len(parts['val'])} validation"
-print(f"{sizes}, {len(test_images)} test images")
-for label, count in enumerate(samples.counts.sum(0)[1:], start=1):
-    print(f"class{label}: {count} cells")
-means = torch.stack([sample.image.float().mean((1, 2)) for sample in parts["train"]]).mean(0) / 255
-print("mean R, G, B of the training images:", [round(value, 3) for value in means.tolist()])
+dataset = open_dataset(data_root, chosen_settings)
+config = replace(chosen_settings, num_classes=len(dataset.categories))
+samples = CellSamples(dataset, config.cache_gb)
+splits = choose_splits(dataset, config)
+for fold, split in splits.items():
+    title = f"fold {fold}: " * (fold > 0)
+    print(f"{title}{len(split['train'])} training, {len(split['val'])} validation images")
+print(f"{len(dataset.test_images)} test images")
+for label, (name, count) in enumerate(
+    zip(dataset.categories.values(), samples.counts.sum(0)[1:], strict=True), start=1
+):
+    print(f"class{label}: {count} cells" + f" ({name})" * (name != f"class{label}"))
 print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
+first_split = next(iter(splits.values()))
+train_part = pick(samples, first_split["train"])
+print(f"to normalise by this dataset instead of ImageNet: {channel_statistics(train_part)}")
 
 # %%
 from src_snippets.transforms import filled_crop
@@ -115,9 +120,7 @@ from src_snippets.plots import (
 )
 
 # %%
-shown = [
-    parts["train"][i] for i in np.unique(np.linspace(0, len(parts["train"]) - 1, 4).astype(int))
-]
+shown = [train_part[i] for i in np.unique(np.linspace(0, len(train_part) - 1, 4).astype(int))]
 gallery = [(sample.image.numpy(), truth_instances(sample), sample.name) for sample in shown]
 show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samples.png")
 
@@ -127,9 +130,9 @@ show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samp
 
 # %%
 torch.manual_seed(config.seed)
-most_cells = int(samples.counts.sum(1)[parts["train"].indices].argmax())
-variants = [filled_crop(parts["train"], most_cells, config) for _ in range(5)]
-augmented = plot_augmentations(parts["train"][most_cells], variants, config.num_classes)
+most_cells = int(samples.counts.sum(1)[train_part.indices].argmax())
+variants = [filled_crop(train_part, most_cells, config) for _ in range(5)]
+augmented = plot_augmentations(train_part[most_cells], variants, config.num_classes)
 show_figure(augmented, output / "figures" / "augmentations.png")
 
 # %% [markdown]
@@ -157,7 +160,7 @@ print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}"
 print(parameter_table(build_model(config)))
 
 # %%
-boxes = np.concatenate([truth_instances(sample).boxes for sample in parts["train"]])
+boxes = np.concatenate([truth_instances(sample).boxes for sample in train_part])
 sides = boxes[:, 2:] - boxes[:, :2]
 covered = cells_with_anchor(sides, config)
 print(describe_anchors(covered))
@@ -181,20 +184,22 @@ from src_snippets.train import (
 )
 
 # %%
-steps = config.epochs * -(-max(len(parts["train"]) // config.batch_size, 1) // config.accumulate)
+steps = config.epochs * -(-max(len(train_part) // config.batch_size, 1) // config.accumulate)
 rates = [config.lr * rate_factor(step, config, steps) for step in range(steps)]
 show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
 
 # %%
-run = run_folder(output, config, {"split": split, "images": samples.digest})
-val_truth = coco_truth(parts["val"], config.num_classes)
-write_json(split, run / "split.json")
-write_json(val_truth, run / "val_gt.json")
-print(f"checkpoints, split, val_gt.json and history.csv: {run}")
-history = fit(config, parts["train"], parts["val"], run)
-
-# %%
-show_figure(plot_history(history), output / "figures" / "history.png")
+runs = {}
+for fold, split in splits.items():
+    run = run_folder(output, config, {"split": split, "images": samples.digest})
+    parts = {part: pick(samples, names) for part, names in split.items()}
+    write_json(split, run / "split.json")
+    for part, chosen in parts.items():
+        write_json(coco_truth(chosen, config.num_classes), run / f"{part}_gt.json")
+    print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
+    history = fit(config, parts["train"], parts["val"], run)
+    show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
+    runs[fold] = run
 
 # %% [markdown]
 # Losses should fall and level off. A validation score that falls while losses go on falling means
@@ -204,12 +209,17 @@ show_figure(plot_history(history), output / "figures" / "history.png")
 # ## How good is the best epoch?
 # On validation images, which were never trained on. The best epoch was chosen on the same images,
 # so the numbers lean a little to the high side; look-alike patches on both sides lean them further.
+# With folds, every image is answered by the one model that never saw it: one number for all.
 
 # %%
-trained = load_trained(run / "best.pt", config)
-val_answers = validate(trained, parts["val"], config)
-val_truths = [truth_instances(sample) for sample in parts["val"]]
+members = [load_trained(run / "best.pt", config) for run in runs.values()]
+held_out = pick(samples, [name for split in splits.values() for name in split["val"]])
+val_answers = []
+for (model, _), split in zip(members, splits.values(), strict=True):
+    val_answers += validate(model, pick(samples, split["val"]), config)
+val_truths = [truth_instances(sample) for sample in held_out]
 if val_answers:
+    val_truth = coco_truth(held_out, config.num_classes)
     scores = average_precision(val_truth, by_image_id(val_answers))
     pairs = zip(val_truths, val_answers, strict=True)
     quality = panoptic_quality(pairs, config.num_classes, config.show_floor)
@@ -222,7 +232,7 @@ else:
 if val_answers:
     first = range(min(3, len(val_answers)))
     picture = plot_predictions(
-        [parts["val"][i] for i in first],
+        [held_out[i] for i in first],
         [val_answers[i] for i in first],
         config.num_classes,
         config.show_floor,
@@ -246,16 +256,21 @@ if val_answers:
 from src_snippets.predict import predict_images
 
 # %%
-test_answers = predict_images(trained, test_images, config)
+members += [load_trained(path, config, same=False) for path in ENSEMBLE]
+print(f"{len(members)} models answer together" if len(members) > 1 else "one model answers")
+test_answers = predict_images(members, dataset.test_images, config)
 
 # %%
-from src_snippets.writers import write_results
+from src_snippets.writers import write_results, write_submissions
 
 # %%
-results, archive = write_results(test_answers, test_images, output, config.num_classes)
+write_results(test_answers, dataset.test_images, output, dataset.categories)
+if dataset.layout == "table":
+    write_submissions(test_answers, dataset.test_images, output)
 
 # %%
-chosen = [test_images[i] for i in np.unique(np.linspace(0, len(test_images) - 1, 4).astype(int))]
+places = np.unique(np.linspace(0, len(dataset.test_images) - 1, 4).astype(int))
+chosen = [dataset.test_images[i] for i in places]
 strong = [
     a.select(a.scores >= config.show_floor) for a in (test_answers[t.image_id] for t in chosen)
 ]

@@ -2,8 +2,9 @@
 
 # %% [markdown]
 # ## Where is the data, and where do results go?
-# A dataset is a folder that holds `train/` and `test_image_name_to_ids.json`. It is looked for in
-# `DATA`, else where Kaggle and Colab put uploads, then in `./data`; hidden folders are passed over.
+# A dataset is a folder that holds `train/` and one of `test_image_name_to_ids.json`, `train.csv`
+# and a COCO file such as `train.json`. It is looked for in `DATA`, else where Kaggle and Colab put
+# uploads, then in `./data`; hidden folders are passed over.
 
 # %%
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
         The root, or None where the demo is asked for or nothing was found.
 
     Raises:
-        FileNotFoundError: `wanted` is a folder without the two entries.
+        FileNotFoundError: no dataset is in `wanted`.
     """
     if wanted == "demo":
         return None
@@ -35,8 +36,9 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
         roots = list(dataset_roots(Path(wanted)))
         if not roots:
             raise FileNotFoundError(
-                f"DATA={wanted!r}: expected a folder with train/ and {MAPPING_NAME} in it "
-                "(at most four levels down). Correct the path, or set it to 'demo'."
+                f"DATA={wanted!r}: expected a folder with train/ and one of {MAPPING_NAME}, "
+                "train.csv and train.json in it (at most four levels down). Correct the path, or "
+                "set it to 'demo'."
             )
     else:
         roots = [root for folder in searched for root in dataset_roots(Path(folder))]
@@ -48,13 +50,24 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
 
 # %%
 def dataset_roots(folder: Path, depth: int = 4):
-    """Yields the folders at or below `folder` that hold `train/` and the test mapping."""
-    if (folder / "train").is_dir() and (folder / MAPPING_NAME).is_file():
+    """Yields the folders at or below `folder` that hold a dataset."""
+    marks = (folder / MAPPING_NAME, folder / "train.csv")
+    marked = any(mark.is_file() for mark in marks) or coco_file(folder, "train")
+    if marked and (folder / "train").is_dir():
         yield folder
     elif depth > 0 and folder.is_dir():
         for child in sorted(p for p in folder.iterdir() if p.is_dir()):
             if child.name != "train" and not child.name.startswith("."):
                 yield from dataset_roots(child, depth - 1)
+
+
+def coco_file(root: Path, part: str) -> tuple[Path, Path] | None:
+    """The COCO file of `train` or `test` and the folder of its images, None where there is none."""
+    folder = root / part
+    names = (f"{part}.json", f"{part}_gt.json", f"annotations/{part}.json")
+    names += (f"annotations/instances_{part}.json", f"{part}/_annotations.coco.json")
+    path = next((p for name in names if (p := root / name).is_file()), None)
+    return (path, folder) if path else None
 
 
 # %%

@@ -1,33 +1,43 @@
-"""Prediction on test images."""
+"""Prediction on test images, by one model or several."""
 
 # %% [markdown]
 # ## What is in the test images?
-# Each test image is read, shown to the model whole and answered with `Instances`; only the answers
-# are kept, so memory does not grow with the number of images.
+# Each test image is read, shown to every model whole and answered with `Instances`; only the
+# answers are kept, so memory does not grow with the number of images.
 
 # %%
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import nn, Tensor
 from tqdm.auto import tqdm
 
 from src_snippets.config import Config
+from src_snippets.datasets import ImageRecord
 from src_snippets.forms import Instances
+from src_snippets.fusion import fuse
 from src_snippets.model import detect
-from src_snippets.readers import ImageRecord, read_image
-
+from src_snippets.readers import read_image
 
 # %%
+Member = tuple[nn.Module, Config]  # a model and the settings it was made with
+
+
+def detect_together(members: Sequence[Member], image: Tensor, config: Config) -> Instances:
+    """What several models find in one image (3, H, W) uint8; of one model, its own answer."""
+    answers = [detect(model, [image], own)[0] for model, own in members]
+    return answers[0] if len(answers) == 1 else fuse(answers, config)
+
+
 def predict_images(
-    model: nn.Module, images: Sequence[ImageRecord], config: Config
+    members: Sequence[Member], images: Sequence[ImageRecord], config: Config
 ) -> dict[int, Instances]:
     """Finds the cells in test images.
 
     Args:
-        model: from `load_trained`.
-        images: from `read_test_mapping`.
-        config: see `detect`.
+        members: from `load_trained`, at least one.
+        images: the test images of a dataset.
+        config: see `detect` and `fuse`.
 
     Returns:
         `Instances` by image id, one for every image.
@@ -38,5 +48,5 @@ def predict_images(
     answers = {}
     for image in tqdm(images, desc="predicting", unit="image"):
         pixels = torch.from_numpy(read_image(image.path))
-        answers[image.image_id] = detect(model, [pixels], config)[0]
+        answers[image.image_id] = detect_together(members, pixels, config)
     return answers

@@ -1,16 +1,12 @@
-"""Readers: HW3 folders on disk -> `CellSample`s, the test mapping, the split."""
+"""Readers: pictures and instance maps on disk -> arrays, a training folder -> a `CellSample`."""
 
 # %% [markdown]
-# ## What lies on disk?
-# `train/<name>/image.tif` with `class1.tif .. class4.tif` beside it (pixel = instance id; an absent
-# class has no file), test images in `test_release/`, and a mapping from their names to ids. What
-# cannot be read is refused with the file's name and the cause; nothing is guessed.
+# ## How is a picture read?
+# Microscopes and their programs write many kinds of files. What can be read without a guess becomes
+# RGB of 8 bits; all else is refused with the file's name and the cause.
 
 # %%
-from collections.abc import Sequence
 from contextlib import contextmanager
-import hashlib
-import json
 import math
 from pathlib import Path
 import re
@@ -20,10 +16,8 @@ import numpy as np
 from PIL import Image
 import tifffile
 import torch
-from tqdm.auto import tqdm
 
-from src_snippets.forms import CellSample, pack_layers
-from src_snippets.places import MAPPING_NAME, written_whole
+from src_snippets.forms import CellSample, pack_parts
 
 
 # %%
@@ -72,11 +66,14 @@ class Pixels(NamedTuple):
 
 
 def read_pixels(path: Path) -> Pixels:
-    """Decodes the picture of a TIFF, with tifffile or, where imagecodecs is missing, with Pillow.
+    """Decodes a picture: TIFF with tifffile, or with Pillow where imagecodecs is missing; PNG, JPEG
+    and others with Pillow.
 
     Raises:
         BadInput: as `opened_tiff`, or a codec that neither library has.
     """
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return read_other(path)
     with opened_tiff(path) as page:
         try:
             values = page.asarray()
@@ -105,6 +102,29 @@ def read_with_pillow(path: Path, page: tifffile.TiffPage, cause: Exception) -> n
     if not same or page.photometric.name not in ("RGB", "MINISBLACK", "PALETTE", "YCBCR"):
         raise BadInput(f"{path}: {cause}; Pillow reads it as {image.mode}. Install imagecodecs.")
     return values
+
+
+# %%
+def read_other(path: Path) -> Pixels:
+    """Decodes a picture that is no TIFF with Pillow.
+
+    Raises:
+        BadInput: Pillow cannot, or it is an animation.
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise BadInput(f"{path}: {image.n_frames} pictures; expected one. Save one.")
+            plain = image.mode in ("1", "L", "LA", "RGB", "RGBA") or image.mode.startswith("I")
+            values = np.asarray(image if plain else image.convert("RGB"))
+            lossy = image.format in ("JPEG", "WEBP")
+    except (BadInput, FileNotFoundError):
+        raise
+    except Exception as error:  # decoders raise many types; each one means a bad file
+        raise BadInput(f"{path}: cannot be read ({error}). Copy or export it again.") from error
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    kind = "RGB" if channels > 2 else "MINISBLACK"
+    return Pixels(values, kind, None, channels in (2, 4), lossy)
 
 
 # %%
@@ -170,11 +190,16 @@ def read_image(path: Path) -> np.ndarray:
 
 
 # %%
-def read_instance_map(path: Path) -> np.ndarray:
-    """Reads a `classK.tif`.
+class InstanceMap(NamedTuple):
+    """A class file without its background: most pixels are that."""
 
-    Returns:
-        (H, W) int64 or smaller, pixel = instance id, 0 = background.
+    places: np.ndarray  # (K,) int64, row-major offsets of the pixels of cells
+    ids: np.ndarray  # (K,) ints from 1 on
+    size: tuple[int, int]  # H, W
+
+
+def read_instance_map(path: Path) -> InstanceMap:
+    """Reads a `classK.tif`.
 
     Raises:
         BadInput: as `read_pixels`; more than one channel; fractional, negative, not finite ids.
@@ -188,20 +213,20 @@ def read_instance_map(path: Path) -> np.ndarray:
         pixels = pixels.astype(np.uint8)
     if pixels.dtype.kind not in "uif":
         raise BadInput(f"{path}: pixels of type {pixels.dtype}; expected whole numbers.")
-    ids = pixels
-    if pixels.dtype.kind == "f":
-        if not np.isfinite(pixels).all():
-            raise BadInput(f"{path}: NaN or infinite ids; expected whole numbers from 0 on.")
-        with np.errstate(invalid="ignore"):
-            ids = pixels.astype(np.int64)
-        if not np.array_equal(ids, pixels):
-            wrong = pixels[ids != pixels].flat[0]
-            raise BadInput(f"{path}: id {wrong}; expected whole numbers from 0 on, below 2^53.")
-    if ids.size and ids.min() < 0:
-        raise BadInput(f"{path}: id {ids.min()}; expected whole numbers from 0 on.")
-    if ids.dtype == np.uint64 and ids.size and ids.max() > np.iinfo(np.int64).max:
-        raise BadInput(f"{path}: id {ids.max()}; expected whole numbers below 2^63.")
-    return ids.astype(np.int64, copy=False) if ids.dtype.kind == "u" else ids
+    places = np.flatnonzero(pixels != 0)  # NaN is one of them
+    found = pixels.ravel()[places]
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise BadInput(f"{path}: NaN or infinite ids; expected whole numbers from 0 on.")
+    low, high = found.min(initial=0), found.max(initial=0)
+    if low < 0:
+        raise BadInput(f"{path}: id {low}; expected whole numbers from 0 on.")
+    if high >= 2**63:
+        raise BadInput(f"{path}: id {high}; expected whole numbers from 0 on, below 2^63.")
+    ids = found.astype(np.int32 if high < 2**31 else np.int64)
+    if (ids != found).any():
+        wrong = found[ids != found][0]
+        raise BadInput(f"{path}: id {wrong}; expected whole numbers from 0 on.")
+    return InstanceMap(places, ids, pixels.shape)
 
 
 # %%
@@ -228,8 +253,11 @@ def class_files(folder: Path, num_classes: int) -> dict[int, Path]:
 
 
 # %%
-def read_cell_folder(folder: Path, num_classes: int) -> CellSample:
+def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> CellSample:
     """Reads one training folder.
+
+    Args:
+        overlaps: False: a pixel that two classes claim belongs to the first alone.
 
     Returns:
         A `CellSample` named after the folder. Ids may restart in each class file or not, need not
@@ -247,153 +275,17 @@ def read_cell_folder(folder: Path, num_classes: int) -> CellSample:
         )
     image = read_image(folder / "image.tif")
     size = image.shape[1:]
-    maps = {}
-    for label, path in class_files(folder, num_classes).items():
-        maps[label] = read_instance_map(path)
-        if maps[label].shape != size:
-            raise BadInput(
-                f"{path}: {maps[label].shape} (H, W), but image.tif beside it is {size}; "
-                "expected the same size."
-            )
-    layers, labels = pack_layers(list(maps.values()), list(maps), size)
+    files = class_files(folder, num_classes)
+    parts = (read_class(path, size, label) for label, path in files.items())
+    layers, labels = pack_parts(parts, size, overlaps)  # one class file in memory at a time
     return CellSample(torch.from_numpy(image), layers, labels, folder.name)
 
 
-# %% [markdown]
-# Every training folder is read once before training, so that a bad file shows in the first minute
-# and not in the third epoch. What fits the memory budget stays decoded.
-
-
-# %%
-class CellFolders(Sequence):
-    """Training folders as a sequence of `CellSample`s, decoded fields kept up to a budget.
-
-    Args:
-        folders: training folders.
-        num_classes: C.
-        cache_gb: 1e9 bytes of decoded fields that stay in memory; the rest is read on demand.
-
-    Raises:
-        BadInput: on construction, which reads every folder: the first bad one, or no cells at all.
-    """
-
-    def __init__(self, folders: Sequence[Path], num_classes: int, cache_gb: float):
-        self.folders = [Path(folder) for folder in folders]
-        self.num_classes = num_classes
-        self.counts = np.zeros((len(folders), num_classes + 1), np.int64)
-        self._kept, left, digest = {}, cache_gb * 1e9, hashlib.sha256()
-        for index, folder in enumerate(tqdm(self.folders, desc="reading", unit="image")):
-            sample = read_cell_folder(folder, num_classes)
-            self.counts[index] = np.bincount(sample.labels, minlength=num_classes + 1)
-            for part in (sample.image, sample.layers, sample.labels):
-                digest.update(part.numpy().tobytes())
-            left -= sample.image.nbytes + sample.layers.nbytes
-            if left >= 0:
-                self._kept[index] = sample
-        self.digest = digest.hexdigest()  # changes with any pixel, id or class
-        if not self.counts.any():
-            raise BadInput(f"{self.folders[0].parent}: no cells in any folder; expected some.")
-
-    def __len__(self):
-        return len(self.folders)
-
-    def __getitem__(self, index: int) -> CellSample:
-        if index not in self._kept:
-            return read_cell_folder(self.folders[index], self.num_classes)
-        return self._kept[index]
-
-
-# %%
-def training_folders(root: Path) -> list[Path]:
-    """The folders in `train/`, by name.
-
-    Raises:
-        BadInput: there are none.
-    """
-    folders = sorted(p for p in (root / "train").iterdir() if p.is_dir() and p.name[0] != ".")
-    if not folders:
-        raise BadInput(f"{root / 'train'}: no folders; expected one a training image.")
-    return folders
-
-
-# %%
-class ImageRecord(NamedTuple):
-    """A line of the test mapping: where the image lies, its id and its size in pixels."""
-
-    path: Path
-    image_id: int
-    height: int
-    width: int
-
-
-def read_test_mapping(root: Path) -> list[ImageRecord]:
-    """Reads `test_image_name_to_ids.json` and checks it against the files in `test_release/`.
-
-    Raises:
-        BadInput: not such a mapping; duplicated ids or names; a name that leaves the folder; an
-            image that is missing or whose size is not the stated one.
-    """
-    path, folder = root / MAPPING_NAME, root / "test_release"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-        rows = [(e["file_name"], e["id"], e["height"], e["width"]) for e in entries]
-    except (ValueError, TypeError, KeyError) as error:
+def read_class(path: Path, size: tuple[int, int], label: int) -> tuple:
+    """A part for `pack_parts`; BadInput where its size is not that of the image beside it."""
+    places, ids, own = read_instance_map(path)
+    if own != size:
         raise BadInput(
-            f"{path}: {type(error).__name__}: {error}; expected a JSON list of objects with "
-            "file_name, id, height and width."
-        ) from error
-    if not rows:
-        raise BadInput(f"{path}: lists no images; expected at least one.")
-    for name, *numbers in rows:
-        if not isinstance(name, str) or any(type(n) is not int for n in numbers):
-            raise BadInput(f"{path}: entry {name!r}, {numbers}; expected a name and whole numbers.")
-        if not name or Path(name).name != name or "\\" in name or name == "..":
-            raise BadInput(f"{path}: file name {name!r}; expected a plain name without folders.")
-    for what, values in (("id", [r[1] for r in rows]), ("file_name", [r[0] for r in rows])):
-        if twice := sorted({v for v in values if values.count(v) > 1}):
-            raise BadInput(f"{path}: {what} {twice[0]!r} occurs twice; expected each once.")
-    images = [ImageRecord(folder / name, *numbers) for name, *numbers in rows]
-    for image in images:
-        check_test_image(image, path)
-    return images
-
-
-# %%
-def check_test_image(image: ImageRecord, mapping: Path) -> None:
-    """Raises BadInput where a test image is missing, cannot be read or has another size."""
-    if not image.path.is_file():
-        raise BadInput(
-            f"{image.path}: is not there, but {mapping} lists it as {image.image_id}. Add it or "
-            "correct the name."
+            f"{path}: {own} (H, W), but image.tif beside it is {size}; expected the same size."
         )
-    size = read_image(image.path).shape[1:]
-    if size != (image.height, image.width):
-        raise BadInput(
-            f"{image.path}: {size} (H, W), but {mapping} says {(image.height, image.width)}. "
-            "Correct the one that is wrong."
-        )
-
-
-# %%
-def split_images(names: Sequence[str], val_fraction: float, seed: int) -> dict[str, list[str]]:
-    """Splits images, not cells, into a training and a validation part.
-
-    Args:
-        names: unique image names; their order does not matter.
-        val_fraction: share for validation, rounded; at least one image where it is over 0, and
-            at least one image is left for training.
-        seed: the same seed and names give the same parts.
-
-    Returns:
-        `{"train": [...], "val": [...]}`, each sorted.
-    """
-    order = np.random.default_rng(seed).permutation(sorted(names)).tolist()
-    wanted = max(round(len(order) * val_fraction), 1) if val_fraction > 0 else 0
-    count = min(wanted, len(order) - 1)
-    return {"train": sorted(order[count:]), "val": sorted(order[:count])}
-
-
-def write_json(content, path: Path) -> None:
-    """Writes JSON, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(content))
+    return places, ids, label

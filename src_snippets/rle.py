@@ -162,6 +162,57 @@ def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
 
 
 # %%
+def run_pixels(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """(A,) int64, the offsets of all pixels in the runs `[starts[k], ends[k])`."""
+    lengths = ends - starts
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+
+
+def row_major_pixels(rle: dict) -> np.ndarray:
+    """(A,) int64, the row-major offsets of a COCO RLE's pixels, ascending."""
+    height, width = rle["size"]
+    columns, rows = np.divmod(run_pixels(*decode_runs(rle)), height)
+    return np.sort(rows * width + columns)
+
+
+# %%
+def kaggle_text(rle: dict) -> str:
+    """A COCO RLE as Kaggle's pairs of start and length, row-major, the first pixel being 1."""
+    pixels = row_major_pixels(rle)
+    apart = np.flatnonzero(np.diff(pixels) != 1) + 1
+    starts = pixels[np.r_[0, apart]] if len(pixels) else pixels
+    lengths = np.diff(np.r_[0, apart, len(pixels)])[: len(starts)]
+    return " ".join(map(str, np.stack([starts + 1, lengths], axis=1).ravel().tolist()))
+
+
+def pixels_of_kaggle_text(text: str, count: int) -> np.ndarray:
+    """(A,) int64, the row-major pixel offsets, from 0 on, of pairs of start and length.
+
+    Args:
+        text: as from `kaggle_text`; count: pixels of the image.
+
+    Raises:
+        ValueError: not such pairs, or pixels that are outside or named twice.
+    """
+    try:
+        numbers = np.array([int(word) for word in text.split()], np.int64)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"run lengths with something that is no number ({error})") from error
+    starts, lengths = numbers[0::2] - 1, numbers[1::2]
+    if len(starts) != len(lengths) or (lengths < 1).any():
+        raise ValueError(f"{len(numbers)} numbers; expected pairs of start and length from 1 on")
+    if len(starts) and (starts.min() < 0 or lengths.max() > count):
+        raise ValueError(f"pixels outside of 1 to {count}")
+    pixels = np.sort(run_pixels(starts, starts + lengths)) if lengths.sum() <= count else None
+    if pixels is None or (len(pixels) and (np.diff(pixels) < 1).any()):
+        raise ValueError("pixels that are named twice")
+    if len(pixels) and pixels[-1] >= count:
+        raise ValueError(f"pixel {pixels[-1] + 1} outside of 1 to {count}")
+    return pixels
+
+
+# %%
 def paint(rles: list[dict], values, height: int, width: int) -> np.ndarray:
     """Draws masks into one map; where they overlap the later one shows.
 

@@ -9,7 +9,7 @@
 # %%
 from collections.abc import Sequence
 import csv
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 import gc
 import hashlib
 import json
@@ -240,7 +240,8 @@ def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
 
 # %% [markdown]
 # A run has a folder of its own, named after its recipe and a fingerprint of settings and images:
-# changed settings never overwrite an earlier run, and the same ones continue it.
+# changed settings never overwrite an earlier run, and the same ones continue it. The fingerprint is
+# free of the settings below; what `overlaps` does to the truth shows in the images'.
 
 # %%
 NOT_TRAINED = (
@@ -250,7 +251,9 @@ NOT_TRAINED = (
     "mask_threshold",
     "box_nms",
     "mask_nms",
+    "fusion_iou",
     "overlaps",
+    "fold",
     "detections",
     "show_floor",
 )
@@ -305,17 +308,33 @@ def check_same_settings(saved: dict, config: Config, path: Path) -> None:
 
 
 # %%
-def load_trained(path: Path, config: Config) -> nn.Module:
-    """Builds the model of `config` with the weights of a checkpoint, on the GPU if there is one.
+def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
+    """Builds the model of a checkpoint with its weights, on the GPU if there is one.
+
+    Args:
+        path: a `best.pt`.
+        config: its settings for prediction are used.
+        same: refuse a checkpoint whose other settings differ; else it may be of any recipe.
+
+    Returns:
+        The model, and the settings it was made with, but for those of prediction.
 
     Raises:
         FileNotFoundError, BadInput, ValueError: no checkpoint, a broken one, other settings.
     """
     state = load_checkpoint(path)
-    check_same_settings(state["config"], config, path)
-    model = build_model(config, load_initial=False)
+    if same:
+        check_same_settings(state["config"], config, path)
+    known = {item.name for item in fields(Config)}
+    saved = {name: value for name, value in state["config"].items() if name in known}
+    own = replace(Config(**saved), **{name: getattr(config, name) for name in NOT_TRAINED})
+    if own.num_classes != config.num_classes:
+        raise ValueError(
+            f"{path}: {own.num_classes} classes; the dataset has {config.num_classes}."
+        )
+    model = build_model(own, load_initial=False)
     load_model_state(model, state["model"])
-    return model.to(default_device()).eval()
+    return model.to(default_device()).eval(), own
 
 
 def write_history(history: list[dict], path: Path) -> None:

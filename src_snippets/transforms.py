@@ -207,7 +207,7 @@ def training_target(sample: CellSample, min_area: int) -> dict[str, Tensor]:
         ids (N,) int64, the instance's value in its layer; homes (N,) int64, its layer.
     """
     boxes, areas, homes = instance_boxes(sample.layers, len(sample.labels))
-    kept = torch.nonzero(areas >= max(min_area, 1)).flatten()
+    kept = torch.nonzero((areas >= max(min_area, 1)) & (sample.labels > 0)).flatten()
     return dict(
         layers=sample.layers,
         boxes=boxes[kept],

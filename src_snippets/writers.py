@@ -7,18 +7,23 @@
 
 # %%
 from collections.abc import Mapping, Sequence
+import csv
 import json
 import math
 from pathlib import Path
 import zipfile
 
+import numpy as np
 import pycocotools.mask
+import tifffile
 
+from src_snippets.datasets import ImageRecord
+from src_snippets.demo import save_lzw
 from src_snippets.evaluate import coco_results
-from src_snippets.forms import Instances
+from src_snippets.forms import CellSample, Instances
+from src_snippets.fusion import without_overlaps
 from src_snippets.places import written_whole
-from src_snippets.readers import ImageRecord
-from src_snippets.rle import decode_runs
+from src_snippets.rle import decode_runs, kaggle_text
 
 # %%
 RESULTS_NAME = "test-results.json"
@@ -28,11 +33,11 @@ class BadResults(ValueError):
     """A results file breaks a rule; the message names the file, the entry and the rule."""
 
 
-def check_entry(entry, sizes: Mapping[int, tuple[int, int]], num_classes: int) -> str | None:
+def check_entry(entry, sizes: Mapping[int, tuple[int, int]], known: Sequence[int]) -> str | None:
     """What is wrong with one entry of a results file, or None.
 
     Args:
-        entry: one JSON object; sizes: H, W by image id; num_classes: C.
+        entry: one JSON object; sizes: H, W by image id; known: ids of the classes.
     """
     wanted = {"image_id", "category_id", "segmentation", "score", "bbox"}
     if not isinstance(entry, dict) or not wanted <= set(entry):
@@ -41,8 +46,8 @@ def check_entry(entry, sizes: Mapping[int, tuple[int, int]], num_classes: int) -
     size = sizes.get(entry["image_id"]) if type(entry["image_id"]) is int else None
     if size is None:
         return f"image_id {entry['image_id']!r} is not in the mapping"
-    if type(category) is not int or not 1 <= category <= num_classes:
-        return f"category_id {category!r}; expected 1..{num_classes}"
+    if type(category) is not int or category not in known:
+        return f"category_id {category!r}; expected one of {', '.join(map(str, known))}"
     if type(score) not in (int, float) or not math.isfinite(score) or not 0 <= score <= 1:
         return f"score {score!r}; expected 0..1"
     box = entry["bbox"]
@@ -74,8 +79,11 @@ def check_rle(rle, size: tuple[int, int]) -> str | None:
 
 
 # %%
-def check_results(path: Path, images: Sequence[ImageRecord], num_classes: int) -> list[int]:
+def check_results(path: Path, images: Sequence[ImageRecord], known: Sequence[int]) -> list[int]:
     """Reads a results file back and checks every entry.
+
+    Args:
+        images: the test images; known: ids of the classes.
 
     Returns:
         The ids of images without a detection.
@@ -91,7 +99,7 @@ def check_results(path: Path, images: Sequence[ImageRecord], num_classes: int) -
         raise BadResults(f"{path}: expected a list of detections, found {type(entries).__name__}.")
     sizes = {image.image_id: (image.height, image.width) for image in images}
     for number, entry in enumerate(entries):
-        if problem := check_entry(entry, sizes, num_classes):
+        if problem := check_entry(entry, sizes, known):
             raise BadResults(f"{path}: entry {number}: {problem}.")
     return sorted(set(sizes) - {entry["image_id"] for entry in entries})
 
@@ -105,15 +113,25 @@ def check_zip(path: Path, results: Path) -> None:
             raise BadResults(f"{path}: its {RESULTS_NAME} differs from {results}.")
 
 
+def check_complete(answers: Mapping[int, Instances], images: Sequence[ImageRecord]) -> None:
+    """Raises BadResults where an image has no answer."""
+    if missing := sorted({image.image_id for image in images} - set(answers)):
+        raise BadResults(f"No answer for {len(missing)} images, the first with id {missing[0]}.")
+
+
 # %%
 def write_results(
-    answers: Mapping[int, Instances], images: Sequence[ImageRecord], folder: Path, num_classes: int
+    answers: Mapping[int, Instances],
+    images: Sequence[ImageRecord],
+    folder: Path,
+    known: Sequence[int],
 ) -> tuple[Path, Path]:
     """Writes `test-results.json` and `test-results.zip`, checked before they get their names.
 
     Args:
         answers: `Instances` by image id, one for every image, without detections too.
-        images: the test mapping; folder: where the two files go; num_classes: C.
+        images: the test images; folder: where the two files go.
+        known: the ids that results carry for the classes 1..C, as `Dataset.categories`.
 
     Returns:
         The paths of both.
@@ -121,12 +139,16 @@ def write_results(
     Raises:
         BadResults: an image has no answer, or an entry breaks a rule; earlier files stay.
     """
-    if missing := sorted({image.image_id for image in images} - set(answers)):
-        raise BadResults(f"No answer for {len(missing)} images, the first with id {missing[0]}.")
+    check_complete(answers, images)
+    known = list(known)
     results, archive = folder / RESULTS_NAME, folder / "test-results.zip"
+    ids = dict(enumerate(known, start=1))
+    rows = coco_results(answers)
+    for row in rows:
+        row["category_id"] = ids.get(row["category_id"], row["category_id"])
     with written_whole(results) as partial:
-        partial.write_text(json.dumps(coco_results(answers), allow_nan=False))
-        empty = check_results(partial, images, num_classes)
+        partial.write_text(json.dumps(rows, allow_nan=False))
+        empty = check_results(partial, images, known)
     with written_whole(archive) as partial:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
             file.write(results, RESULTS_NAME)
@@ -134,3 +156,78 @@ def write_results(
     cells = sum(len(found) for found in answers.values())
     print(f"{results}: checked, {cells} cells in {len(images)} images ({len(empty)} without any).")
     return results, archive
+
+
+# %% [markdown]
+# Datasets in tables are answered in tables: `submission.csv` with `id` and `predicted`, as
+# Sartorius wants it, and `submission-idx.csv` with `idx,id,annotation` and `-1` for an image
+# without cells. There no pixel may belong to two cells: the better one has it.
+
+
+# %%
+def write_submissions(
+    answers: Mapping[int, Instances], images: Sequence[ImageRecord], folder: Path
+) -> list[Path]:
+    """Writes both forms of a Kaggle submission.
+
+    Args:
+        answers: `Instances` by image id, one for every image; images: the test images, whose names
+            without suffix are the ids.
+        folder: where the two files go.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        BadResults: an image has no answer; earlier files stay.
+    """
+    check_complete(answers, images)
+    plain, indexed = [], []
+    for image in images:
+        found = without_overlaps(answers[image.image_id])
+        texts = [kaggle_text(rle) for rle in found.rles]
+        plain += [(image.path.stem, text) for text in texts or [""]]
+        indexed += [(image.path.stem, text) for text in texts or ["-1"]]
+    tables = {
+        "submission.csv": [("id", "predicted"), *plain],
+        "submission-idx.csv": [
+            ("idx", "id", "annotation"),
+            *((i, *r) for i, r in enumerate(indexed)),
+        ],
+    }
+    for name, rows in tables.items():
+        with written_whole(folder / name) as partial, partial.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    print(f"{folder / 'submission.csv'}: {len(plain)} rows for {len(images)} images.")
+    return [folder / name for name in tables]
+
+
+# %% [markdown]
+# Any dataset can be turned into training folders, and folders into COCO files: see `train_gt.json`
+# beside the checkpoints.
+
+
+# %%
+def write_cell_folder(sample: CellSample, folder: Path) -> None:
+    """Writes a sample as a training folder: `image.tif`, and `classK.tif` for each class in it.
+
+    Raises:
+        ValueError: two cells of one class overlap, or a crowd; these files cannot tell them apart.
+    """
+    if (sample.labels < 0).any():
+        raise ValueError(f"{sample.name}: a crowd; training folders have no place for it.")
+    maps = {}
+    for layer in sample.layers.numpy():
+        classes = np.r_[0, sample.labels.numpy()][layer]
+        for label in np.unique(classes[classes > 0]).tolist():
+            drawn = maps.setdefault(label, np.zeros(sample.size))
+            own = classes == label
+            if drawn[own].any():
+                raise ValueError(
+                    f"{sample.name}: cells of class {label} overlap; one file holds one."
+                )
+            drawn[own] = layer[own]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_lzw(np.moveaxis(sample.image.numpy(), 0, 2), folder / "image.tif")
+    for label, drawn in maps.items():
+        tifffile.imwrite(folder / f"class{label}.tif", drawn)

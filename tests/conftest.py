@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import re
 import tempfile
 
 import numpy as np
@@ -10,9 +11,10 @@ import tifffile
 import torch
 
 from src_snippets.config import recipe
+from src_snippets.datasets import CellSamples, open_dataset
 from src_snippets.demo import make_demo, save_lzw
-from src_snippets.forms import CellSample, Instances, pack_layers
-from src_snippets.readers import CellFolders, training_folders
+from src_snippets.forms import CellSample, Instances, pack_parts
+from src_snippets.readers import BadInput
 from src_snippets.rle import decode_runs, encode_runs
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +36,18 @@ def real_data(name: str) -> Path:
     return SHARED_DATA / name
 
 
+def pack_maps(maps, classes, overlaps=True):
+    """`pack_parts` of (H, W) id maps."""
+    maps = [np.asarray(m) for m in maps]
+    parts = [(np.flatnonzero(m), m[m != 0], k) for m, k in zip(maps, classes, strict=True)]
+    return pack_parts(parts, maps[0].shape, overlaps)
+
+
 def make_sample(maps, classes, seed=0, name="drawn") -> CellSample:
     """A sample of (H, W) id maps with a random image."""
-    maps = [np.asarray(m) for m in maps]
-    layers, labels = pack_layers(maps, classes, maps[0].shape)
+    layers, labels = pack_maps(maps, classes)
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (3, *maps[0].shape), dtype=torch.uint8, generator=generator)
+    image = torch.randint(0, 256, (3, *layers.shape[1:]), dtype=torch.uint8, generator=generator)
     return CellSample(image, layers, labels, name)
 
 
@@ -82,6 +90,16 @@ def jittered(truth: dict, seed=0) -> dict[int, Instances]:
     return answers
 
 
+def refused(cause: str, path: Path | str = ""):
+    """Expects a BadInput that names the file and the cause."""
+    return pytest.raises(BadInput, match=f"{re.escape(str(path))}.*{cause}")
+
+
+def save(path: Path, pixels, **options) -> Path:
+    tifffile.imwrite(path, pixels, **options)
+    return path
+
+
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
     """A small drawn dataset: 8 training and 3 test fields."""
@@ -91,7 +109,7 @@ def demo_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def demo_samples(demo_root):
     """Its training fields."""
-    return CellFolders(training_folders(demo_root), 4, 1.0)
+    return CellSamples(open_dataset(demo_root, recipe("demo")), 1.0)
 
 
 @pytest.fixture(scope="session")

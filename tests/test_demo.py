@@ -4,8 +4,14 @@ import numpy as np
 from PIL import Image
 import tifffile
 
+from src_snippets.config import recipe
+from src_snippets.datasets import (
+    CellSamples,
+    open_dataset,
+    read_test_mapping,
+    training_folders,
+)
 from src_snippets.demo import clip_window, DEMO_CELLS, draw_field, make_demo
-from src_snippets.readers import CellFolders, read_test_mapping, training_folders
 
 
 def test_the_files_are_as_the_real_ones(demo_root):
@@ -21,7 +27,7 @@ def test_the_files_are_as_the_real_ones(demo_root):
 
 
 def test_cells_are_as_promised(tmp_path):
-    samples = CellFolders(training_folders(make_demo(tmp_path / "demo")), 4, 1.0)
+    samples = CellSamples(open_dataset(make_demo(tmp_path / "demo"), recipe("demo")), 1.0)
     assert (samples.counts.sum(0)[1:] > 40).all()  # four classes, all common enough to learn
     assert (samples.counts.sum(1) == 0).sum() == 1
     assert max(sample.layers.shape[0] for sample in samples) >= 2  # some cells overlap

@@ -1,36 +1,60 @@
+from dataclasses import replace
+
 import numpy as np
 import pycocotools.mask
 import torch
 
-from src_snippets.forms import coco_truth, instance_boxes, pack_layers, renumber, truth_instances
-from tests.conftest import empty_sample, make_sample
+from src_snippets.forms import coco_truth, instance_boxes, pack_parts, renumber, truth_instances
+from tests.conftest import empty_sample, make_sample, pack_maps
 
 
 def test_ids_are_numbered_anew():
-    numbered, count = renumber(np.array([[0, 9, 9], [4, 0, 700]]), 3)
-    assert numbered.tolist() == [[0, 4, 4], [3, 0, 5]]
+    numbered, count = renumber(np.array([9, 9, 4, 700]), 3)
+    assert numbered.tolist() == [4, 4, 3, 5]
     assert (count, numbered.dtype) == (3, np.int32)
-    huge, count = renumber(np.array([[0, 10**15], [5, 0]]), 1)
-    assert (huge.tolist(), count) == ([[0, 2], [1, 0]], 2)
-    assert renumber(np.zeros((2, 2), int), 1)[1] == 0
+    huge, count = renumber(np.array([10**15, 5]), 1)
+    assert (huge.tolist(), count) == ([2, 1], 2)
+    assert renumber(np.zeros(0, int), 1)[1] == 0
 
 
 def test_maps_that_do_not_overlap_share_a_layer():
     one, two = np.array([[1, 0, 0]]), np.array([[0, 1, 1]])
-    layers, labels = pack_layers([one, two], [1, 3], (1, 3))
+    layers, labels = pack_maps([one, two], [1, 3])
     assert layers.tolist() == [[[1, 2, 2]]]
     assert (labels.tolist(), layers.dtype, labels.dtype) == ([1, 3], torch.int16, torch.int64)
 
 
 def test_maps_that_overlap_get_layers_of_their_own():
     one, two = np.array([[1, 1, 0]]), np.array([[0, 1, 0]])
-    layers, labels = pack_layers([one, two], [2, 2], (1, 3))
+    layers, labels = pack_maps([one, two], [2, 2])
     assert layers.tolist() == [[[1, 1, 0]], [[0, 2, 0]]]
     assert labels.tolist() == [2, 2]
 
 
+def test_without_overlaps_the_first_has_the_pixel():
+    one, two = np.array([[1, 1, 0]]), np.array([[0, 3, 4]])
+    layers, labels = pack_maps([one, two], [1, 2], overlaps=False)
+    assert (layers.tolist(), labels.tolist()) == ([[[1, 1, 2]]], [1, 2])
+
+
+def test_more_than_32767_cells():
+    ids = np.arange(1, 200 * 200 + 1).reshape(200, 200)
+    layers, labels = pack_maps([ids[:100], ids[100:]], [1, 2])
+    assert (layers.dtype, layers.shape, len(labels)) == (torch.int32, (2, 100, 200), 40_000)
+    assert layers[0].flatten().tolist() == list(range(1, 20_001))
+    assert layers[1].flatten().tolist() == list(range(20_001, 40_001))
+
+
+def test_crowds_are_in_coco_alone():
+    sample = make_sample([[[1, 0, 2]]], [3])
+    sample = replace(sample, labels=torch.tensor([3, -3]))
+    assert truth_instances(sample).labels.tolist() == [3]
+    rows = coco_truth([sample], 4)["annotations"]
+    assert [(row["category_id"], row["iscrowd"]) for row in rows] == [(3, 0), (3, 1)]
+
+
 def test_no_maps_give_one_empty_layer():
-    layers, labels = pack_layers([], [], (3, 4))
+    layers, labels = pack_parts([], (3, 4))
     assert (layers.shape, labels.shape) == ((1, 3, 4), (0,))
     assert not layers.any()
 

@@ -30,7 +30,7 @@ def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):
 def test_wrong_folder_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(
-        FileNotFoundError, match=f"expected a folder with train/ and {MAPPING_NAME}"
+        FileNotFoundError, match=f"expected a folder with train/ and one of {MAPPING_NAME}"
     ):
         find_dataset(str(tmp_path))
 

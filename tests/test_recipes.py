@@ -6,8 +6,8 @@ import pytest
 from torch.utils.data import Subset
 
 from src_snippets.config import recipe, RECIPES
+from src_snippets.datasets import read_test_mapping
 from src_snippets.predict import predict_images
-from src_snippets.readers import read_test_mapping
 from src_snippets.train import fit, load_trained
 from src_snippets.writers import write_results
 
@@ -35,8 +35,8 @@ def test_recipe_trains_resumes_predicts_and_submits(name, demo_root, demo_sample
     assert len(history) == 2
     assert fit(config, train, val, tmp_path) == history
     images = read_test_mapping(demo_root)
-    answers = predict_images(load_trained(tmp_path / "best.pt", config), images, config)
-    results, archive = write_results(answers, images, tmp_path, config.num_classes)
+    answers = predict_images([load_trained(tmp_path / "best.pt", config)], images, config)
+    results, archive = write_results(answers, images, tmp_path, range(1, 5))
     assert archive.is_file()
     assert {row["image_id"] for row in json.loads(results.read_text())} <= {1, 2, 3}
 

@@ -10,8 +10,11 @@ from src_snippets.rle import (
     encode_crops,
     encode_layers,
     encode_runs,
+    kaggle_text,
     mask_areas,
     paint,
+    pixels_of_kaggle_text,
+    row_major_pixels,
 )
 
 masks = strategies.tuples(strategies.integers(1, 12), strategies.integers(1, 12)).flatmap(
@@ -114,3 +117,14 @@ def test_layers_give_the_mask_of_each_id(seed):
 def test_later_paint_covers_earlier():
     rles = [oracle(np.array([[1, 1, 0]], bool)), oracle(np.array([[0, 1, 1]], bool))]
     assert paint(rles, [5, 6], 1, 3).tolist() == [[5, 6, 6]]
+
+
+def test_kaggle_text_is_row_major_from_one():
+    crop = np.array([[1, 1, 0], [0, 1, 1]], bool)
+    rle = encode_crop(crop, 1, 2, 4, 5)
+    assert kaggle_text(rle) == "8 2 14 2"
+    assert kaggle_text(encode_crop(np.ones((2, 5), bool), 0, 0, 4, 5)) == "1 10"
+    assert kaggle_text(encode_crop(np.zeros((1, 1), bool), 0, 0, 4, 5)) == ""
+    assert row_major_pixels(rle).tolist() == [7, 8, 13, 14]
+    assert pixels_of_kaggle_text("14 2 8 2", 20).tolist() == [7, 8, 13, 14]
+    assert pixels_of_kaggle_text(" ", 20).tolist() == []

@@ -222,7 +222,8 @@ def test_going_on_after_an_epoch_equals_never_stopping(
 
 def test_the_best_weights_answer(finished, parts, tiny_config):
     _, folder = finished
-    model = load_trained(folder / "best.pt", tiny_config)
+    model, own = load_trained(folder / "best.pt", tiny_config)
+    assert own == tiny_config
     answers = validate(model, parts[1], tiny_config)
     assert [a.size for a in answers] == [s.size for s in parts[1]]
     scores = average_precision(coco_truth(parts[1], 4), by_image_id(answers))

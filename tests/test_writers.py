@@ -5,16 +5,19 @@ import zipfile
 import numpy as np
 import pytest
 
+from src_snippets.datasets import ImageRecord
 from src_snippets.evaluate import coco_results
-from src_snippets.forms import truth_instances
-from src_snippets.readers import ImageRecord
+from src_snippets.forms import Instances, truth_instances
+from src_snippets.rle import encode_crop
 from src_snippets.writers import (
     BadResults,
     check_entry,
     check_results,
     check_rle,
     check_zip,
+    write_cell_folder,
     write_results,
+    write_submissions,
 )
 from tests.conftest import empty_sample, make_sample
 
@@ -33,7 +36,7 @@ def answers():
 
 
 def test_the_written_files_are_a_valid_submission(answers, tmp_path, capsys):
-    results, archive = write_results(answers, IMAGES, tmp_path, 4)
+    results, archive = write_results(answers, IMAGES, tmp_path, CLASSES)
     assert (results.name, archive.name) == ("test-results.json", "test-results.zip")
     (entry,) = json.loads(results.read_text())
     assert (entry["image_id"], entry["category_id"], entry["score"]) == (5, 2, 1.0)
@@ -42,7 +45,7 @@ def test_the_written_files_are_a_valid_submission(answers, tmp_path, capsys):
     with zipfile.ZipFile(archive) as file:
         assert file.namelist() == ["test-results.json"]
     assert "1 cells in 2 images (1 without any)" in capsys.readouterr().out
-    assert check_results(results, IMAGES, 4) == [9]
+    assert check_results(results, IMAGES, CLASSES) == [9]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["test-results.json", "test-results.zip"]
 
 
@@ -50,22 +53,23 @@ def test_no_detections_at_all_is_a_valid_file(tmp_path):
     answers = {
         image.image_id: truth_instances(empty_sample(image.height, image.width)) for image in IMAGES
     }
-    results, _ = write_results(answers, IMAGES, tmp_path, 4)
+    results, _ = write_results(answers, IMAGES, tmp_path, CLASSES)
     assert json.loads(results.read_text()) == []
 
 
 def test_a_missing_answer_is_refused_and_the_old_file_stays(answers, tmp_path):
-    results, _ = write_results(answers, IMAGES, tmp_path, 4)
+    results, _ = write_results(answers, IMAGES, tmp_path, CLASSES)
     before = results.read_bytes()
     with pytest.raises(BadResults, match="No answer for 1 images, the first with id 9"):
-        write_results({5: answers[5]}, IMAGES, tmp_path, 4)
-    with pytest.raises(BadResults, match=r"expected 1\.\.1"):
-        write_results(answers, IMAGES, tmp_path, 1)
+        write_results({5: answers[5]}, IMAGES, tmp_path, CLASSES)
+    with pytest.raises(BadResults, match="category_id 2; expected one of 1"):
+        write_results(answers, IMAGES, tmp_path, [1])
     assert results.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
 
 
 ENTRY = coco_results({5: found_cell()})[0]
+CLASSES = range(1, 5)
 SIZES = {5: (20, 30)}
 BAD_RLE = {
     "size": dict(size=[30, 20]),
@@ -76,7 +80,7 @@ BAD_RLE = {
 
 
 def test_a_right_entry_passes():
-    assert check_entry(ENTRY, SIZES, 4) is None
+    assert check_entry(ENTRY, SIZES, CLASSES) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,7 @@ def test_a_right_entry_passes():
     [
         (dict(image_id=[5]), "image_id [5] is"),
         (dict(image_id=6), "image_id 6 is not in the mapping"),
-        (dict(category_id=5), "category_id 5; expected 1..4"),
+        (dict(category_id=5), "category_id 5; expected one of 1, 2, 3, 4"),
         (dict(category_id=0), "category_id 0"),
         (dict(category_id=True), "category_id True"),
         (dict(score=float("nan")), "score nan"),
@@ -100,7 +104,7 @@ def test_a_right_entry_passes():
     ],
 )
 def test_each_rule_catches_its_breach(change, problem):
-    assert problem in check_entry(ENTRY | change, SIZES, 4)
+    assert problem in check_entry(ENTRY | change, SIZES, CLASSES)
 
 
 @pytest.mark.parametrize("name", BAD_RLE)
@@ -110,25 +114,25 @@ def test_wrong_run_lengths_are_caught(name):
 
 
 def test_entries_that_lack_a_key_are_caught():
-    assert "expected an object with bbox" in check_entry({"image_id": 5}, SIZES, 4)
-    assert "expected an object" in check_entry([], SIZES, 4)
+    assert "expected an object with bbox" in check_entry({"image_id": 5}, SIZES, CLASSES)
+    assert "expected an object" in check_entry([], SIZES, CLASSES)
 
 
 def test_files_that_are_no_results(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("{")
     with pytest.raises(BadResults, match="not JSON"):
-        check_results(path, IMAGES, 4)
+        check_results(path, IMAGES, CLASSES)
     path.write_text("{}")
     with pytest.raises(BadResults, match="expected a list"):
-        check_results(path, IMAGES, 4)
+        check_results(path, IMAGES, CLASSES)
     path.write_text(json.dumps([ENTRY, ENTRY | {"score": 2}]))
     with pytest.raises(BadResults, match="entry 1: score 2"):
-        check_results(path, IMAGES, 4)
+        check_results(path, IMAGES, CLASSES)
 
 
 def test_zips_with_other_content_are_refused(answers, tmp_path):
-    results, archive = write_results(answers, IMAGES, tmp_path, 4)
+    results, archive = write_results(answers, IMAGES, tmp_path, CLASSES)
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("notes.txt", "x")
     with pytest.raises(BadResults, match=r"expected only test-results\.json"):
@@ -137,3 +141,26 @@ def test_zips_with_other_content_are_refused(answers, tmp_path):
         file.writestr("test-results.json", "[]")
     with pytest.raises(BadResults, match="differs"):
         check_zip(archive, results)
+
+
+def test_submissions_in_both_forms(tmp_path):
+    square = encode_crop(np.ones((2, 2), bool), 0, 0, 6, 8)
+    wide = encode_crop(np.ones((1, 4), bool), 1, 0, 6, 8)
+    boxes = np.array([[0, 0, 2, 2], [0, 1, 4, 2]], np.float32)
+    scores, labels = np.array([0.4, 0.9], np.float32), np.ones(2, np.int64)
+    found = Instances(boxes, scores, labels, [square, wide], (6, 8))
+    images = [ImageRecord(Path(f"{name}.png"), k, 6, 8) for k, name in enumerate("ab", start=1)]
+    answers = {1: found, 2: found.select(found.scores > 1)}
+    plain, indexed = write_submissions(answers, images, tmp_path)
+    assert plain.read_text().split() == ["id,predicted", "a,1", "2", "a,9", "4", "b,"]
+    assert indexed.read_text().splitlines() == ["idx,id,annotation", "0,a,1 2", "1,a,9 4", "2,b,-1"]
+    with pytest.raises(BadResults, match="No answer for 1 images"):
+        write_submissions({1: found}, images, tmp_path)
+
+
+def test_folders_cannot_hold_overlaps_of_one_class(tmp_path):
+    with pytest.raises(ValueError, match="cells of class 2 overlap"):
+        write_cell_folder(make_sample([[[1, 1]], [[0, 1]]], [2, 2]), tmp_path)
+    crowd = make_sample([[[1, 1]]], [-2])
+    with pytest.raises(ValueError, match="a crowd"):
+        write_cell_folder(crowd, tmp_path)

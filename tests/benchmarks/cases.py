@@ -8,6 +8,7 @@ functions as their tutorials use them: one boolean mask an instance, `COCOeval`.
 import atexit
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 import io
 import json
 from pathlib import Path
@@ -34,6 +35,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from src_snippets.config import Config, recipe
+from src_snippets.datasets import CellDataset, CellSamples, ImageRecord, read_named_folder
 from src_snippets.evaluate import average_precision, coco_results
 from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.fusion import mask_nms
@@ -46,7 +48,7 @@ from src_snippets.model import (
     paste_masks,
 )
 from src_snippets.predict import predict_images
-from src_snippets.readers import CellFolders, ImageRecord, read_cell_folder, read_image
+from src_snippets.readers import read_cell_folder, read_image
 from src_snippets.rle import encode_crops
 from src_snippets.train import build_optimizer, train_epoch, training_loader, TrainingRun
 from src_snippets.transforms import (
@@ -411,7 +413,11 @@ def training(side: str, device: str, times: int) -> Callable:
         def epoch():
             stock_epoch(model, waited(loader, spent), device, precision)
     else:
-        samples = CellFolders([folder] * count, 4, 4.0)
+        categories = {k: f"class{k}" for k in range(1, 5)}
+        names = [folder.name] * count
+        read = partial(read_named_folder, folder.parent, 4, True)
+        dataset = CellDataset(folder.parent, "folders", names, read, categories, [], {})
+        samples = CellSamples(dataset, 4.0)
         run = TrainingRun(
             config, new_folder(), training_loader(samples, config, torch.device(device))
         )
@@ -489,7 +495,7 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
         if side == "stock":
             rows = stock_answers(model, records, config, device)
         else:
-            rows = coco_results(predict_images(model, records, config))
+            rows = coco_results(predict_images([(model, config)], records, config))
         path.write_text(json.dumps(rows))
         seconds = time.perf_counter() - start
         return {"images/s": len(records) / seconds, "detections": len(rows)}

@@ -1,0 +1,529 @@
+"""Datasets: three layouts on disk as one `CellDataset`; samples, splits and folds."""
+
+# %% [markdown]
+# ## What lies on disk?
+# One of three layouts, told by the file that holds the truth:
+# - **folders**: `train/<name>/image.tif` with `class1.tif .. class4.tif` beside it (pixel = id of
+#   the cell; an absent class has no file), `test_release/` and a mapping from its images to ids;
+# - **table**: `train.csv` with an instance a row as run lengths, pictures in `train/` and `test/`;
+# - **COCO**: `train.json` with polygons or run lengths, pictures in `train/` and `test/`.
+
+# %%
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+import csv
+from dataclasses import dataclass
+from functools import partial
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pycocotools.mask
+import torch
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
+from src_snippets.config import Config
+from src_snippets.forms import CellSample, pack_parts
+from src_snippets.places import coco_file, MAPPING_NAME, written_whole
+from src_snippets.readers import BadInput, read_cell_folder, read_image
+from src_snippets.rle import pixels_of_kaggle_text, row_major_pixels
+
+
+# %%
+class ImageRecord(NamedTuple):
+    """A test image: where it lies, its id in the results and its size in pixels."""
+
+    path: Path
+    image_id: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class CellDataset:
+    """What lies on disk, whatever its layout.
+
+    Attributes:
+        root: its folder.
+        layout: `folders`, `table` or `coco`.
+        names: the training images, unique.
+        read: name -> `CellSample`; raises BadInput.
+        categories: names of the classes 1..C by the ids that results carry, ascending.
+        test_images: those to answer.
+        groups: the group of each image that belongs to one; a group is never split.
+    """
+
+    root: Path
+    layout: str
+    names: list[str]
+    read: Callable[[str], CellSample]
+    categories: dict[int, str]
+    test_images: list[ImageRecord]
+    groups: Mapping[str, str]
+
+
+# %%
+def open_dataset(root: Path, config: Config) -> CellDataset:
+    """Lists a dataset; `num_classes` is read for folders alone, the others say it themselves.
+
+    Raises:
+        BadInput: a file is missing or not what it should be.
+    """
+    if (root / MAPPING_NAME).is_file():
+        return open_folders(root, config)
+    if (root / "train.csv").is_file():
+        return open_table(root, config)
+    return open_coco(root, config)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a mark at its beginning. Raises BadInput."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+# %%
+def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """Reads `groups.csv`, columns `name` and `group`, if there is one: patients, slides, wells.
+
+    Raises:
+        BadInput: other columns, or an image that is not there.
+    """
+    path = root / "groups.csv"
+    if not path.is_file():
+        return {}
+    rows = list(csv.DictReader(read_text(path).splitlines()))
+    if not rows or not {"name", "group"} <= set(rows[0]):
+        raise BadInput(f"{path}: expected the columns name and group, and a row an image.")
+    groups = {row["name"]: row["group"] for row in rows}
+    if unknown := sorted(set(groups) - set(names)):
+        raise BadInput(f"{path}: {unknown[0]!r} is no training image; such as {names[0]!r} is.")
+    return groups
+
+
+# %%
+def open_folders(root: Path, config: Config) -> CellDataset:
+    """The layout of folders."""
+    names = [folder.name for folder in training_folders(root)]
+    read = partial(read_named_folder, root / "train", config.num_classes, config.overlaps)
+    categories = {k: f"class{k}" for k in range(1, config.num_classes + 1)}
+    images, groups = read_test_mapping(root), read_groups(root, names)
+    return CellDataset(root, "folders", names, read, categories, images, groups)
+
+
+def read_named_folder(parent: Path, num_classes: int, overlaps: bool, name: str) -> CellSample:
+    """`read_cell_folder` with the name last."""
+    return read_cell_folder(parent / name, num_classes, overlaps)
+
+
+# %%
+def training_folders(root: Path) -> list[Path]:
+    """The folders in `train/`, by name.
+
+    Raises:
+        BadInput: there are none.
+    """
+    folders = sorted(p for p in (root / "train").iterdir() if p.is_dir() and p.name[0] != ".")
+    if not folders:
+        raise BadInput(f"{root / 'train'}: no folders; expected one a training image.")
+    return folders
+
+
+# %%
+def read_test_mapping(root: Path) -> list[ImageRecord]:
+    """Reads `test_image_name_to_ids.json` and checks it against the files in `test_release/`.
+
+    Raises:
+        BadInput: not such a mapping; duplicated ids or names; a name that leaves the folder; an
+            image that is missing or whose size is not the stated one.
+    """
+    path = root / MAPPING_NAME
+    images = list_images(read_json(path), path, root / "test_release")
+    for image in images:
+        check_image(image, path)
+    return images
+
+
+def read_json(path: Path):
+    """Reads JSON. Raises BadInput."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error}). Copy or export it again.") from error
+
+
+# %%
+def list_images(entries, path: Path, folder: Path) -> list[ImageRecord]:
+    """The images that a JSON file lists.
+
+    Args:
+        entries: objects with file_name, id, height and width, as read; path: of that file.
+        folder: where the images lie; names may lead into its folders, never out of it.
+
+    Raises:
+        BadInput: not such objects, none at all, ids or names that occur twice, such a name.
+    """
+    try:
+        rows = [(e["file_name"], e["id"], e["height"], e["width"]) for e in entries]
+    except (TypeError, KeyError) as error:
+        raise BadInput(
+            f"{path}: {type(error).__name__}: {error}; expected a JSON list of objects with "
+            "file_name, id, height and width."
+        ) from error
+    if not rows:
+        raise BadInput(f"{path}: lists no images; expected at least one.")
+    for name, *numbers in rows:
+        if not isinstance(name, str) or any(type(n) is not int for n in numbers):
+            raise BadInput(f"{path}: entry {name!r}, {numbers}; expected a name and whole numbers.")
+        parts = Path(name).parts
+        if not parts or ".." in parts or Path(name).is_absolute() or "\\" in name:
+            raise BadInput(f"{path}: file name {name!r}; expected a plain name below {folder}.")
+    for what, column in (("id", 1), ("file_name", 0)):
+        value, times = Counter(row[column] for row in rows).most_common(1)[0]
+        if times > 1:
+            raise BadInput(f"{path}: {what} {value!r} occurs twice; expected each once.")
+    return [ImageRecord(folder / name, *numbers) for name, *numbers in rows]
+
+
+# %%
+def check_image(image: ImageRecord, stated_in: Path) -> np.ndarray:
+    """Reads an image, (3, H, W) uint8; BadInput where it is missing or has another size."""
+    if not image.path.is_file():
+        raise BadInput(
+            f"{image.path}: is not there, but {stated_in} lists it as {image.image_id}. Add it or "
+            "correct the name."
+        )
+    pixels = read_image(image.path)
+    if pixels.shape[1:] != (image.height, image.width):
+        raise BadInput(
+            f"{image.path}: {pixels.shape[1:]} (H, W), but {stated_in} says "
+            f"{(image.height, image.width)}. Correct the one that is wrong."
+        )
+    return pixels
+
+
+# %% [markdown]
+# Tables are those of the Sartorius competition: `id`, `annotation` (pairs of start and length, row
+# by row, the first pixel being 1), `width`, `height`, `cell_type`; as many rows as cells.
+
+# %%
+PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+
+
+def picture_of(folder: Path, name: str, listed_in: Path) -> Path:
+    """The picture of a name without suffix. Raises BadInput."""
+    if not name or Path(name).name != name or "\\" in name:
+        raise BadInput(f"{listed_in}: id {name!r}; expected a plain name without folders.")
+    path = next((p for end in PICTURES if (p := folder / f"{name}{end}").is_file()), None)
+    if path is None:
+        raise BadInput(
+            f"{folder / name}.png: is not there, but {listed_in} lists {name!r}. Add the picture "
+            f"({', '.join(PICTURES)}) or remove the row."
+        )
+    return path
+
+
+def read_rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file with at least these columns. Raises BadInput."""
+    csv.field_size_limit(2**31 - 1)  # a large cell has long run lengths
+    try:
+        rows = list(csv.DictReader(read_text(path).splitlines(), strict=True))
+    except csv.Error as error:
+        raise BadInput(f"{path}: not CSV ({error}). Copy or export it again.") from error
+    found = set(rows[0]) if rows else set()
+    if not columns <= found:
+        there = ", ".join(sorted(map(str, found))) or "no rows"
+        raise BadInput(f"{path}: {there}; expected the columns {', '.join(sorted(columns))}.")
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise BadInput(f"{path}: row {number}: not as many values as columns.")
+    return rows
+
+
+# %%
+def open_table(root: Path, config: Config) -> CellDataset:
+    """The layout of tables."""
+    path, by_name, groups = root / "train.csv", {}, {}
+    for row in read_rows(path, {"id", "annotation"}):
+        by_name.setdefault(row["id"], []).append(row)
+        if row.get("sample_id"):  # Sartorius: the well that an image was taken of
+            groups[row["id"]] = row["sample_id"]
+    kinds = sorted({row.get("cell_type", "cell") for rows in by_name.values() for row in rows})
+    categories = dict(enumerate(kinds, start=1))
+    read = partial(read_table_sample, root, by_name, kinds, config.overlaps)
+    names = sorted(by_name)
+    groups |= read_groups(root, names)
+    return CellDataset(root, "table", names, read, categories, table_test_images(root), groups)
+
+
+def table_test_images(root: Path) -> list[ImageRecord]:
+    """The images of `sample_submission.csv`, else all pictures in `test/`, numbered from 1."""
+    path, folder = root / "sample_submission.csv", root / "test"
+    if path.is_file():
+        names = dict.fromkeys(row["id"] for row in read_rows(path, {"id"}))
+        paths = [picture_of(folder, name, path) for name in names]
+    else:
+        there = sorted(folder.iterdir()) if folder.is_dir() else []
+        paths = [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
+    sizes = [read_image(p).shape[1:] for p in paths]
+    rows = enumerate(zip(paths, sizes, strict=True), start=1)
+    return [ImageRecord(p, number, *size) for number, (p, size) in rows]
+
+
+# %%
+def read_table_sample(
+    root: Path, by_name: Mapping[str, Sequence[dict]], kinds: Sequence[str], overlaps: bool, name
+) -> CellSample:
+    """One image of a table. Raises BadInput."""
+    table = root / "train.csv"
+    path = picture_of(root / "train", name, table)
+    image = read_image(path)
+    size, parts = image.shape[1:], []
+    for row in by_name[name]:
+        stated = row.get("height") or str(size[0]), row.get("width") or str(size[1])
+        if stated != tuple(map(str, size)):
+            raise BadInput(
+                f"{path}: {size} (H, W), but {table} says {stated}. Correct the one that is wrong."
+            )
+        try:
+            places = pixels_of_kaggle_text(row["annotation"], size[0] * size[1])
+        except ValueError as error:
+            raise BadInput(f"{table}: an annotation of {name!r}: {error}. Correct it.") from error
+        label = kinds.index(row.get("cell_type", "cell")) + 1
+        parts.append((places, np.ones(len(places), np.int64), label))
+    return CellSample(torch.from_numpy(image), *pack_parts(parts, size, overlaps), path.name)
+
+
+# %% [markdown]
+# COCO files give each cell as polygons or as run lengths, plain or compressed. A crowd is an area
+# of cells that nobody told apart: nothing is learned from it, what is found in it is not scored.
+
+
+# %%
+def is_polygon(values) -> bool:
+    """Whether it is a list of x, y, x, y, .. of three finite points or more."""
+    numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
+    return numbers and len(values) >= 6 and len(values) % 2 == 0 and np.isfinite(values).all()
+
+
+def coco_pixels(segmentation, height: int, width: int) -> np.ndarray:
+    """(A,) int64, the row-major pixel offsets of a COCO segmentation.
+
+    Args:
+        segmentation: polygons (lists of x, y, ..), or an RLE with counts as text or numbers.
+
+    Raises:
+        ValueError: it is neither, or does not fit the image.
+    """
+    rle = segmentation
+    if isinstance(segmentation, list):
+        if not segmentation:
+            raise ValueError("no polygon")
+        if wrong := [polygon for polygon in segmentation if not is_polygon(polygon)]:
+            raise ValueError(f"polygon {str(wrong[0])[:60]}; expected x, y of 3 points or more")
+        inside = [np.clip(p, -1, 2 * max(height, width)).tolist() for p in segmentation]
+        rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(inside, height, width))
+    if not isinstance(rle, dict) or not {"size", "counts"} <= set(rle):
+        raise ValueError(f"segmentation {str(rle)[:60]}; expected polygons or size and counts")
+    if list(rle["size"]) != [height, width]:
+        raise ValueError(f"segmentation size {rle['size']}, image size {[height, width]}")
+    return row_major_pixels(rle)
+
+
+# %%
+def open_coco(root: Path, config: Config) -> CellDataset:
+    """The layout of COCO files."""
+    path, folder = coco_file(root, "train")
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise BadInput(f"{path}: expected an object with images, annotations and categories.")
+    records = list_images(content["images"], path, folder)
+    try:
+        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
+        by_image = {record.image_id: [] for record in records}
+        for row in content["annotations"]:
+            by_image[row["image_id"]].append(row)
+            categories[row["category_id"]], row["segmentation"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{path}: {type(error).__name__}: {error}; not a COCO file.") from error
+    known = {str(record.path.relative_to(folder)): record for record in records}
+    order = sorted(categories)
+    read = partial(read_coco_sample, known, by_image, order, path, config.overlaps)
+    names, tested = sorted(known), coco_file(root, "test")
+    if tested:
+        listed = read_json(tested[0])
+        entries = listed.get("images") if isinstance(listed, dict) else None
+        images = list_images(entries, *tested)
+        for image in images:
+            check_image(image, tested[0])
+    else:
+        images = table_test_images(root)
+    ordered = {key: categories[key] for key in order}
+    return CellDataset(root, "coco", names, read, ordered, images, read_groups(root, names))
+
+
+# %%
+def read_coco_sample(
+    known: Mapping[str, ImageRecord],
+    by_image: Mapping[int, Sequence[dict]],
+    order: Sequence[int],
+    path: Path,
+    overlaps: bool,
+    name: str,
+) -> CellSample:
+    """One image of a COCO file. Raises BadInput."""
+    record, parts = known[name], []
+    image = check_image(record, path)
+    for row in by_image[record.image_id]:
+        try:
+            places = coco_pixels(row["segmentation"], record.height, record.width)
+        except (ValueError, TypeError, KeyError) as error:
+            raise BadInput(f"{path}: annotation {row.get('id')}: {error}. Correct it.") from error
+        label = order.index(row["category_id"]) + 1
+        label = -label if row.get("iscrowd") else label
+        parts.append((places, np.ones(len(places), np.int64), label))
+    parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
+    packed = pack_parts(parts, image.shape[1:], overlaps)
+    return CellSample(torch.from_numpy(image), *packed, name)
+
+
+# %% [markdown]
+# Every training image is read once before training, so that a bad file shows in the first minute
+# and not in the third epoch. What fits the memory budget stays decoded.
+
+
+# %%
+class CellSamples(Sequence):
+    """The training images of a dataset, decoded ones kept up to a budget.
+
+    Args:
+        dataset: where they come from.
+        cache_gb: 1e9 bytes of decoded images that stay in memory; the rest is read on demand.
+
+    Raises:
+        BadInput: on construction, which reads all of them: the first bad one, or no cells at all.
+    """
+
+    def __init__(self, dataset: CellDataset, cache_gb: float):
+        self.dataset, self.names = dataset, dataset.names
+        self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
+        self._kept, left, digest = {}, cache_gb * 1e9, hashlib.sha256()
+        for index, name in enumerate(tqdm(self.names, desc="reading", unit="image")):
+            sample = dataset.read(name)
+            cells = sample.labels[sample.labels > 0]
+            self.counts[index] = np.bincount(cells, minlength=len(dataset.categories) + 1)
+            for part in (sample.image, sample.layers, sample.labels):
+                digest.update(part.numpy().tobytes())
+            left -= sample.image.nbytes + sample.layers.nbytes
+            if left >= 0:
+                self._kept[index] = sample
+        self.digest = digest.hexdigest()  # changes with any pixel, id or class
+        if not self.counts.any():
+            raise BadInput(f"{dataset.root}: no cells in any training image; expected some.")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> CellSample:
+        if index not in self._kept:
+            return self.dataset.read(self.names[index])
+        return self._kept[index]
+
+
+# %% [markdown]
+# Images are split, not cells; images of one group (a patient, a slide) stay on one side. Folds
+# measure every training image once, by a model that never saw it.
+
+
+# %%
+def shuffled_groups(names: Sequence[str], groups: Mapping[str, str], seed: int) -> list[list[str]]:
+    """The names by group in random order; a name without a group is one of its own."""
+    members = {}
+    for name in sorted(names):
+        key = ("group", groups[name]) if name in groups else ("image", name)
+        members.setdefault(key, []).append(name)
+    order = np.random.default_rng(seed).permutation(len(members))
+    listed = list(members.values())
+    return [listed[i] for i in order]
+
+
+# %%
+def split_images(
+    names: Sequence[str], val_fraction: float, seed: int, groups: Mapping[str, str] | None = None
+) -> dict[str, list[str]]:
+    """Splits images, not cells, into a training and a validation part.
+
+    Args:
+        names: unique image names; their order does not matter.
+        val_fraction: share for validation, rounded; at least one image where it is over 0, and
+            at least one image is left for training. Groups may make it more.
+        seed: the same seed and names give the same parts.
+        groups: the group of each name that has one; a group is never split.
+
+    Returns:
+        `{"train": [...], "val": [...]}`, each sorted.
+    """
+    wanted = max(round(len(names) * val_fraction), 1) if val_fraction > 0 else 0
+    val = []
+    parts = shuffled_groups(names, groups or {}, seed)
+    while len(val) < wanted and len(parts) > 1:
+        val += parts.pop(0)
+    return {"train": sorted(name for part in parts for name in part), "val": sorted(val)}
+
+
+# %%
+def fold_images(
+    names: Sequence[str], folds: int, seed: int, groups: Mapping[str, str] | None = None
+) -> list[dict[str, list[str]]]:
+    """Splits as from `split_images`, one a fold; each name is in the validation part of one.
+
+    Raises:
+        ValueError: fewer groups than folds.
+    """
+    parts = shuffled_groups(names, groups or {}, seed)
+    if len(parts) < folds:
+        raise ValueError(f"folds={folds}: there are {len(parts)} images or groups; lower it.")
+    held = [[] for _ in range(folds)]
+    for part in sorted(parts, key=len, reverse=True):  # stable: equal ones stay shuffled
+        min(held, key=len).extend(part)
+    return [{"train": sorted(set(names) - set(val)), "val": sorted(val)} for val in held]
+
+
+# %%
+def channel_statistics(samples: Sequence[CellSample]) -> dict[str, list[float]]:
+    """`pixel_mean` and `pixel_std` of some images as settings: R, G, B, 0..1, over all pixels."""
+    sums = torch.zeros(3, 3, dtype=torch.float64)
+    for sample in samples:
+        pixels = sample.image.flatten(1).double() / 255
+        sums += torch.stack([pixels.sum(1), pixels.square().sum(1), torch.ones_like(pixels).sum(1)])
+    mean, square = sums[0] / sums[2], sums[1] / sums[2]
+    std = (square - mean.square()).clamp(min=0.001**2).sqrt()
+    values = {"pixel_mean": mean, "pixel_std": std}
+    return {name: [round(v, 3) for v in value.tolist()] for name, value in values.items()}
+
+
+# %%
+def choose_splits(dataset: CellDataset, config: Config) -> dict[int, dict[str, list[str]]]:
+    """The splits to train on, by the number of the fold; 0 where there are no folds."""
+    names, groups = dataset.names, dataset.groups
+    if config.folds == 1:
+        return {0: split_images(names, config.val_fraction, config.seed, groups)}
+    splits = dict(enumerate(fold_images(names, config.folds, config.seed, groups), start=1))
+    return {fold: split for fold, split in splits.items() if config.fold in (0, fold)}
+
+
+def pick(samples: CellSamples, names: Sequence[str]) -> Subset:
+    """The samples of some names, in the order of the names."""
+    places = {name: index for index, name in enumerate(samples.names)}
+    return Subset(samples, [places[name] for name in names])
+
+
+def write_json(content, path: Path) -> None:
+    """Writes JSON, whole or not at all."""
+    with written_whole(path) as partial_file:
+        partial_file.write_text(json.dumps(content))
