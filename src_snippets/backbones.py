@@ -1,10 +1,8 @@
-"""Feature extractors with a feature pyramid, and the search for their weights."""
+"""Feature extractors with a feature pyramid: trunks of torchvision and timm, attention, norms."""
 
 # %% [markdown]
-# ## Which trunk, and where do its weights come from?
-# A trunk trained on ImageNet, with a feature pyramid (FPN, arXiv:1612.03144) on top. Weights are
-# looked for on disk first, so that the notebook works with the internet off; a run never starts
-# from random weights unless `weights="none"` says so.
+# ## What looks at the image?
+# A trunk trained on ImageNet, with a feature pyramid (FPN, arXiv:1612.03144) on top.
 
 # %%
 from collections import OrderedDict
@@ -12,18 +10,18 @@ from collections.abc import Sequence
 import math
 from pathlib import Path
 
-from safetensors.torch import load_file
 import timm
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 import torch
 from torch import nn, Tensor
 from torchvision.models import get_model, get_model_weights
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from src_snippets.config import Config
+from src_snippets.weights import attached_file, ATTACHED_FOLDERS, read_weights, WeightsNotFound
 
 # %% [markdown]
 # torchvision's trunks by name, and any of timm's behind `timm:`, such as
@@ -41,89 +39,18 @@ STAGES = {
 COCO_WEIGHTS = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
 
 
+def trunk_strides(config: Config) -> list[int]:
+    """Strides of the pyramid's levels that the trunk gives; one above comes from pooling."""
+    return [stride for stride in config.pyramid if stride <= (16 if config.fine_stem else 32)]
+
+
 def published_weights(name: str):
-    """The member of torchvision's weights enum for a trunk; None for `resnet10`."""
-    if name == "resnet10":
+    """The member of torchvision's weights enum for a trunk; None where there is none."""
+    if name in ("resnet10", "resnet50_v1"):
         return None
     if name == "resnet50_v2":
         return get_model_weights("resnet50").IMAGENET1K_V2
     return get_model_weights(name).IMAGENET1K_V1
-
-
-# %%
-class WeightsNotFound(FileNotFoundError):
-    """Asked-for weights cannot be had; the message says where they were looked for."""
-
-
-ATTACHED_FOLDERS = ("/kaggle/input",)
-
-
-def attached_file(name: str, attached: Sequence[str]) -> Path | None:
-    """The first file of a name below some folders, at any depth."""
-    return next((path for folder in attached for path in Path(folder).rglob(name)), None)
-
-
-# %%
-def find_weights(published, attached: Sequence[str] = ATTACHED_FOLDERS) -> Path:
-    """Finds published weights on disk, else downloads them.
-
-    Args:
-        published: a member of a torchvision weights enum.
-        attached: folders that are searched at any depth for a file of the published name.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        WeightsNotFound: neither on disk nor to be downloaded.
-    """
-    name = published.url.rsplit("/", 1)[-1]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if cached.is_file():
-        return cached
-    if path := attached_file(name, attached):
-        return path
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    digest = name.rsplit("-", 1)[-1].removesuffix(".pth")
-    try:
-        torch.hub.download_url_to_file(published.url, str(cached), hash_prefix=digest)
-    except (OSError, RuntimeError) as error:
-        looked = "\n".join(["", str(cached), *(f"{folder}/**/{name}" for folder in attached)])
-        raise WeightsNotFound(
-            f"Weights {published} are not on this machine and cannot be downloaded ({error}). "
-            f"Looked for:{looked}\nOn Kaggle, add {name} as an input or turn the internet on; "
-            f"elsewhere, put the file from {published.url} in one of these places or set "
-            'weights to its path. weights="none" starts from random weights.'
-        ) from error
-    return cached
-
-
-# %%
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict without running any code from the file.
-
-    Returns:
-        Names to tensors; of a checkpoint of this notebook, its model.
-
-    Raises:
-        WeightsNotFound: there is no such file.
-        ValueError: the file holds something else.
-    """
-    if not Path(path).is_file():
-        raise WeightsNotFound(
-            f"weights={str(path)!r}: no such file. Expected imagenet, coco, none or the path of a "
-            "state dict (.pth, .pt, .safetensors)."
-        )
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises many types; each means a bad file
-        raise ValueError(f"{path}: not a state dict that can be loaded safely ({error})") from error
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a state dict, names to tensors.")
-    return state
 
 
 # %% [markdown]
@@ -248,15 +175,34 @@ def build_trunk(config: Config, weights: Path | None) -> nn.Module:
     if name == "resnet10":
         whole = ResNet(BasicBlock, [1, 1, 1, 1])  # arXiv:1512.03385; nobody publishes weights
     else:
-        whole = get_model("resnet50" if name == "resnet50_v2" else name, weights=None)
+        whole = get_model("resnet50" if name.startswith("resnet50_v") else name, weights=None)
     if weights is not None:
         load_classifier(whole, read_weights(weights), name)
     children = dict((whole.features if hasattr(whole, "features") else whole).named_children())
     known = next(names for prefix, names in STAGES.items() if name.startswith(prefix))
-    stages = [known[(2, 4, 8, 16, 32).index(s)] for s in config.pyramid if s <= 32]
+    strides = (1, 2, 4, 8, 16) if config.fine_stem else (2, 4, 8, 16, 32)
+    stages = [known[strides.index(stride)] for stride in trunk_strides(config)]
     if None in stages:
         raise ValueError(f"pyramid={config.pyramid}: {name} has no features with stride 2.")
-    return Trunk(children, stages, known[1:])
+    trunk = Trunk(children, stages, known[1:])
+    if config.fine_stem:
+        refine_stem(trunk)
+    if name == "resnet50_v1":
+        for block in trunk.modules():
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    return trunk
+
+
+def refine_stem(trunk: nn.Module) -> None:
+    """Halves the stride of a stem, weights kept: of a ResNet's pooling, else of the first layer."""
+    if hasattr(trunk, "maxpool"):
+        trunk.maxpool.stride = 1
+        return
+    first = next(layer for layer in trunk.modules() if isinstance(layer, nn.Conv2d))
+    first.stride = (first.stride[0] // 2, first.stride[1] // 2)
+    if first.kernel_size == (4, 4):  # the patches of ConvNeXt now overlap by half
+        first.padding = (1, 1)
 
 
 # %%
@@ -292,7 +238,7 @@ def build_timm_trunk(config: Config, weights: Path | None, attached=ATTACHED_FOL
         WeightsNotFound: they cannot be had.
         ValueError: no such model, or a stride that it cannot give.
     """
-    name, strides = config.backbone.removeprefix("timm:"), [s for s in config.pyramid if s <= 32]
+    name, strides = config.backbone.removeprefix("timm:"), trunk_strides(config)
     options = dict(strict_img_size=False) if name.startswith("swin") else {}
     files = (attached_file(name + end, attached) for end in (".safetensors", ".pth", ".bin"))
     if config.weights == "imagenet":
@@ -382,7 +328,7 @@ def build_backbone(config: Config, weights: Path | None) -> Backbone:
     """
     build = build_timm_trunk if config.backbone.startswith("timm:") else build_trunk
     body = build(config, weights).eval()
-    plain = [nn.Identity() for stride in config.pyramid if stride <= 32]
+    plain = [nn.Identity() for stride in trunk_strides(config)]
     try:
         with torch.no_grad():
             seen = body(torch.zeros(1, 3, 64, 64), plain)
@@ -397,7 +343,7 @@ def build_backbone(config: Config, weights: Path | None) -> Backbone:
     fpn = FeaturePyramidNetwork(
         channels,
         config.fpn_channels,
-        LastLevelMaxPool() if config.pyramid[-1] > 32 else None,
-        nn.BatchNorm2d,
+        LastLevelMaxPool() if len(config.pyramid) > len(channels) else None,
+        nn.BatchNorm2d if config.head_norm == "batch" else None,
     )
     return Backbone(body, attention, fpn, config.fpn_channels)

@@ -25,12 +25,14 @@ def one_of(default, *others):
 
 # %%
 # Trunks of torchvision. resnet10 is small enough for a CPU and has no published weights;
-# resnet50_v2 is resnet50 with the weights of torchvision's newer training.
+# resnet50_v2 is resnet50 with the weights of torchvision's newer training, resnet50_v1 has its
+# strides where the first paper and most checkpoints of detectron2 have them.
 TRUNKS = (
     "resnet10",
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet50_v1",
     "resnet50_v2",
     "resnet101",
     "resnext50_32x4d",
@@ -76,25 +78,39 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings(DataSettings):
-    """Trunk, pyramid, anchors and heads."""
+    """Trunk, pyramid, anchors and heads.
+
+    Of several `short_sides` training draws one a batch, and prediction takes the last; the longer
+    side becomes at most twice as long.
+    """
 
     backbone: str = "resnet50"  # one of TRUNKS above, or timm:<a name of timm>
     weights: str = "imagenet"  # imagenet, coco, none, or a file. coco is data beyond ImageNet
     trained_stages: int = within(5, 0, 5)  # of stem and four stages, from the top; others frozen
     norm: str = one_of("batch", "frozen", "group", "sync")  # frozen: the trunk's; for tiny batches
     attention: str = one_of("none", "se", "cbam")  # behind each stage; the identity at the start
+    fine_stem: bool = False  # stem of half the stride: pyramid from 2 to 32; 4x cost
     pyramid: tuple[int, ...] = within((4, 8, 16, 32, 64), 2, 64)  # strides; 2 for tiny cells
     fpn_channels: int = within(256, 8, 1024)  # width of pyramid and heads; 256 fits coco weights
+    head_norm: str = one_of("batch", "none")  # of pyramid and heads; none: as older checkpoints
     rpn_convs: int = within(2, 1, 8)  # 3x3 convolutions before the proposals
     box_convs: int = within(4, 0, 8)  # convolutions in the box head
     box_features: int = within(1024, 16, 4096)  # width of the box head's last layer
+    box_layers: int = within(1, 1, 4)  # fully connected layers behind them
     mask_convs: int = within(4, 1, 8)  # convolutions in the mask head
+    shared_masks: bool = False  # one mask for all classes; helps where a class is rare
+    cascade: bool = False  # three box heads in a row; tighter boxes, 1.5 times the heads' time
     scale: float = within(1.0, 0.25, 8.0)  # network px per image px; 2: smaller cells, 4x cost
+    short_sides: tuple[int, ...] = within((0,), 0, 8192)  # in place of scale: network px; 0: off
     anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, one a level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height over width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU above which the weaker proposal goes
+    rpn_iou: tuple[float, ...] = within((0.3, 0.7), 0.0, 1.0)  # background below, cell from
+    rpn_samples: int = within(256, 8, 8192)  # anchors an image that proposals learn from
     proposals: int = within(2000, 1, 20_000)  # kept an image; more for fields with many cells
-    rois: int = within(512, 8, 4096)  # proposals an image the heads learn from, a quarter cells
+    rois: int = within(512, 8, 4096)  # proposals an image the heads learn from
+    roi_cells: float = within(0.25, 0.01, 1.0)  # largest share of cells among them
+    roi_iou: float = within(0.5, 0.05, 0.95)  # IoU with a cell from which a proposal is one
     half_pixel: bool = True  # masks sampled at pixel centres; False: as stock torchvision
 
 
@@ -189,6 +205,29 @@ RECIPES = {
         schedule="cosine",
         patience=10,
     ),
+    # ConvNeXt-Tiny on the whole fields of 520 x 704 px of Sartorius. Not measured.
+    "convnext": dict(
+        crop=704,
+        zoom=(1.0, 1.0),
+        fill=False,
+        backbone="timm:convnext_tiny.fb_in1k",
+        epochs=20,
+        batch_size=1,
+        weight_decay=5e-4,
+        schedule="plateau",
+        best_by="loss",
+        overlaps=False,
+    ),
+    # Large-scale jitter, a rate for each part, five folds that answer together. Not measured.
+    "lsj_ensemble": dict(
+        folds=5,
+        crop=1024,
+        zoom=(0.1, 2.0),
+        optimizer="adam",
+        group_lr=(0.1, 0.3, 1.0, 1.0),
+        weight_decay=0.0,
+        schedule="cosine",
+    ),
     # The drawn dataset on a CPU.
     "demo": DEMO,
 }
@@ -215,14 +254,14 @@ def check_setting(config_field, value):
     if kind is float:
         items = [float(v) if type(v) is int else v for v in items]
     wanted = f"{len(default)} values of type {kind.__name__}" if is_tuple else kind.__name__
-    if name in ("anchor_sizes", "anchor_ratios", "pyramid"):  # as many as are wanted
+    if name in ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides"):  # as many as are wanted
         wanted = f"values of type {kind.__name__}"
     if "choices" in limits:
         wanted += " out of " + ", ".join(limits["choices"])
     elif limits:
         wanted += f" from {limits['low']} to {limits['high']}"
     fits = all(type(v) is kind for v in items)
-    if name in ("zoom", "group_lr", "pixel_mean", "pixel_std"):
+    if name in ("zoom", "group_lr", "pixel_mean", "pixel_std", "rpn_iou"):
         fits = fits and len(items) == len(default)
     if fits and "choices" in limits:
         fits = items[0] in limits["choices"]
@@ -259,8 +298,9 @@ def recipe(name: str, /, **changes) -> Config:
     values = {**RECIPES[name], **changes}
     checked = {key: check_setting(known[key], value) for key, value in values.items()}
     config = Config(recipe=name, **checked)
-    if config.zoom[0] > config.zoom[1]:
-        raise ValueError(f"Setting zoom={config.zoom}: expected the least before the most.")
+    for name in ("zoom", "rpn_iou"):
+        if (pair := getattr(config, name))[0] > pair[1]:
+            raise ValueError(f"Setting {name}={pair}: expected the least before the most.")
     if config.fold > config.folds:
         raise ValueError(f"Setting fold={config.fold}: expected at most folds={config.folds}.")
     check_trunk(config)
@@ -276,6 +316,11 @@ def check_trunk(config: Config) -> None:
             f"{', '.join(TRUNKS)}."
         )
     levels = config.pyramid
+    if config.fine_stem and (config.backbone.startswith("timm:") or max(levels) > 32):
+        raise ValueError(
+            f"Setting fine_stem: expected one of {', '.join(TRUNKS)} and a pyramid from 2, 4 or 8 "
+            f"to at most 32, not {config.backbone} and {levels}."
+        )
     if any(b != 2 * a for a, b in pairwise(levels)) or not 2 <= levels[0] <= 16 <= levels[-1]:
         raise ValueError(
             f"Setting pyramid={levels}: expected strides that double, such as 4, 8, 16."
@@ -310,5 +355,5 @@ def describe(config: Config) -> str:
     for item in fields(config):
         value = getattr(config, item.name)
         mark = " " if value == item.default else "*"
-        rows.append(f"{mark} {item.name:<15} {value}")
+        rows.append(f"{mark} {item.name:<16} {value}")
     return "\n".join(rows)

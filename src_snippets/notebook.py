@@ -141,10 +141,16 @@ show_figure(augmented, output / "figures" / "augmentations.png")
 # look unlike any slide you have, lower `color_jitter`.
 
 # %%
-from src_snippets.backbones import find_weights
+from src_snippets.weights import read_weights
+
+# %%
+from src_snippets.backbones import build_backbone
 
 # %%
 from src_snippets.fusion import settle
+
+# %%
+from src_snippets.heads import similar_chunks
 
 # %%
 from src_snippets.model import (

@@ -366,12 +366,13 @@ class TrainingRun:
 
     Args:
         config: settings.
-        folder: the run's folder; where it holds `last.pt`, that state is taken up.
+        folder: the run's folder, made if absent; where it holds `last.pt`, that is taken up.
         loader: the training loader, as `training_loader` makes it.
     """
 
     def __init__(self, config: Config, folder: Path, loader: DataLoader):
         self.config, self.folder = config, folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.history = []
         self.accelerator = build_accelerator(config)
         last = folder / "last.pt"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from torchvision.ops import clip_boxes_to_image
 
 from src_snippets.config import recipe
 from src_snippets.datasets import CellSamples, open_dataset
@@ -98,6 +99,30 @@ def refused(cause: str, path: Path | str = ""):
 def save(path: Path, pixels, **options) -> Path:
     tifffile.imwrite(path, pixels, **options)
     return path
+
+
+def field_of_cells(seed=0, size=128):
+    """A field with about 40 blobs of 6 to 16 px."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((size, size), np.int64)
+    y, x = np.mgrid[:size, :size]
+    for number in range(1, 41):
+        row, column, radius = rng.integers(0, size), rng.integers(0, size), rng.uniform(3, 8)
+        ids[(np.hypot(y - row, x - column) < radius) & (ids == 0)] = number
+    return make_sample([ids], [2], seed)
+
+
+def dense_masks(sample) -> torch.Tensor:
+    """(N, H, W) uint8, as stock torchvision wants them."""
+    ids = torch.arange(1, len(sample.labels) + 1)[:, None, None, None]
+    return (sample.layers[None] == ids).any(1).to(torch.uint8)
+
+
+def random_boxes(count, height, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.9
+    size = 1 + torch.rand(count, 2, generator=generator) ** 3 * torch.tensor([width, height])
+    return clip_boxes_to_image(torch.cat([corner, corner + size], 1), (height, width))
 
 
 @pytest.fixture(scope="session")

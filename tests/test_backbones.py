@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 from safetensors.torch import save_file
 import timm
@@ -11,21 +9,16 @@ from src_snippets.backbones import (
     build_backbone,
     build_timm_trunk,
     ConvBlockAttention,
-    find_weights,
     published_weights,
-    read_weights,
     SqueezeExcitation,
     stage_groups,
     STAGES,
-    WeightsNotFound,
 )
 from src_snippets.config import recipe, TRUNKS
 from src_snippets.model import build_model, count_parameters
 from src_snippets.transforms import training_target
+from src_snippets.weights import read_weights, WeightsNotFound
 from tests.conftest import empty_sample, real_data
-
-PUBLISHED = SimpleNamespace(url="https://example.invalid/models/trunk-0123abcd.pth")
-
 
 # Every family once, with the smallest of timm's; the others differ in depth and width alone.
 NAMES = (
@@ -87,11 +80,12 @@ def test_unknown_trunks_are_refused():
 
 
 def test_every_name_of_torchvision_has_stages_and_weights():
-    for name in TRUNKS[1:]:
-        assert published_weights(name).url.endswith(".pth")
+    without = [name for name in TRUNKS if published_weights(name) is None]
+    assert without == ["resnet10", "resnet50_v1"]
+    for name in TRUNKS:
+        assert name in without or published_weights(name).url.endswith(".pth")
         assert any(name.startswith(prefix) for prefix in STAGES)
     assert published_weights("resnet50_v2") != published_weights("resnet50")
-    assert published_weights("resnet10") is None
 
 
 def save_classifier(model, path):
@@ -128,6 +122,32 @@ def test_timms_weights_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsNotFound, match=r"attach resnet18.safetensors"):
         build_timm_trunk(config, None, [str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0", "convnext_tiny"])
+def test_a_fine_stem_doubles_every_map_and_keeps_the_names(name):
+    coarse = build_backbone(small(name), None)
+    fine = build_backbone(small(name, fine_stem=True, pyramid=(2, 4, 8, 16, 32)), None)
+    image = torch.zeros(1, 3, 64, 128)
+    sizes = [[m.shape[-2:] for m in model.eval()(image).values()] for model in (coarse, fine)]
+    assert sizes[1] == [(2 * h, 2 * w) for h, w in sizes[0]]
+    assert sizes[1][0] == (32, 64)
+    shapes = [{k: v.shape for k, v in m.body.state_dict().items()} for m in (coarse, fine)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_first_resnet_has_its_strides_in_the_first_convolution():
+    first, later = (build_backbone(small(name), None).body for name in ("resnet50_v1", "resnet50"))
+    assert first.state_dict().keys() == later.state_dict().keys()
+    strides = [[b.layer3[0].conv1.stride, b.layer3[0].conv2.stride] for b in (first, later)]
+    assert strides == [[(2, 2), (1, 1)], [(1, 1), (2, 2)]]
+    assert first.layer1[0].conv1.stride == (1, 1)
+
+
+def test_pyramid_without_norms():
+    model = build_backbone(small("resnet18", head_norm="none"), None)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.fpn.modules())
+    assert model.fpn.inner_blocks[0][0].bias is not None
 
 
 # Attention, norms, frozen stages
@@ -256,85 +276,3 @@ def test_the_real_imagenet_trunk_loads_and_knows_its_features():
         wanted = reference.eval().features[:18](image)
         backbone = model.eval().backbone
         assert torch.allclose(backbone.body(image, backbone.attention)[3], wanted, atol=1e-5)
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """An empty hub cache, and downloads that fail as without a network."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-
-    def refuse(*args, **kwargs):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    return tmp_path
-
-
-def test_weights_are_found_in_cache_and_attached_folders(offline):
-    attached = offline / "input" / "my-weights"
-    attached.mkdir(parents=True)
-    with pytest.raises(WeightsNotFound) as caught:
-        find_weights(PUBLISHED, [str(offline / "input")])
-    for place in (offline / "hub/checkpoints/trunk-0123abcd.pth", f"{offline}/input/**/trunk-0123"):
-        assert str(place) in str(caught.value)
-    (attached / "trunk-0123abcd.pth").write_bytes(b"x")
-    assert find_weights(PUBLISHED, [str(offline / "input")]) == attached / "trunk-0123abcd.pth"
-    cached = offline / "hub" / "checkpoints" / "trunk-0123abcd.pth"
-    cached.write_bytes(b"x")
-    assert find_weights(PUBLISHED, [str(offline / "input")]) == cached
-
-
-def test_asked_for_weights_are_downloaded_with_their_checksum(offline, monkeypatch):
-    asked = []
-
-    def download(url, path, hash_prefix):
-        asked.append((url, hash_prefix))
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    path = find_weights(PUBLISHED, [])
-    assert path == offline / "hub" / "checkpoints" / "trunk-0123abcd.pth"
-    assert asked == [(PUBLISHED.url, "0123abcd")]
-
-
-@pytest.mark.parametrize("weights", ["imagenet", "coco"])
-def test_a_run_never_starts_from_other_weights(offline, weights):
-    with pytest.raises(WeightsNotFound, match='weights="none" starts from random'):
-        build_model(recipe("baseline", weights=weights))
-
-
-def test_published_weights_on_disk_are_used(offline, monkeypatch):
-    source = mobilenet_v2(weights=None)
-    name = published_weights("mobilenet_v2").url.rsplit("/", 1)[-1]
-    (offline / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(source.state_dict(), offline / "hub" / "checkpoints" / name)
-    model = build_model(recipe("demo", backbone="mobilenet_v2", weights="imagenet"))
-    found = model.backbone.body.state_dict()["17.conv.2.weight"]
-    assert torch.equal(found, source.state_dict()["features.17.conv.2.weight"])
-
-
-class Malicious(nn.Module):
-    def __reduce__(self):
-        return (print, ("this must never run",))
-
-
-def test_files_that_are_no_state_dict_are_refused(tmp_path, capsys):
-    path = tmp_path / "weights.pth"
-    with pytest.raises(WeightsNotFound, match="no such file"):
-        read_weights(path)
-    torch.save(Malicious(), path)
-    with pytest.raises(ValueError, match="not a state dict that can be loaded safely"):
-        read_weights(path)
-    assert "must never run" not in capsys.readouterr().out
-    torch.save({"epoch": 3}, path)
-    with pytest.raises(ValueError, match="expected a state dict"):
-        read_weights(path)
-    path.write_bytes(b"text")
-    with pytest.raises(ValueError, match="not a state dict"):
-        read_weights(path)
-
-
-def test_there_are_no_imagenet_weights_for_the_small_trunk():
-    with pytest.raises(ValueError, match="no published ImageNet weights for 'resnet10'"):
-        build_model(recipe("demo", weights="imagenet"))
-    with pytest.raises(ValueError, match="backbone='resnet50', not 'resnet10'"):
-        build_model(recipe("demo", weights="coco"))

@@ -44,6 +44,10 @@ def test_every_default_is_within_its_own_limits(name):
         ({"pyramid": [8, 16, 32, 64, 128]}, "from 2 to 64"),
         ({"zoom": [2.0]}, "zoom=[2.0]: expected 2 values of type float from 0.1 to 10.0"),
         ({"zoom": [2.0, 1.0]}, "the least before the most"),
+        ({"rpn_iou": [0.7, 0.3]}, "rpn_iou=(0.7, 0.3): expected the least before the most"),
+        ({"fold": 3, "folds": 2}, "fold=3: expected at most folds=2"),
+        ({"fine_stem": True}, "at most 32, not resnet50 and (4, 8, 16, 32, 64)"),
+        ({"fine_stem": True, "backbone": "timm:x"}, "fine_stem: expected one of resnet10"),
     ],
 )
 def test_wrong_settings_say_what_is_valid(changes, message):
@@ -75,6 +79,6 @@ def test_settings_from_environment():
 
 def test_describe_marks_what_differs():
     lines = describe(recipe("baseline", seed=5)).splitlines()
-    assert "* seed            5" in lines
-    assert "  epochs          50" in lines
+    assert "* seed             5" in lines
+    assert "  epochs           50" in lines
     assert len(lines) == len(fields(Config))

@@ -1,41 +1,42 @@
+from dataclasses import replace
+
 from hypothesis import given, settings, strategies
 import numpy as np
 import pycocotools.mask
 import pytest
 import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
-from torchvision.ops import box_iou, clip_boxes_to_image, roi_align
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from src_snippets.config import recipe
 from src_snippets.forms import truth_instances
+from src_snippets.heads import (
+    mask_targets,
+)
 from src_snippets.model import (
     anchor_shapes,
-    BlockMatcher,
     build_model,
     cells_with_anchor,
     choose_precision,
     count_parameters,
     describe_anchors,
     detect,
-    Float32Anchors,
     initial_weights,
     InputTransform,
     load_model_state,
-    mask_loss,
-    mask_targets,
-    paired_iou,
     parameter_table,
     paste_masks,
-    similar_chunks,
-    touching_blocks,
 )
 from src_snippets.readers import read_cell_folder
 from src_snippets.transforms import training_target
-from tests.conftest import empty_sample, make_sample, real_data
+from tests.conftest import (
+    dense_masks,
+    empty_sample,
+    field_of_cells,
+    random_boxes,
+    real_data,
+)
 
 PARITY = recipe("baseline", weights="none", scale=1.0, score_floor=0.0, half_pixel=False)
 
@@ -63,23 +64,6 @@ def stock_and_ours():
     stock.load_state_dict(ours.state_dict())
     # The layout in memory decides in which order convolutions add.
     return stock.to(memory_format=torch.channels_last), ours
-
-
-def field_of_cells(seed=0, size=128):
-    """A field with about 40 blobs of 6 to 16 px."""
-    rng = np.random.default_rng(seed)
-    ids = np.zeros((size, size), np.int64)
-    y, x = np.mgrid[:size, :size]
-    for number in range(1, 41):
-        row, column, radius = rng.integers(0, size), rng.integers(0, size), rng.uniform(3, 8)
-        ids[(np.hypot(y - row, x - column) < radius) & (ids == 0)] = number
-    return make_sample([ids], [2], seed)
-
-
-def dense_masks(sample) -> torch.Tensor:
-    """(N, H, W) uint8, as stock torchvision wants them."""
-    ids = torch.arange(1, len(sample.labels) + 1)[:, None, None, None]
-    return (sample.layers[None] == ids).any(1).to(torch.uint8)
 
 
 def test_state_dict_is_that_of_torchvisions_v2(stock_and_ours):
@@ -144,51 +128,6 @@ def test_predictions_equal_torchvisions_pixel_for_pixel(stock_and_ours):
 # Mask targets and paste, on their own
 
 
-def random_boxes(count, height, width, seed):
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 0.9
-    size = 1 + torch.rand(count, 2, generator=generator) ** 3 * torch.tensor([width, height])
-    return clip_boxes_to_image(torch.cat([corner, corner + size], 1), (height, width))
-
-
-@settings(max_examples=25, deadline=None)
-@given(strategies.integers(0, 2**31), strategies.booleans())
-def test_targets_equal_roi_align_on_dense_masks(seed, half_pixel):
-    sample = field_of_cells(seed, 96)
-    target = training_target(sample, 1)
-    boxes = random_boxes(20, 96, 96, seed)
-    matched = torch.randint(
-        len(target["ids"]), (20,), generator=torch.Generator().manual_seed(seed)
-    )
-    rois = torch.cat([matched[:, None].float(), boxes], 1)
-    wanted = roi_align(dense_masks(sample)[:, None].float(), rois, 28, 1.0, -1, half_pixel)[:, 0]
-    found = mask_targets(target, boxes, matched, 28, half_pixel)
-    assert torch.allclose(found, wanted, atol=1e-5)
-    if not half_pixel:
-        stock = project_masks_on_boxes(dense_masks(sample), boxes, matched, 28)
-        assert torch.allclose(found, stock, atol=1e-5)
-
-
-def test_target_worked_by_hand():
-    ids = np.zeros((8, 8), np.int64)
-    ids[2:4, 2:6] = 1  # the upper half of the box
-    target = training_target(make_sample([ids], [1]), 1)
-    box = torch.tensor([[2.0, 2.0, 6.0, 6.0]])
-    found = mask_targets(target, box, torch.tensor([0]), 4, half_pixel=True)
-    assert found[0].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
-    nothing = mask_targets(target, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 4, True)
-    assert nothing.shape == (0, 4, 4)
-
-
-def test_overlapping_cells_are_told_apart_by_layer():
-    one, two = np.zeros((10, 10), np.int64), np.zeros((10, 10), np.int64)
-    one[0:6, 0:6], two[4:10, 4:10] = 1, 1
-    target = training_target(make_sample([one, two], [1, 2]), 1)
-    assert target["layers"].shape[0] == 2
-    found = mask_targets(target, target["boxes"], torch.tensor([0, 1]), 6, half_pixel=True)
-    assert found.min() == 1
-
-
 @settings(max_examples=25, deadline=None)
 @given(strategies.integers(0, 2**31))
 def test_paste_equals_torchvisions(seed):
@@ -244,16 +183,6 @@ def test_half_pixel_loses_nothing_where_torchvisions_rule_does():
     assert stock.mean() < 0.95
 
 
-def test_mask_loss_by_hand():
-    logits = torch.zeros(1, 3, 2, 2)
-    logits[0, 2] = 100.0
-    wanted = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
-    assert mask_loss(logits, torch.tensor([2]), wanted).item() == pytest.approx(25.0)
-    assert mask_loss(logits, torch.tensor([1]), wanted).item() == pytest.approx(np.log(2))
-    empty = mask_loss(logits[:0], torch.zeros(0, dtype=torch.int64), wanted[:0])
-    assert empty.item() == 0
-
-
 # The whole model
 
 
@@ -287,7 +216,7 @@ def test_wrong_input_is_refused(tiny_model):
 
 
 def test_detect_answers_in_image_pixels(tiny_config):
-    config = recipe("demo", **{**vars_of(tiny_config), "scale": 2.0, "score_floor": 0.0})
+    config = replace(tiny_config, scale=2.0, score_floor=0.0)
     model = build_model(config)
     images = [field_of_cells(0, 64).image, field_of_cells(1, 80).image[:, :50]]
     answers = detect(model, images, config)
@@ -302,12 +231,8 @@ def test_detect_answers_in_image_pixels(tiny_config):
     assert np.allclose(alone.scores, answers[1].scores, atol=1e-4)
 
 
-def vars_of(config):
-    return {k: v for k, v in vars(config).items() if k != "recipe"}
-
-
 def test_no_detection_above_the_floor(tiny_config):
-    config = recipe("demo", **{**vars_of(tiny_config), "score_floor": 1.0})
+    config = replace(tiny_config, score_floor=1.0)
     (found,) = detect(build_model(config), [field_of_cells().image], config)
     assert (len(found), found.boxes.shape) == (0, (0, 4))
 
@@ -322,90 +247,28 @@ def test_magnification_scales_boxes_and_leaves_maps():
     assert seen["layers"] is target["layers"]
 
 
-def test_mixed_precision_keeps_anchors_exact(tiny_config):
-    anchors = Float32Anchors(((8,),), ((1.0,),))
-    images = InputTransform(recipe("demo"))([torch.zeros(3, 1024, 1024, dtype=torch.uint8)])[0]
-    (half,) = anchors(images, [torch.zeros(1, 4, 256, 256, dtype=torch.bfloat16)])
-    (full,) = anchors(images, [torch.zeros(1, 4, 256, 256)])
-    assert half.dtype == torch.float32
-    assert torch.equal(half, full)
-    config = recipe("demo", **{**vars_of(tiny_config), "precision": "bf16", "score_floor": 0.0})
-    model, image = build_model(config), field_of_cells().image
-    (found,) = detect(model, [image], config)
-    assert found.boxes.dtype == np.float32
-    assert len(np.unique(found.boxes)) > len(np.unique(np.round(found.boxes)))
-
-
-def test_under_mixed_precision_boxes_are_decoded_in_float32(tiny_config):
-    model = build_model(tiny_config).eval()
-    images = InputTransform(recipe("demo"))([torch.zeros(3, 64, 64, dtype=torch.uint8)])[0]
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-        features = model.backbone(images.tensors)
-        assert features["0"].dtype == torch.bfloat16
-        logits, offsets = model.rpn.head(list(features.values()))
-        assert {v.dtype for v in logits + offsets} == {torch.float32}
-        anchors = model.rpn.anchor_generator(images, list(features.values()))
-        assert anchors[0].dtype == torch.float32
-        box = [torch.tensor([[0.0, 0.0, 9.0, 9.0]])]
-        found = model.roi_heads.predict_boxes(features, box, images.image_sizes)
-        assert {v.dtype for v in found} == {torch.float32}
-
-
-def matchers(high=0.7, low=0.3, every_cell=True):
-    return [kind(high, low, every_cell) for kind in (Matcher, BlockMatcher)]
-
-
-def grid_anchors(side):
-    """Anchors of 8 and 32 px as the model lays them on a field of `side` px."""
-    make = AnchorGenerator(((8,), (32,)), ((0.5, 1.0, 2.0),) * 2)
-    levels = [torch.zeros(1, 1, side // stride, side // stride) for stride in (4, 8)]
-    return make(ImageList(torch.zeros(1, 3, side, side), [(side, side)]), levels)[0]
-
-
-@settings(max_examples=40, deadline=None)
-@given(strategies.integers(0, 2**31), strategies.booleans())
-def test_matches_by_block_equal_torchvisions(seed, on_grid):
-    cells, anchors = random_boxes(9, 300, 300, seed), random_boxes(9000, 300, 300, seed + 1)
-    anchors[:40] = anchors[40:80]  # ties
-    anchors = grid_anchors(300) if on_grid else anchors
-    for stock, ours in (matchers(), matchers(0.5, 0.5, every_cell=False)):
-        for count in (9, 1):
-            chosen = cells[-count:]
-            assert torch.equal(ours((chosen, anchors)), stock(box_iou(chosen, anchors)))
-
-
-def test_a_cell_that_touches_no_anchor_gets_none():
-    cells, anchors = random_boxes(9, 90, 90, 5), random_boxes(300, 90, 90, 6)
-    stock, ours = matchers()
-    with_it = torch.cat([cells, torch.tensor([[500.0, 500.0, 510.0, 510.0]])])
-    assert torch.equal(ours((with_it, anchors)), stock(box_iou(cells, anchors)))
-    assert (ours((with_it[-1:], anchors)) == -1).all()
-
-
-def test_paired_iou_is_torchvisions_to_the_bit():
-    cells, anchors = random_boxes(20, 90, 90, 5), random_boxes(300, 90, 90, 6)
-    assert torch.equal(paired_iou(cells, anchors), box_iou(cells, anchors))
-
-
-def test_blocks_hold_a_limited_number_of_pairs():
-    cells, anchors = random_boxes(50, 90, 90, 5), random_boxes(300, 90, 90, 6)
-    blocks = list(touching_blocks(cells, anchors, size=128, limit=1000))
-    assert max((part.stop - part.start) * len(near) for part, near in blocks) <= 1000
-    covered = torch.cat([torch.arange(300)[part] for part, _ in blocks])
-    assert covered.tolist() == list(range(300))
-    pairs = {(c, a) for part, near in blocks for a in range(300)[part] for c in near.tolist()}
-    assert set(map(tuple, (box_iou(cells, anchors) > 0).nonzero().tolist())) <= pairs
-
-
 def test_a_crop_of_one_feature_pixel_trains(tiny_model):
     sample = empty_sample(20, 30)
     losses = tiny_model.train()([sample.image], [training_target(sample, 4)])
     assert torch.isfinite(sum(losses.values()))
 
 
+def test_short_sides_in_place_of_scale(tiny_config):
+    images = [torch.zeros(3, 30, 40, dtype=torch.uint8), torch.zeros(3, 10, 90, dtype=torch.uint8)]
+    transform = InputTransform(replace(tiny_config, short_sides=(60, 90))).eval()
+    seen, _ = transform(images)
+    assert seen.image_sizes == [(90, 120), (20, 180)]  # the longer side: at most 2 x 90
+    torch.manual_seed(0)
+    drawn = {transform.train()(images[:1])[0].image_sizes[0] for _ in range(20)}
+    assert drawn == {(60, 80), (90, 120)}
+    target = dict(boxes=torch.tensor([[0.0, 3.0, 40.0, 30.0]]))
+    _, (moved,) = InputTransform(replace(tiny_config, short_sides=(60,)))(images[:1], [target])
+    assert moved["boxes"].tolist() == [[0, 6, 80, 60]]
+
+
 def test_thresholds_reach_the_model(tiny_config):
     changes = dict(box_nms=0.33, detections=7, rpn_nms=0.44, rois=24, proposals=11, score_floor=0.2)
-    model = build_model(recipe("demo", **{**vars_of(tiny_config), **changes}))
+    model = build_model(replace(tiny_config, **changes))
     heads, rpn = model.roi_heads, model.rpn
     assert (heads.nms_thresh, heads.detections_per_img, heads.score_thresh) == (0.33, 7, 0.2)
     assert (rpn.nms_thresh, rpn.post_nms_top_n(), heads.fg_bg_sampler.batch_size_per_image) == (
@@ -426,9 +289,7 @@ def test_precision_of_a_cpu():
 def test_initial_weights_of_a_checkpoint(tmp_path, tiny_config):
     model = build_model(tiny_config)
     torch.save({"model": model.state_dict(), "history": [1]}, tmp_path / "best.pt")
-    config = recipe(
-        "demo", **{**vars_of(tiny_config), "weights": str(tmp_path / "best.pt"), "seed": 9}
-    )
+    config = replace(tiny_config, weights=str(tmp_path / "best.pt"), seed=9)
     again = build_model(config)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
@@ -480,7 +341,7 @@ def test_grey_input_and_normalisation():
 
 
 def test_a_small_first_image_does_not_change_later_answers(tiny_config):
-    config = recipe("demo", **{**vars_of(tiny_config), "score_floor": 0.0})
+    config = replace(tiny_config, score_floor=0.0)
     field = field_of_cells(0, 96).image
     model, fresh = build_model(config), build_model(config)
     detect(model, [field[:, :20, :30]], config)
@@ -488,12 +349,3 @@ def test_a_small_first_image_does_not_change_later_answers(tiny_config):
     assert np.array_equal(after.boxes, alone.boxes)
     for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
         assert pooler.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-
-
-def test_a_long_thin_box_costs_its_own_area():
-    spans = torch.tensor([[6, 4000], [5, 7], [4000, 6], [6, 5]])
-    chunks = [(part.tolist(), rows, columns) for part, rows, columns in similar_chunks(spans, 100)]
-    assert chunks == [([3, 1], 6, 7), ([0], 6, 4000), ([2], 4000, 6)]
-    masks = torch.ones(1, 28, 28)
-    (rle,) = paste_masks(masks, torch.tensor([[0.0, 2.0, 4000.0, 5.0]]), (10, 4096), 0.5, True)
-    assert pycocotools.mask.area(rle) == 12_000

@@ -39,14 +39,8 @@ from src_snippets.datasets import CellDataset, CellSamples, ImageRecord, read_na
 from src_snippets.evaluate import average_precision, coco_results
 from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.fusion import mask_nms
-from src_snippets.model import (
-    BlockMatcher,
-    build_model,
-    choose_precision,
-    InputTransform,
-    mask_targets,
-    paste_masks,
-)
+from src_snippets.heads import BlockMatcher, mask_targets
+from src_snippets.model import build_model, choose_precision, InputTransform, paste_masks
 from src_snippets.predict import predict_images
 from src_snippets.readers import read_cell_folder, read_image
 from src_snippets.rle import encode_crops
