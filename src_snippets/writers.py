@@ -150,8 +150,10 @@ def write_results(
         partial.write_text(json.dumps(rows, allow_nan=False))
         empty = check_results(partial, images, known)
     with written_whole(archive) as partial:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
-            file.write(results, RESULTS_NAME)
+        member = zipfile.ZipInfo(RESULTS_NAME)  # without the time: equal results, equal files
+        member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+        with zipfile.ZipFile(partial, "w") as file:
+            file.writestr(member, results.read_bytes())
         check_zip(partial, results)
     cells = sum(len(found) for found in answers.values())
     print(f"{results}: checked, {cells} cells in {len(images)} images ({len(empty)} without any).")

@@ -136,3 +136,18 @@ def test_checkpoints_of_other_recipes_answer_together(demo_samples, tmp_path):
     assert list(predict_images(members, images, one)) == [image.image_id for image in images]
     with pytest.raises(ValueError, match="4 classes; the dataset has 2"):
         load_trained(tmp_path / "0" / "best.pt", recipe("demo", num_classes=2), same=False)
+
+
+def test_two_runs_give_equal_losses_and_equal_files(demo_samples, tmp_path):
+    config, images = recipe("demo", **SMALL), demo_samples.dataset.test_images
+    rows, files = [], []
+    for name in "ab":
+        parts = Subset(demo_samples, [0, 1, 2, 3]), Subset(demo_samples, [4, 5])
+        history = fit(config, *parts, tmp_path / name)
+        rows.append([{k: v for k, v in row.items() if k != "seconds"} for row in history])
+        found = predict_images([load_trained(tmp_path / name / "best.pt", config)], images, config)
+        written = write_results(found, images, tmp_path / name, range(1, 5))
+        files.append([path.read_bytes() for path in written])
+    assert rows[0] == rows[1]
+    assert files[0] == files[1]
+    assert len(json.loads(files[0][0])) > 0
