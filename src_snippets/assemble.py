@@ -90,8 +90,8 @@ def order_key(module: str) -> tuple:
     return (module.split(".")[0] not in sys.stdlib_module_names, module.lower())
 
 
-def format_imports(found: set[tuple[str, str]]) -> str:
-    """One statement a module, sorted, standard library first."""
+def format_imports(found: set[tuple[str, str]]) -> list[str]:
+    """One statement a module, sorted: a text for the standard library, and one for the rest."""
     groups = {True: [], False: []}
     for module in sorted({m for m, _ in found}, key=order_key):
         lines = groups[order_key(module)[0]]
@@ -102,7 +102,7 @@ def format_imports(found: set[tuple[str, str]]) -> str:
             if len(line) > 100:
                 line = "\n".join([f"from {module} import (", *(f"    {n}," for n in members), ")"])
             lines.append(line)
-    return "\n\n".join("\n".join(group) for group in (groups[False], groups[True]) if group)
+    return ["\n".join(group) for group in (groups[False], groups[True]) if group]
 
 
 def inline_sections(story: list[Cell]) -> tuple[list[Cell], int, set[tuple[str, str]]]:
@@ -145,7 +145,8 @@ def build_notebook(story: Path = FOLDER / "notebook.py") -> str:
         ValueError: a marker or import that cannot be placed, or the package's name in a cell.
     """
     cells, place, gathered = inline_sections(read_cells(story))
-    cells[place] = Cell("code", format_imports(gathered), "imports")
+    imports = [Cell("code", text, "imports") for text in format_imports(gathered)]
+    cells[place : place + 1] = imports
     numbers, out = {}, []
     for cell in cells:
         if PACKAGE in cell.source:

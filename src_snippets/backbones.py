@@ -194,6 +194,7 @@ def build_trunk(config: Config, weights: Path | None) -> nn.Module:
     return trunk
 
 
+# %%
 def refine_stem(trunk: nn.Module) -> None:
     """Halves the stride of a stem, weights kept: of a ResNet's pooling, else of the first layer."""
     if hasattr(trunk, "maxpool"):

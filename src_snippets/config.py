@@ -76,9 +76,10 @@ class DataSettings:
     min_area: int = within(4, 1, 10_000)  # px; slivers left by a crop that are smaller are dropped
 
 
+# %%
 @dataclass(frozen=True)
 class ModelSettings(DataSettings):
-    """Trunk, pyramid, anchors and heads.
+    """Trunk and pyramid.
 
     Of several `short_sides` training draws one a batch, and prediction takes the last; the longer
     side becomes at most twice as long.
@@ -92,6 +93,16 @@ class ModelSettings(DataSettings):
     fine_stem: bool = False  # stem of half the stride: pyramid from 2 to 32; 4x cost
     pyramid: tuple[int, ...] = within((4, 8, 16, 32, 64), 2, 64)  # strides; 2 for tiny cells
     fpn_channels: int = within(256, 8, 1024)  # width of pyramid and heads; 256 fits coco weights
+    scale: float = within(1.0, 0.25, 8.0)  # network px per image px; 2: smaller cells, 4x cost
+    short_sides: tuple[int, ...] = within((0,), 0, 8192)  # in place of scale: network px; 0: off
+    half_pixel: bool = True  # masks sampled at pixel centres; False: as stock torchvision
+
+
+# %%
+@dataclass(frozen=True)
+class HeadSettings(ModelSettings):
+    """Proposals, anchors and heads."""
+
     head_norm: str = one_of("batch", "none")  # of pyramid and heads; none: as older checkpoints
     rpn_convs: int = within(2, 1, 8)  # 3x3 convolutions before the proposals
     box_convs: int = within(4, 0, 8)  # convolutions in the box head
@@ -100,8 +111,6 @@ class ModelSettings(DataSettings):
     mask_convs: int = within(4, 1, 8)  # convolutions in the mask head
     shared_masks: bool = False  # one mask for all classes; helps where a class is rare
     cascade: bool = False  # three box heads in a row; tighter boxes, 1.5 times the heads' time
-    scale: float = within(1.0, 0.25, 8.0)  # network px per image px; 2: smaller cells, 4x cost
-    short_sides: tuple[int, ...] = within((0,), 0, 8192)  # in place of scale: network px; 0: off
     anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, one a level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height over width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU above which the weaker proposal goes
@@ -111,12 +120,11 @@ class ModelSettings(DataSettings):
     rois: int = within(512, 8, 4096)  # proposals an image the heads learn from
     roi_cells: float = within(0.25, 0.01, 1.0)  # largest share of cells among them
     roi_iou: float = within(0.5, 0.05, 0.95)  # IoU with a cell from which a proposal is one
-    half_pixel: bool = True  # masks sampled at pixel centres; False: as stock torchvision
 
 
 # %%
 @dataclass(frozen=True)
-class Config(ModelSettings):
+class Config(HeadSettings):
     """All settings: those above, training and prediction."""
 
     epochs: int = within(50, 1, 10_000)  # passes over the training part
@@ -173,6 +181,43 @@ DEMO = dict(
 )
 
 # %%
+SMALL_ANCHORS = dict(
+    grey=True,
+    anchor_sizes=(4, 8, 16, 32, 48),
+    anchor_ratios=(0.25, 0.5, 1.0),
+    mask_convs=6,
+    box_convs=6,
+    optimizer="sgd",
+    lr=5e-3,
+    batch_size=4,
+    schedule="cosine",
+    patience=10,
+)
+
+CONVNEXT = dict(
+    crop=704,
+    zoom=(1.0, 1.0),
+    fill=False,
+    backbone="timm:convnext_tiny.fb_in1k",
+    epochs=20,
+    batch_size=1,
+    weight_decay=5e-4,
+    schedule="plateau",
+    best_by="loss",
+    overlaps=False,
+)
+
+LSJ_ENSEMBLE = dict(
+    folds=5,
+    crop=1024,
+    zoom=(0.1, 2.0),
+    optimizer="adam",
+    group_lr=(0.1, 0.3, 1.0, 1.0),
+    weight_decay=0.0,
+    schedule="cosine",
+)
+
+# %%
 RECIPES = {
     # torchvision's maskrcnn_resnet50_fpn_v2 with anchors for cells. Score on HW3: not measured.
     "baseline": dict(
@@ -193,41 +238,11 @@ RECIPES = {
         box_nms=0.3,
     ),
     # Grey input and small, flat anchors. Not measured.
-    "small_anchors": dict(
-        grey=True,
-        anchor_sizes=(4, 8, 16, 32, 48),
-        anchor_ratios=(0.25, 0.5, 1.0),
-        mask_convs=6,
-        box_convs=6,
-        optimizer="sgd",
-        lr=5e-3,
-        batch_size=4,
-        schedule="cosine",
-        patience=10,
-    ),
+    "small_anchors": SMALL_ANCHORS,
     # ConvNeXt-Tiny on the whole fields of 520 x 704 px of Sartorius. Not measured.
-    "convnext": dict(
-        crop=704,
-        zoom=(1.0, 1.0),
-        fill=False,
-        backbone="timm:convnext_tiny.fb_in1k",
-        epochs=20,
-        batch_size=1,
-        weight_decay=5e-4,
-        schedule="plateau",
-        best_by="loss",
-        overlaps=False,
-    ),
+    "convnext": CONVNEXT,
     # Large-scale jitter, a rate for each part, five folds that answer together. Not measured.
-    "lsj_ensemble": dict(
-        folds=5,
-        crop=1024,
-        zoom=(0.1, 2.0),
-        optimizer="adam",
-        group_lr=(0.1, 0.3, 1.0, 1.0),
-        weight_decay=0.0,
-        schedule="cosine",
-    ),
+    "lsj_ensemble": LSJ_ENSEMBLE,
     # The drawn dataset on a CPU.
     "demo": DEMO,
 }

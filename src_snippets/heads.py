@@ -345,6 +345,7 @@ CASCADE = (
 )
 
 
+# %%
 class CascadeRoIHeads(InstanceMapRoIHeads):
     """RoI heads with a cascade of box heads; the first keeps the names of torchvision's.
 

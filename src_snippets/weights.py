@@ -153,6 +153,7 @@ DETECTRON2_NAMES = (  # a pattern, and what takes its place; later ones see what
 )
 
 
+# %%
 def is_detectron2(state: Mapping[str, Tensor]) -> bool:
     """Whether a state dict has detectron2's names."""
     return any(name.startswith("backbone.bottom_up.") for name in state)
@@ -208,19 +209,18 @@ def from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         made[name] = value
         if name.endswith(".running_mean"):
             made[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
-    for kind, rows in (("box_predictor.cls_score", 0), ("box_predictor.bbox_pred", 4)):
-        for end in (".weight", ".bias"):
-            key = f"roi_heads.{kind}{end}"
+    ends = {"box_predictor.cls_score": 0, "box_predictor.bbox_pred": 4}
+    ends["mask_predictor.mask_fcn_logits"] = 1
+    for name, rows in ends.items():
+        for key in (f"roi_heads.{name}.weight", f"roi_heads.{name}.bias"):
             made[key] = background_first(made[key], rows)
-    for end in (".weight", ".bias"):
-        key = f"roi_heads.mask_predictor.mask_fcn_logits{end}"
-        made[key] = background_first(made[key], 1)
     if "backbone.fpn_lateral2.norm.weight" not in state:
         spread = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
         made["backbone.body.conv1.weight"] = made["backbone.body.conv1.weight"].flip(1) * spread
     return made
 
 
+# %%
 def background_first(rows: Tensor, added: int) -> Tensor:
     """Class rows with the background before them: `added` rows of zeros, or its own, the last."""
     if added:
