@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 import json
+import os
 
 
 # %%
@@ -362,6 +363,11 @@ def settings_from(environ: Mapping[str, str]) -> dict:
     if not isinstance(changes, dict):
         raise ValueError(f'HW3_SETTINGS: expected an object such as {{"epochs": 3}}, not {text!r}')
     return changes
+
+
+def checkpoints_from(environ: Mapping[str, str]) -> list[str]:
+    """The paths in `HW3_ENSEMBLE`, separated as in `PATH`."""
+    return [path for path in environ.get("HW3_ENSEMBLE", "").split(os.pathsep) if path]
 
 
 def describe(config: Config) -> str:

@@ -15,6 +15,7 @@ import csv
 from dataclasses import dataclass
 from functools import partial
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -97,10 +98,7 @@ def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
     path = root / "groups.csv"
     if not path.is_file():
         return {}
-    rows = list(csv.DictReader(read_text(path).splitlines()))
-    if not rows or not {"name", "group"} <= set(rows[0]):
-        raise BadInput(f"{path}: expected the columns name and group, and a row an image.")
-    groups = {row["name"]: row["group"] for row in rows}
+    groups = {row["name"]: row["group"] for row in read_rows(path, {"name", "group"})}
     if unknown := sorted(set(groups) - set(names)):
         raise BadInput(f"{path}: {unknown[0]!r} is no training image; such as {names[0]!r} is.")
     return groups
@@ -232,7 +230,7 @@ def read_rows(path: Path, columns: set[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with at least these columns. Raises BadInput."""
     csv.field_size_limit(2**31 - 1)  # a large cell has long run lengths
     try:
-        rows = list(csv.DictReader(read_text(path).splitlines(), strict=True))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
     except csv.Error as error:
         raise BadInput(f"{path}: not CSV ({error}). Copy or export it again.") from error
     found = set(rows[0]) if rows else set()

@@ -9,7 +9,6 @@
 # %%
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import find_objects
@@ -32,7 +31,7 @@ class CellSample:
         labels: (N,) int64, class 1..C of id `i` at `labels[i - 1]`; -k for a crowd of class k,
             cells that nobody told apart: nothing is learned from it, and what is found in it is
             not scored.
-        name: the folder's or the file's name.
+        name: where the image lies below `train/`.
     """
 
     image: Tensor
@@ -182,8 +181,7 @@ def coco_truth(samples: Sequence[CellSample], num_classes: int) -> dict:
     images, annotations = [], []
     for image_id, sample in enumerate(samples, start=1):
         height, width = sample.size
-        name = sample.name if Path(sample.name).suffix else f"{sample.name}/image.tif"
-        images.append(dict(id=image_id, file_name=name, height=height, width=width))
+        images.append(dict(id=image_id, file_name=sample.name, height=height, width=width))
         truth = with_crowds(sample)
         columns = (truth.boxes, truth.labels, truth.rles, mask_areas(truth.rles).tolist())
         for box, label, rle, area in zip(*columns, strict=True):

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 # %%
-from src_snippets.config import describe, recipe, settings_from
+from src_snippets.config import checkpoints_from, describe, recipe, settings_from
 
 # %% [markdown]
 # ## Settings: change them here
@@ -37,7 +37,7 @@ from src_snippets.config import describe, recipe, settings_from
 DATA = os.environ.get("HW3_DATA", "")  # the dataset's folder, or "demo"; empty: search for it
 OUT = os.environ.get("HW3_OUT", "")  # where results go; empty: /kaggle/working, else results
 RECIPE = os.environ.get("HW3_RECIPE", "")  # a name below; empty: baseline if there is a dataset
-ENSEMBLE = os.environ.get("HW3_ENSEMBLE", "").split()  # best.pt files that answer the test too
+ENSEMBLE = checkpoints_from(os.environ)  # ["../best.pt"] of other runs: they answer the test too
 CHANGES = {} | settings_from(os.environ)  # {"epochs": 30, "batch_size": 4} | settings_from(..)
 
 # %%
@@ -195,13 +195,17 @@ rates = [config.lr * rate_factor(step, config, steps) for step in range(steps)]
 show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
 
 # %%
+for path in ENSEMBLE:
+    load_trained(path, config, same=False)  # what is wrong with one shows now, not after training
+
+# %%
 runs = {}
 for fold, split in splits.items():
     run = run_folder(output, config, {"split": split, "images": samples.digest})
     parts = {part: pick(samples, names) for part, names in split.items()}
     write_json(split, run / "split.json")
-    for part, chosen in parts.items():
-        write_json(coco_truth(chosen, config.num_classes), run / f"{part}_gt.json")
+    for part, picked in parts.items():
+        write_json(coco_truth(picked, config.num_classes), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
     history = fit(config, parts["train"], parts["val"], run)
     show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
@@ -262,26 +266,30 @@ if val_answers:
 from src_snippets.predict import predict_images
 
 # %%
-members += [load_trained(path, config, same=False) for path in ENSEMBLE]
-print(f"{len(members)} models answer together" if len(members) > 1 else "one model answers")
-test_answers = predict_images(members, dataset.test_images, config)
+together = members + [load_trained(path, config, same=False) for path in ENSEMBLE]
+print(f"{len(together)} models answer together" if len(together) > 1 else "one model answers")
+test_answers = predict_images(together, dataset.test_images, config)
 
 # %%
 from src_snippets.writers import write_results, write_submissions
 
 # %%
-write_results(test_answers, dataset.test_images, output, dataset.categories)
-if dataset.layout == "table":
+if dataset.test_images:
+    write_results(test_answers, dataset.test_images, output, dataset.categories)
+else:
+    print("No test images: there is nothing to submit.")
+if dataset.test_images and dataset.layout == "table":
     write_submissions(test_answers, dataset.test_images, output)
 
 # %%
 places = np.unique(np.linspace(0, len(dataset.test_images) - 1, 4).astype(int))
-chosen = [dataset.test_images[i] for i in places]
+chosen = [dataset.test_images[i] for i in places if dataset.test_images]
 strong = [
     a.select(a.scores >= config.show_floor) for a in (test_answers[t.image_id] for t in chosen)
 ]
 answered = [(read_image(t.path), a, t.path.stem) for t, a in zip(chosen, strong, strict=True)]
-show_figure(plot_fields(answered, config.num_classes), output / "figures" / "test.png")
+if answered:
+    show_figure(plot_fields(answered, config.num_classes), output / "figures" / "test.png")
 
 # %% [markdown]
 # Test images above, the cells found in them below. `test-results.zip` is what you submit.

@@ -260,7 +260,7 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
         overlaps: False: a pixel that two classes claim belongs to the first alone.
 
     Returns:
-        A `CellSample` named after the folder. Ids may restart in each class file or not, need not
+        A `CellSample`. Ids may restart in each class file or not, need not
         be contiguous, and classes may overlap: the reader numbers the instances anew.
 
     Raises:
@@ -278,7 +278,7 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
     files = class_files(folder, num_classes)
     parts = (read_class(path, size, label) for label, path in files.items())
     layers, labels = pack_parts(parts, size, overlaps)  # one class file in memory at a time
-    return CellSample(torch.from_numpy(image), layers, labels, folder.name)
+    return CellSample(torch.from_numpy(image), layers, labels, f"{folder.name}/image.tif")
 
 
 def read_class(path: Path, size: tuple[int, int], label: int) -> tuple:

@@ -1,9 +1,18 @@
 from dataclasses import fields, replace
+import os
 import re
 
 import pytest
 
-from src_snippets.config import check_setting, Config, describe, recipe, RECIPES, settings_from
+from src_snippets.config import (
+    check_setting,
+    checkpoints_from,
+    Config,
+    describe,
+    recipe,
+    RECIPES,
+    settings_from,
+)
 
 
 def test_recipe_changes_only_what_it_states():
@@ -75,6 +84,12 @@ def test_settings_from_environment():
         settings_from({"HW3_SETTINGS": "{epochs: 3}"})
     with pytest.raises(ValueError, match="expected an object"):
         settings_from({"HW3_SETTINGS": "[3]"})
+
+
+def test_checkpoints_from_environment():
+    assert checkpoints_from({}) == []
+    paths = ["/content/drive/My Drive/best.pt", "b.pt"]
+    assert checkpoints_from({"HW3_ENSEMBLE": os.pathsep.join(paths)}) == paths
 
 
 def test_describe_marks_what_differs():

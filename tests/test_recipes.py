@@ -11,7 +11,7 @@ from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
 from src_snippets.places import MAPPING_NAME
 from src_snippets.predict import predict_images
-from src_snippets.train import by_image_id, fit, load_trained, run_folder, validate
+from src_snippets.train import by_image_id, fit, load_trained, run_epoch, run_folder, validate
 from src_snippets.writers import write_results, write_submissions
 from tests.conftest import SHARED_DATA
 
@@ -63,8 +63,29 @@ def small_table(tmp_path_factory):
     return root
 
 
+class SessionEnds(Exception):
+    """What stops a run in the middle."""
+
+
+def fit_with_a_break(config, parts, folder, monkeypatch) -> list[dict]:
+    """Trains one epoch, is stopped in the second, and goes on."""
+
+    def stop_later(run, epoch, *others):
+        if epoch == 2:
+            raise SessionEnds
+        run_epoch(run, epoch, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src_snippets.train.run_epoch", stop_later)
+        with pytest.raises(SessionEnds):
+            fit(config, *parts, folder)
+    return fit(config, *parts, folder)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_trains_resumes_predicts_and_submits(name, small_folders, request, tmp_path):
+def test_recipe_trains_resumes_predicts_and_submits(
+    name, small_folders, request, tmp_path, monkeypatch, capsys
+):
     root = request.getfixturevalue("small_table") if name == "convnext" else small_folders
     folds = dict(folds=2) if RECIPES[name].get("folds") else {}
     small = {key: value for key, value in SMALL.items() if recipe(name).__dict__[key] != value}
@@ -78,8 +99,9 @@ def test_recipe_trains_resumes_predicts_and_submits(name, small_folders, request
     for split in splits.values():
         parts = [pick(samples, split[part]) for part in ("train", "val")]
         run = run_folder(tmp_path, config, split)
-        history = fit(config, *parts, run)
-        assert len(history) == 2
+        history = fit_with_a_break(config, parts, run, monkeypatch)
+        assert [row["epoch"] for row in history] == [1, 2]
+        assert "1 of 2 epochs are done, going on from there" in capsys.readouterr().out
         assert fit(config, *parts, run) == history  # nothing is left to do
         members.append(load_trained(run / "best.pt", config))
         answers += validate(members[-1][0], parts[1], config)
