@@ -201,10 +201,8 @@ def test_groups_of_a_file(tmp_path):
     with refused("'x' is no training image", tmp_path / "groups.csv"):
         folders_dataset(tmp_path)
     (tmp_path / "groups.csv").write_text("image,group\nx,p1\n")
-
-
-with refused("group, image; expected the columns group, name", tmp_path / "groups.csv"):
-    folders_dataset(tmp_path)
+    with refused("group, image; expected the columns group, name", tmp_path / "groups.csv"):
+        folders_dataset(tmp_path)
 
 
 # Tables
