@@ -82,8 +82,9 @@ class DataSettings:
 class ModelSettings(DataSettings):
     """Trunk and pyramid.
 
-    Of several `short_sides` training draws one a batch, and prediction takes the last; the longer
-    side becomes at most twice as long.
+    With `short_sides` a whole field gets a shorter side of so many network px, and a longer one of
+    at most twice as many; training draws one of them for each crop, whose `crop` then is in network
+    px, and prediction takes the last.
     """
 
     backbone: str = "resnet50"  # one of TRUNKS above, or timm:<a name of timm>
@@ -153,7 +154,7 @@ class Config(HeadSettings):
     overlaps: bool = True  # False: a pixel is one cell's: the better one's, in truth the first's
     fusion_iou: float = within(0.5, 0.0, 1.0)  # mask IoU above which models found the same cell
     detections: int = within(300, 1, 20_000)  # most cells an image
-    show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn and counted
+    show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn, counted, put in tables
 
 
 # %% [markdown]
@@ -317,8 +318,8 @@ def recipe(name: str, /, **changes) -> Config:
     for name in ("zoom", "rpn_iou"):
         if (pair := getattr(config, name))[0] > pair[1]:
             raise ValueError(f"Setting {name}={pair}: expected the least before the most.")
-    if config.fold > config.folds:
-        raise ValueError(f"Setting fold={config.fold}: expected at most folds={config.folds}.")
+    if config.fold > (config.folds if config.folds > 1 else 0):
+        raise ValueError(f"Setting fold={config.fold}: expected at most folds, {config.folds}.")
     check_trunk(config)
     return config
 

@@ -92,13 +92,18 @@ def read_text(path: Path) -> str:
 def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
     """Reads `groups.csv`, columns `name` and `group`, if there is one: patients, slides, wells.
 
+    A name is one of `CellDataset.names`; an image without a group stands for itself.
+
     Raises:
         BadInput: other columns, or an image that is not there.
     """
     path = root / "groups.csv"
     if not path.is_file():
         return {}
-    groups = {row["name"]: row["group"] for row in read_rows(path, {"name", "group"})}
+    rows = read_rows(path, {"name", "group"})
+    groups = {row["name"]: row["group"] for row in rows if row["group"]}
+    if twice := [row for row in rows if groups.get(row["name"], "") != row["group"]]:
+        raise BadInput(f"{path}: {twice[0]['name']!r} is in two groups; expected one.")
     if unknown := sorted(set(groups) - set(names)):
         raise BadInput(f"{path}: {unknown[0]!r} is no training image; such as {names[0]!r} is.")
     return groups
@@ -170,8 +175,8 @@ def list_images(entries, path: Path, folder: Path) -> list[ImageRecord]:
         rows = [(e["file_name"], e["id"], e["height"], e["width"]) for e in entries]
     except (TypeError, KeyError) as error:
         raise BadInput(
-            f"{path}: {type(error).__name__}: {error}; expected a JSON list of objects with "
-            "file_name, id, height and width."
+            f"{path}: {type(error).__name__}: {error}; expected of each image file_name, id, "
+            "height and width."
         ) from error
     if not rows:
         raise BadInput(f"{path}: lists no images; expected at least one.")
@@ -251,6 +256,9 @@ def open_table(root: Path, config: Config) -> CellDataset:
         by_name.setdefault(row["id"], []).append(row)
         if row.get("sample_id"):  # Sartorius: the well that an image was taken of
             groups[row["id"]] = row["sample_id"]
+    there = {p.stem for p in (root / "train").iterdir() if p.suffix.lower() in PICTURES}
+    if unlisted := len(there - set(by_name)):
+        print(f"{unlisted} pictures without a row are left out; an empty annotation is no cells")
     kinds = sorted({row.get("cell_type", "cell") for rows in by_name.values() for row in rows})
     categories = dict(enumerate(kinds, start=1))
     read = partial(read_table_sample, root, by_name, kinds, config.overlaps)
@@ -289,7 +297,8 @@ def read_table_sample(
                 f"{path}: {size} (H, W), but {table} says {stated}. Correct the one that is wrong."
             )
         try:
-            places = pixels_of_kaggle_text(row["annotation"], size[0] * size[1])
+            text = "" if row["annotation"] == "-1" else row["annotation"]
+            places = pixels_of_kaggle_text(text, size[0] * size[1])
         except ValueError as error:
             raise BadInput(f"{table}: an annotation of {name!r}: {error}. Correct it.") from error
         label = kinds.index(row.get("cell_type", "cell")) + 1
@@ -304,9 +313,9 @@ def read_table_sample(
 
 # %%
 def is_polygon(values) -> bool:
-    """Whether it is a list of x, y, x, y, .. of three finite points or more."""
+    """Whether it is a list of x, y, x, y, .. of three points or more, none absurdly far away."""
     numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-    return numbers and len(values) >= 6 and len(values) % 2 == 0 and np.isfinite(values).all()
+    return numbers and len(values) >= 6 and len(values) % 2 == 0 and max(map(abs, values)) < 1e5
 
 
 def coco_pixels(segmentation, height: int, width: int) -> np.ndarray:
@@ -324,8 +333,7 @@ def coco_pixels(segmentation, height: int, width: int) -> np.ndarray:
             raise ValueError("no polygon")
         if wrong := [polygon for polygon in segmentation if not is_polygon(polygon)]:
             raise ValueError(f"polygon {str(wrong[0])[:60]}; expected x, y of 3 points or more")
-        inside = [np.clip(p, -1, 2 * max(height, width)).tolist() for p in segmentation]
-        rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(inside, height, width))
+        rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
     if not isinstance(rle, dict) or not {"size", "counts"} <= set(rle):
         raise ValueError(f"segmentation {str(rle)[:60]}; expected polygons or size and counts")
     if list(rle["size"]) != [height, width]:
@@ -334,35 +342,61 @@ def coco_pixels(segmentation, height: int, width: int) -> np.ndarray:
 
 
 # %%
+def read_coco(path: Path, keys: Sequence[str]) -> dict:
+    """The content of a COCO file that has some lists of objects. Raises BadInput."""
+    content = read_json(path)
+    for key in keys:
+        rows = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise BadInput(
+                f"{path}: no list of objects under {key!r}; expected a COCO file with "
+                f"{', '.join(keys)}."
+            )
+    return content
+
+
+def coco_categories(path: Path, rows: Sequence[dict]) -> dict[int, str]:
+    """The names of categories by id, ascending. Raises BadInput."""
+    if wrong := [row for row in rows if type(row.get("id")) is not int or "name" not in row]:
+        raise BadInput(f"{path}: category {wrong[0]}; expected a whole number as id, and a name.")
+    found = {row["id"]: str(row["name"]) for row in rows}
+    if len(found) < len(rows):
+        raise BadInput(f"{path}: two categories with one id; expected each once.")
+    return dict(sorted(found.items()))
+
+
+def check_annotation(row: dict, images: Mapping[int, list], categories: Mapping[int, str]) -> str:
+    """What is wrong with an annotation, empty where nothing is."""
+    if type(row.get("image_id")) is not int or row["image_id"] not in images:
+        return f"image_id {row.get('image_id')!r} is of no image"
+    if type(row.get("category_id")) is not int or row["category_id"] not in categories:
+        return f"category_id {row.get('category_id')!r} is of no category"
+    if row.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd {row['iscrowd']!r}; expected 0 or 1"
+    return "" if "segmentation" in row else "no segmentation"
+
+
+# %%
 def open_coco(root: Path, config: Config) -> CellDataset:
     """The layout of COCO files."""
     path, folder = coco_file(root, "train")
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
-        raise BadInput(f"{path}: expected an object with images, annotations and categories.")
+    content = read_coco(path, ("images", "annotations", "categories"))
     records = list_images(content["images"], path, folder)
-    try:
-        categories = {int(c["id"]): str(c["name"]) for c in content["categories"]}
-        by_image = {record.image_id: [] for record in records}
-        for row in content["annotations"]:
-            by_image[row["image_id"]].append(row)
-            categories[row["category_id"]], row["segmentation"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise BadInput(f"{path}: {type(error).__name__}: {error}; not a COCO file.") from error
+    categories = coco_categories(path, content["categories"])
+    by_image = {record.image_id: [] for record in records}
+    for row in content["annotations"]:
+        if problem := check_annotation(row, by_image, categories):
+            raise BadInput(f"{path}: annotation {row.get('id')}: {problem}. Correct it.")
+        by_image[row["image_id"]].append(row)
     known = {str(record.path.relative_to(folder)): record for record in records}
-    order = sorted(categories)
-    read = partial(read_coco_sample, known, by_image, order, path, config.overlaps)
-    names, tested = sorted(known), coco_file(root, "test")
-    if tested:
-        listed = read_json(tested[0])
-        entries = listed.get("images") if isinstance(listed, dict) else None
-        images = list_images(entries, *tested)
+    read = partial(read_coco_sample, known, by_image, list(categories), path, config.overlaps)
+    names, images = sorted(known), table_test_images(root)
+    if tested := coco_file(root, "test"):
+        images = list_images(read_coco(tested[0], ("images",))["images"], *tested)
         for image in images:
             check_image(image, tested[0])
-    else:
-        images = table_test_images(root)
-    ordered = {key: categories[key] for key in order}
-    return CellDataset(root, "coco", names, read, ordered, images, read_groups(root, names))
+    groups = read_groups(root, names)
+    return CellDataset(root, "coco", names, read, categories, images, groups)
 
 
 # %%
@@ -380,7 +414,7 @@ def read_coco_sample(
     for row in by_image[record.image_id]:
         try:
             places = coco_pixels(row["segmentation"], record.height, record.width)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise BadInput(f"{path}: annotation {row.get('id')}: {error}. Correct it.") from error
         label = order.index(row["category_id"]) + 1
         label = -label if row.get("iscrowd") else label
@@ -465,10 +499,15 @@ def split_images(
 
     Returns:
         `{"train": [...], "val": [...]}`, each sorted.
+
+    Raises:
+        ValueError: all images are of one group.
     """
     wanted = max(round(len(names) * val_fraction), 1) if val_fraction > 0 else 0
     val = []
     parts = shuffled_groups(names, groups or {}, seed)
+    if len(parts) == 1 < len(names) and wanted:
+        raise ValueError("All images are of one group: none can be held out. See groups.csv.")
     while len(val) < wanted and len(parts) > 1:
         val += parts.pop(0)
     return {"train": sorted(name for part in parts for name in part), "val": sorted(val)}

@@ -14,10 +14,11 @@ from importlib.util import find_spec
 import io
 
 import numpy as np
+import pycocotools.mask
 import torch
 from torchmetrics.detection import PanopticQuality
 
-from src_snippets.forms import Instances
+from src_snippets.forms import CellSample, Instances, with_crowds
 from src_snippets.rle import mask_areas, paint
 
 
@@ -132,6 +133,19 @@ def label_image(found: Instances) -> np.ndarray:
     return np.stack([classes, paint(rles, order + 1, *found.size)], axis=-1)
 
 
+def outside_crowds(found: Instances, sample: CellSample) -> Instances:
+    """The detections that do not lie in a crowd of the truth by over half of their pixels."""
+    truth = with_crowds(sample)
+    crowds = truth.select(truth.labels < 0).rles
+    if not crowds or not len(found):
+        return found
+    inside = pycocotools.mask.iou(
+        found.rles, crowds, [1] * len(crowds)
+    )  # over the detection's area
+    return found.select(inside.max(1) <= 0.5)
+
+
+# %%
 def panoptic_quality(pairs, num_classes: int, least_score: float) -> dict[int, float | None]:
     """Panoptic quality (arXiv:1801.00868) of label images, by class.
 

@@ -7,7 +7,7 @@
 # right and lower edge outside: a cell in column 3 alone spans x from 3 to 4.
 
 # %%
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class CellSample:
         image: (3, H, W) uint8, RGB.
         layers: (L, H, W) int16, from 32,768 instances on int32, with L >= 1; pixel = instance id,
             0 = background. Ids run from 1 to N and lie in one layer each; instances that do not
-            overlap share a layer.
+            overlap share a layer, so there are as many as cells lie on each other at most.
         labels: (N,) int64, class 1..C of id `i` at `labels[i - 1]`; -k for a crowd of class k,
             cells that nobody told apart: nothing is learned from it, and what is found in it is
             not scored.
@@ -169,6 +169,15 @@ def with_crowds(sample: CellSample) -> Instances:
     rles = encode_layers(sample.layers.numpy(), count)
     scores = np.ones(count, np.float32)
     return Instances(boxes.numpy(), scores, sample.labels.numpy(), rles, sample.size)
+
+
+# %%
+def with_categories(truth: dict, categories: Mapping[int, str]) -> dict:
+    """A COCO dictionary of `coco_truth` with a dataset's own ids and names of classes 1..C."""
+    ids = dict(enumerate(categories, start=1))
+    rows = [row | {"category_id": ids[row["category_id"]]} for row in truth["annotations"]]
+    named = [dict(id=key, name=name) for key, name in categories.items()]
+    return truth | dict(annotations=rows, categories=named)
 
 
 def coco_truth(samples: Sequence[CellSample], num_classes: int) -> dict:

@@ -78,7 +78,8 @@ def fuse(answers: Sequence[Instances], config: Config, rows: int = 256) -> Insta
         rows: so many masks are compared with all weaker ones at a time, 8 * rows * N bytes.
 
     Returns:
-        The joined detections, best first, at most `detections`; see `settle` for the rest.
+        The joined detections from `score_floor` on, best first, at most `detections`; then as from
+        `settle`.
     """
     model = np.repeat(np.arange(len(answers)), [len(found) for found in answers])
     columns = ("boxes", "scores", "labels")
@@ -99,6 +100,6 @@ def fuse(answers: Sequence[Instances], config: Config, rows: int = 256) -> Insta
             others = alike[np.unique(model[alike], return_index=True)[1]]  # the best of each
             leads[lead], free[lead], free[others] = True, False, False
             joined[lead] = every.scores[[lead, *others]].sum() / len(answers)
-    chosen = np.flatnonzero(leads)
+    chosen = np.flatnonzero(leads & (joined >= config.score_floor))
     chosen = chosen[np.argsort(-joined[chosen], kind="stable")][: config.detections]
     return settle(replace(every, scores=joined).select(chosen), config)

@@ -229,20 +229,46 @@ class BlockMatcher(Matcher):
 
 
 # %%
+def within_crowds(boxes: Tensor, crowds: Tensor, share: float = 0.5) -> Tensor:
+    """(R,) bool: which of (R, 4) boxes have over `share` of their area in one of (K, 4) crowds."""
+    inside = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    for crowd in crowds:
+        low, high = torch.maximum(boxes[:, :2], crowd[:2]), torch.minimum(boxes[:, 2:], crowd[2:])
+        inside |= (high - low).clamp(min=0).prod(1) > share * box_area(boxes)
+    return inside
+
+
+class CrowdProposals(RegionProposalNetwork):
+    """torchvision's proposals; anchors in a crowd that are no cell's are no background either."""
+
+    def assign_targets_to_anchors(self, anchors, targets):
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        for own, places, target in zip(labels, anchors, targets, strict=True):
+            if len(crowds := target.get("crowds", ())):
+                own[(own == 0) & within_crowds(places, crowds)] = -1
+        return labels, boxes
+
+
+# %%
 class BoundedRoIHeads(RoIHeads):
     """torchvision's RoI heads with memory that does not grow with cells or detections."""
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels, matcher=None):
-        """The cell (R,) and class (R,) int64 of each proposal, 0 where there is none, by image."""
+        """The cell (R,) and class (R,) int64 of each proposal, 0 where there is none, by image.
+
+        The class is -1, which nothing is learned from, where there is none in a crowd.
+        """
         matched, labels = [], []
         matcher = matcher or self.proposal_matcher
-        for boxes, cells, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
+        sides = zip(proposals, gt_boxes, gt_labels, self.crowds, strict=True)
+        for boxes, cells, classes, crowds in sides:
             found = torch.full((len(boxes),), -1, device=boxes.device)
             if len(cells):
                 found = matcher((cells, boxes))
             matched.append(found.clamp(min=0))
             padded = torch.cat([classes, classes.new_zeros(1)])  # found is -1 below the threshold
-            labels.append(padded[found])
+            own = padded[found]
+            labels.append(own.masked_fill((own == 0) & within_crowds(boxes, crowds), -1))
         return matched, labels
 
     def predict_boxes(self, features, proposals, image_shapes):
@@ -279,7 +305,7 @@ class InstanceMapRoIHeads(BoundedRoIHeads):
 
     def check_targets(self, targets):
         for target in targets or [{}]:
-            if not {"boxes", "labels", "layers", "ids", "homes"} <= set(target):
+            if not {"boxes", "labels", "layers", "ids", "homes", "crowds"} <= set(target):
                 raise ValueError(f"Target with {sorted(target)}: expected that of training_target.")
 
     def forward(self, features, proposals, image_shapes, targets=None):
@@ -295,17 +321,18 @@ class InstanceMapRoIHeads(BoundedRoIHeads):
         """Class logits (R, C + 1), offsets (R, 4C + 4), and the boxes by image that they move."""
         return *self.predict_boxes(features, proposals, image_shapes), proposals
 
-    def box_losses(self, features, proposals, image_shapes, labels, wanted, targets):
-        """The losses of classes and of boxes; `labels` and `wanted` offsets by image."""
+    def box_losses(self, features, sampled, image_shapes, targets):
+        """The losses of classes and of boxes; `sampled` is from `select_training_samples`."""
+        proposals, _, labels, wanted = sampled
         logits, offsets = self.predict_boxes(features, proposals, image_shapes)
         return fastrcnn_loss(logits, offsets, labels, wanted)
 
     def losses(self, features, proposals, image_shapes, targets):
         """The losses of classes, boxes and masks, each a float32 scalar."""
-        proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
-        loss_classifier, loss_box = self.box_losses(
-            features, proposals, image_shapes, labels, offsets, targets
-        )
+        self.crowds = [target["crowds"] for target in targets]
+        sampled = self.select_training_samples(proposals, targets)
+        loss_classifier, loss_box = self.box_losses(features, sampled, image_shapes, targets)
+        proposals, matched, labels, _ = sampled
         cells = [torch.where(label > 0)[0] for label in labels]
         boxes = [p[c] for p, c in zip(proposals, cells, strict=True)]
         matched = [m[c] for m, c in zip(matched, cells, strict=True)]
@@ -337,11 +364,11 @@ def mask_loss(logits: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
 # learns from cells that overlap them by more. Their boxes are the same for all classes.
 
 # %%
-# IoU from which a box is a cell's, weights of the offsets, share of the loss: by head.
+# Added to the IoU from which a box is a cell's, weights of the offsets, share of the loss: by head.
 CASCADE = (
-    (0.5, (10.0, 10.0, 5.0, 5.0), 1.0),
-    (0.6, (20.0, 20.0, 10.0, 10.0), 0.5),
-    (0.7, (30.0, 30.0, 15.0, 15.0), 0.25),
+    (0.0, (10.0, 10.0, 5.0, 5.0), 1.0),
+    (0.1, (20.0, 20.0, 10.0, 10.0), 0.5),
+    (0.2, (30.0, 30.0, 15.0, 15.0), 0.25),
 )
 
 
@@ -351,6 +378,8 @@ class CascadeRoIHeads(InstanceMapRoIHeads):
 
     Answers have the mean of the heads' probabilities and the boxes of the last head.
     """
+
+    least_iou = 0.5
 
     def add_heads(self, build) -> None:
         """Adds the second and third; `build` makes a box head and its predictor."""
@@ -379,19 +408,20 @@ class CascadeRoIHeads(InstanceMapRoIHeads):
         still = chances.new_zeros((len(chances), 4 * chances.shape[1]))
         return chances.clamp(min=1e-12).log(), still, boxes
 
-    def box_losses(self, features, proposals, image_shapes, labels, wanted, targets):
+    def box_losses(self, features, sampled, image_shapes, targets):
         cells, classes = ([target[key] for target in targets] for key in ("boxes", "labels"))
         loss_classifier, loss_box = 0, 0
-        stages = self.run_heads(features, proposals, image_shapes)
-        for (iou, weights, share), (boxes, logits, offsets) in zip(CASCADE, stages, strict=False):
-            matcher = BlockMatcher(iou, iou)
+        stages = self.run_heads(features, sampled[0], image_shapes)
+        for (more, weights, share), (boxes, logits, offsets) in zip(CASCADE, stages, strict=False):
+            matcher = BlockMatcher(self.least_iou + more, self.least_iou + more)
             matched, labels = self.assign_targets_to_proposals(boxes, cells, classes, matcher)
             goals = [c[m[k > 0]] for c, m, k in zip(cells, matched, labels, strict=True)]
             labels = torch.cat(labels)
             found = labels > 0
             wanted = BoxCoder(weights).encode_single(torch.cat(goals), torch.cat(boxes)[found])
             distance = F.smooth_l1_loss(offsets[found], wanted, beta=1 / 9, reduction="sum")
-            loss_classifier = loss_classifier + share * F.cross_entropy(logits, labels)
+            classified = F.cross_entropy(logits, labels, ignore_index=-1)
+            loss_classifier = loss_classifier + share * classified
             loss_box = loss_box + share * distance / len(labels)
         return loss_classifier, loss_box
 
@@ -449,6 +479,7 @@ def build_heads(config: Config) -> InstanceMapRoIHeads:
     )
     if config.cascade:
         heads.add_heads(lambda: build_box_head(config))
+        heads.least_iou = config.roi_iou
     heads.proposal_matcher = BlockMatcher(config.roi_iou, config.roi_iou)
     heads.half_pixel = config.half_pixel
     return heads
@@ -461,7 +492,7 @@ def build_proposals(config: Config) -> RegionProposalNetwork:
     anchors = Float32Anchors(sizes, (config.anchor_ratios,) * len(sizes))
     head = Float32RPNHead(config.fpn_channels, len(config.anchor_ratios), config.rpn_convs)
     kept = {"training": config.proposals, "testing": config.proposals}
-    proposals = RegionProposalNetwork(
+    proposals = CrowdProposals(
         anchors,
         head,
         fg_iou_thresh=config.rpn_iou[1],

@@ -29,10 +29,10 @@ from src_snippets.forms import Instances
 from src_snippets.fusion import settle
 from src_snippets.heads import build_heads, build_proposals, similar_chunks
 from src_snippets.rle import encode_crops
+from src_snippets.transforms import magnification
 from src_snippets.weights import (
-    detectron2_settings,
     find_weights,
-    from_detectron2,
+    fit_detectron2,
     is_detectron2,
     read_weights,
 )
@@ -50,13 +50,7 @@ class InputTransform(GeneralizedRCNNTransform):
         means = dict(image_mean=config.pixel_mean, image_std=config.pixel_std)
         super().__init__(min_size=0, max_size=0, **means)
         self.scale, self.grey = config.scale, config.grey
-        self.short_sides, self.side = config.short_sides, 0
-
-    def forward(self, images, targets=None):
-        self.side = self.short_sides[-1]
-        if self.training and len(self.short_sides) > 1:
-            self.side = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
-        return super().forward(images, targets)
+        self.short_side = config.short_sides[-1]
 
     def normalize(self, image):
         if image.dtype != torch.uint8:
@@ -65,15 +59,17 @@ class InputTransform(GeneralizedRCNNTransform):
         return super().normalize(image.float() / 255)
 
     def resize(self, image, target=None):
-        old, factor = image.shape[-2:], self.scale
-        if self.side:
-            factor = min(self.side / min(old), 2 * self.side / max(old))
+        old = image.shape[-2:]
+        # Crops come in network pixels where short_sides are set: see ZoomCrop.
+        whole = not (self.training and self.short_side)
+        factor = magnification(old, self.scale, self.short_side) if whole else 1
         if factor == 1:
             return image, target
         new = [max(round(side * factor), 1) for side in old]
         image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
         if target is not None:
-            target = target | {"boxes": resize_boxes(target["boxes"], old, new)}
+            moved = {key: resize_boxes(target[key], old, new) for key in ("boxes", "crowds")}
+            target = target | moved
         return image, target
 
     def batch_images(self, images, size_divisible=32):
@@ -83,7 +79,7 @@ class InputTransform(GeneralizedRCNNTransform):
         return batch.contiguous(memory_format=torch.channels_last)  # as the model's weights
 
     def postprocess(self, result, image_shapes, original_image_sizes):
-        if self.training:
+        if not result:  # losses were asked for
             return result
         for found, seen, own in zip(result, image_shapes, original_image_sizes, strict=True):
             found["boxes"] = resize_boxes(found["boxes"], seen, own)
@@ -124,18 +120,16 @@ def parameter_table(model: GeneralizedRCNN, most: int = 200_000_000) -> str:
 
 # %%
 def anchor_shapes(config: Config) -> np.ndarray:
-    """(A, 2) float64, width and height of all anchors in image pixels."""
+    """(A, 2) float64, width and height of all anchors in network pixels."""
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
-    shapes = np.stack([sizes / ratios, sizes * ratios], axis=-1)
-    factor = config.short_sides[-1] / config.crop or config.scale  # of a whole crop
-    return shapes.reshape(-1, 2) / factor
+    return np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
 
 
 def cells_with_anchor(sides: np.ndarray, config: Config, least: float = 0.5) -> np.ndarray:
     """Which cells have an anchor whose IoU with them, centre on centre, is at least `least`.
 
     Args:
-        sides: (N, 2), width and height of cells in image pixels.
+        sides: (N, 2), width and height of cells in network pixels.
 
     Returns:
         (N,) bool.
@@ -238,10 +232,7 @@ def initial_weights(config: Config) -> tuple[Path | None, dict | None]:
         return find_weights(published), None
     state = read_weights(config.weights)
     if is_detectron2(state):
-        wanted = detectron2_settings(state)
-        if differ := {k: v for k, v in wanted.items() if getattr(config, k) != v}:
-            raise ValueError(f"{config.weights}: of detectron2; to load it, set {differ}.")
-        return None, from_detectron2(state)
+        return None, fit_detectron2(state, config)
     whole = any(key.startswith("roi_heads.") for key in state)
     return (None, state) if whole else (Path(config.weights), None)
 

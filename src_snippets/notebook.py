@@ -68,7 +68,13 @@ print(describe(chosen_settings))
 from src_snippets.rle import encode_crop, encode_layers, paint
 
 # %%
-from src_snippets.forms import CellSample, coco_truth, Instances, truth_instances
+from src_snippets.forms import (
+    CellSample,
+    coco_truth,
+    Instances,
+    truth_instances,
+    with_categories,
+)
 
 # %%
 from src_snippets.readers import read_image
@@ -105,7 +111,7 @@ train_part = pick(samples, first_split["train"])
 print(f"to normalise by this dataset instead of ImageNet: {channel_statistics(train_part)}")
 
 # %%
-from src_snippets.transforms import filled_crop
+from src_snippets.transforms import filled_crop, magnification
 
 # %%
 from src_snippets.plots import (
@@ -166,8 +172,12 @@ print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}"
 print(parameter_table(build_model(config)))
 
 # %%
-boxes = np.concatenate([truth_instances(sample).boxes for sample in train_part])
-sides = boxes[:, 2:] - boxes[:, :2]
+sides = []
+for sample in train_part:
+    cells = truth_instances(sample).boxes
+    factor = magnification(sample.size, config.scale, config.short_sides[-1])
+    sides.append((cells[:, 2:] - cells[:, :2]) * factor)
+sides = np.concatenate(sides)
 covered = cells_with_anchor(sides, config)
 print(describe_anchors(covered))
 show_figure(plot_anchors(sides, covered, anchor_shapes(config)), output / "figures" / "anchors.png")
@@ -177,7 +187,12 @@ show_figure(plot_anchors(sides, covered, anchor_shapes(config)), output / "figur
 # far from all crosses ask for other `anchor_sizes` or `anchor_ratios`.
 
 # %%
-from src_snippets.evaluate import average_precision, format_scores, panoptic_quality
+from src_snippets.evaluate import (
+    average_precision,
+    format_scores,
+    outside_crowds,
+    panoptic_quality,
+)
 
 # %%
 from src_snippets.train import (
@@ -205,7 +220,8 @@ for fold, split in splits.items():
     parts = {part: pick(samples, names) for part, names in split.items()}
     write_json(split, run / "split.json")
     for part, picked in parts.items():
-        write_json(coco_truth(picked, config.num_classes), run / f"{part}_gt.json")
+        part_truth = coco_truth(picked, config.num_classes)
+        write_json(with_categories(part_truth, dataset.categories), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
     history = fit(config, parts["train"], parts["val"], run)
     show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
@@ -231,7 +247,8 @@ val_truths = [truth_instances(sample) for sample in held_out]
 if val_answers:
     val_truth = coco_truth(held_out, config.num_classes)
     scores = average_precision(val_truth, by_image_id(val_answers))
-    pairs = zip(val_truths, val_answers, strict=True)
+    counted = [outside_crowds(*pair) for pair in zip(val_answers, held_out, strict=True)]
+    pairs = zip(val_truths, counted, strict=True)
     quality = panoptic_quality(pairs, config.num_classes, config.show_floor)
     print(f"{len(val_answers)} validation images, seed {config.seed}")
     print(format_scores(scores, quality))
@@ -255,8 +272,8 @@ if val_answers:
 
 # %%
 if val_answers:
-    counted = plot_counts(val_truths, val_answers, config.num_classes, config.show_floor)
-    show_figure(counted, output / "figures" / "counts.png")
+    bars = plot_counts(val_truths, counted, config.num_classes, config.show_floor)
+    show_figure(bars, output / "figures" / "counts.png")
 
 # %% [markdown]
 # Grey and blue bars of about the same height: nothing is systematically missed or invented. Scores
@@ -279,7 +296,7 @@ if dataset.test_images:
 else:
     print("No test images: there is nothing to submit.")
 if dataset.test_images and dataset.layout == "table":
-    write_submissions(test_answers, dataset.test_images, output)
+    write_submissions(test_answers, dataset.test_images, output, config.show_floor)
 
 # %%
 places = np.unique(np.linspace(0, len(dataset.test_images) - 1, 4).astype(int))

@@ -69,6 +69,14 @@ def add_legend(figure: Figure, num_classes: int) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=num_classes, frameon=False)
 
 
+def short_name(name: str) -> str:
+    """What tells a picture from others: the first letters of its file or, if all files are called
+    image.tif, of its folder.
+    """
+    path = Path(name)
+    return (path.parent.name if path.stem == "image" else path.stem)[:12]
+
+
 def show_row(axes, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
     """Shows pictures (H, W, 3) in a row of axes, with titles and no ticks."""
     for axis, picture, title in zip(axes, pictures, titles, strict=True):
@@ -97,7 +105,7 @@ def plot_fields(fields: Sequence[tuple[np.ndarray, Instances, str]], num_classes
     """
     figure = Figure(figsize=(3.4 * len(fields), 7), layout="constrained")
     rows = figure.subplots(2, len(fields), squeeze=False)
-    names = [f"{name[:8]}  {i.shape[1]} x {i.shape[2]} px" for i, _, name in fields]
+    names = [f"{short_name(name)}  {i.shape[1]} x {i.shape[2]} px" for i, _, name in fields]
     show_row(rows[0], [np.moveaxis(image, 0, 2) for image, _, _ in fields], names)
     outlined = [outline_cells(image, cells) for image, cells, _ in fields]
     show_row(rows[1], outlined, [f"{len(cells)} cells" for _, cells, _ in fields])
@@ -170,12 +178,17 @@ def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int, f
         image, truth = sample.image.numpy(), truth_instances(sample)
         found = found.select(found.scores >= floor)
         pictures = [np.moveaxis(image, 0, 2)] + [outline_cells(image, c) for c in (truth, found)]
-        titles = [sample.name[:8], f"truth: {len(truth)} cells", f"found: {len(found)} cells"]
+        titles = [
+            short_name(sample.name),
+            f"truth: {len(truth)} cells",
+            f"found: {len(found)} cells",
+        ]
         show_row(row, pictures, titles)
     add_legend(figure, num_classes)
     return figure
 
 
+# %%
 def plot_counts(truths: Sequence[Instances], answers, num_classes: int, floor: float) -> Figure:
     """Instances by class, true and predicted with at least a score, as numbered bars."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
@@ -208,7 +221,7 @@ def plot_schedule(rates: Sequence[float]) -> Figure:
 
 
 def plot_anchors(sides: np.ndarray, covered: np.ndarray, shapes: np.ndarray) -> Figure:
-    """Width and height of cells and of the anchors that should meet them, both in image pixels.
+    """Width and height of cells and of the anchors that should meet them, both in network pixels.
 
     Args:
         sides: (N, 2) float, width and height of cells; covered: (N,) bool, an anchor fits.
@@ -223,6 +236,7 @@ def plot_anchors(sides: np.ndarray, covered: np.ndarray, shapes: np.ndarray) -> 
         axis.scatter(*sides[chosen].T, s=6, color=color, label=f"{label} ({chosen.sum():,})")
     axis.scatter(*shapes.T, s=60, marker="+", color="#1f6fb4", label=f"anchor ({len(shapes)})")
     axis.set(xscale="log", yscale="log", xlabel="width, px", ylabel="height, px")
+    axis.set_title("as the network sees them", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
     return figure

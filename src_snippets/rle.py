@@ -202,7 +202,7 @@ def pixels_of_kaggle_text(text: str, count: int) -> np.ndarray:
     starts, lengths = numbers[0::2] - 1, numbers[1::2]
     if len(starts) != len(lengths) or (lengths < 1).any():
         raise ValueError(f"{len(numbers)} numbers; expected pairs of start and length from 1 on")
-    if len(starts) and (starts.min() < 0 or lengths.max() > count):
+    if len(starts) and (starts.min() < 0 or max(starts.max(), lengths.max()) > count):
         raise ValueError(f"pixels outside of 1 to {count}")
     pixels = np.sort(run_pixels(starts, starts + lengths)) if lengths.sum() <= count else None
     if pixels is None or (len(pixels) and (np.diff(pixels) < 1).any()):

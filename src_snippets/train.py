@@ -218,7 +218,7 @@ def validation_loss(model: nn.Module, samples: Sequence[CellSample], config: Con
     device = next(model.parameters()).device
     precision, losses = choose_precision(config, device), []
     model.eval()
-    for part in (model, model.transform, model.rpn, model.roi_heads):
+    for part in (model, model.rpn, model.roi_heads):
         part.training = True  # these give losses; the layers within them stay as they are
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -287,13 +287,16 @@ def load_checkpoint(path: Path) -> dict:
         BadInput: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path}: is not there: no epoch was validated yet. Run the training cell to its end."
+            f"{path}: is not there. Run the training cell to its end, or correct the path."
         ) from error
     except Exception as error:  # the unpickler raises many types; each means a bad file
         raise BadInput(f"{path}: not a checkpoint ({error}). Remove it to train anew.") from error
+    if not isinstance(state, dict) or not {"model", "config"} <= set(state):
+        raise BadInput(f"{path}: not a checkpoint of this notebook, such as its best.pt.")
+    return state
 
 
 def check_same_settings(saved: dict, config: Config, path: Path) -> None:
@@ -439,9 +442,14 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
         bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")
     row["seconds"] = round(time.perf_counter() - start, 2)
     run.save(row)
+    free_memory()  # crops differ in size; what the cache of a GPU holds may not fit the next
+
+
+def free_memory() -> None:
+    """Gives back what is no longer used, of the GPU's cache too."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # crops differ in size; what the cache holds may not fit the next
+        torch.cuda.empty_cache()
 
 
 # %%
@@ -470,4 +478,7 @@ def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
                 bar.write(f"No better {config.best_by} in {config.patience} looks: training ends.")
                 break
             run_epoch(run, epoch, val_samples, truth, bar)
-    return run.history
+    history = run.history
+    del run  # the schedule refers to it: only a collection frees its model and optimiser
+    free_memory()
+    return history

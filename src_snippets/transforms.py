@@ -8,6 +8,7 @@
 
 # %%
 from collections.abc import Sequence
+from dataclasses import replace
 import math
 
 import torch
@@ -32,17 +33,22 @@ class ZoomCrop(v2.Transform):
         room: most rows and columns of the result in pixels.
         zoom: least and most magnification, drawn evenly on a log scale.
         turns: turn by 0, 90, 180 or 270 degrees, each as likely.
+        short_sides: if not 0, the magnification counts from that at which the field's shorter side
+            is one of these; each is as likely.
     """
 
-    def __init__(self, room: tuple[int, int], zoom: tuple[float, float], turns: bool = False):
+    def __init__(self, room, zoom, turns: bool = False, short_sides: Sequence[int] = (0,)):
         super().__init__()
-        self.room, self.zoom, self.turns = room, zoom, turns
+        self.room, self.zoom, self.turns, self.short_sides = room, zoom, turns, short_sides
 
     def make_params(self, flat_inputs):
         turns = int(torch.randint(4, ())) if self.turns else 0
         field, room = flat_inputs[0].shape[-2:], self.room[:: -1 if turns % 2 else 1]
         low, high = map(math.log, self.zoom)
         zoom = math.exp(low + float(torch.rand(())) * (high - low))
+        if any(self.short_sides):
+            drawn = self.short_sides[int(torch.randint(len(self.short_sides), ()))]
+            zoom *= magnification(field, 1.0, drawn)
         sides = [math.ceil(most / zoom - 1e-6) for most in room]
         window = [min(side, length) for side, length in zip(sides, field, strict=True)]
         corner = [int(torch.randint(f - w + 1, ())) for f, w in zip(field, window, strict=True)]
@@ -62,6 +68,17 @@ class ZoomCrop(v2.Transform):
 
 
 # %%
+def magnification(size: Sequence[int], scale: float, short_side: int) -> float:
+    """Network pixels per pixel of a whole field of (H, W) `size`.
+
+    It is `scale`, or where `short_side` is not 0, what makes the shorter side that long, and the
+    longer one at most twice as long.
+    """
+    if not short_side:
+        return scale
+    return min(short_side / min(size), 2 * short_side / max(size))
+
+
 def nearest_index(old: int, new: int) -> Tensor:
     """(new,) int64: the old pixel under the centre of each new one."""
     return ((torch.arange(new) + 0.5) * (old / new)).long().clamp(max=old - 1)
@@ -119,7 +136,8 @@ def augmentation(config: Config, room: tuple[int, int] | None = None) -> v2.Comp
     Args:
         room: most rows and columns of the result; by default `config.crop` each.
     """
-    steps = [ZoomCrop(room or (config.crop, config.crop), config.zoom, config.quarter_turns)]
+    room = room or (config.crop, config.crop)
+    steps = [ZoomCrop(room, config.zoom, config.quarter_turns, config.short_sides)]
     if config.flips:
         steps += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
     if config.color_jitter:
@@ -139,7 +157,7 @@ def augment_sample(sample: CellSample, chain: v2.Compose) -> CellSample:
 
 # %% [markdown]
 # Fields differ in size. A field that leaves room in its crop gets pieces of others beside it, so
-# every crop of a batch is full and of one size: nothing is spent on padding.
+# crops are of one size and full, but for thin strips: next to nothing is spent on padding.
 
 # %%
 LEAST_STRIP = 32  # px; strips that are thinner stay empty
@@ -159,10 +177,13 @@ def filled_crop(samples, index: int, config: Config) -> CellSample:
     """
     side, pieces = config.crop, []
     rooms = [(0, 0, side, side)]
+    # Pieces that fill are not made smaller than they are, or there would be a hundred of them.
+    filling = replace(config, zoom=tuple(max(min(1, config.zoom[1]), z) for z in config.zoom))
     while rooms:
         top, left, *room = rooms.pop()
         chosen = int(torch.randint(len(samples), ())) if pieces else index
-        piece = augment_sample(samples[chosen], augmentation(config, tuple(room)))
+        own = augmentation(filling if pieces else config, tuple(room))
+        piece = augment_sample(samples[chosen], own)
         if not config.fill:
             return piece
         pieces.append((top, left, piece))
@@ -204,7 +225,8 @@ def training_target(sample: CellSample, min_area: int) -> dict[str, Tensor]:
 
     Returns:
         layers (L, H, W) ints; boxes (N, 4) float32 XYXY pixels, tight; labels (N,) int64 1..C;
-        ids (N,) int64, the instance's value in its layer; homes (N,) int64, its layer.
+        ids (N,) int64, the instance's value in its layer; homes (N,) int64, its layer; crowds
+        (K, 4) float32, the boxes of crowds.
     """
     boxes, areas, homes = instance_boxes(sample.layers, len(sample.labels))
     kept = torch.nonzero((areas >= max(min_area, 1)) & (sample.labels > 0)).flatten()
@@ -214,6 +236,7 @@ def training_target(sample: CellSample, min_area: int) -> dict[str, Tensor]:
         labels=sample.labels[kept],
         ids=kept + 1,
         homes=homes[kept],
+        crowds=boxes[(areas > 0) & (sample.labels < 0)],
     )
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import torch
 from torch import Tensor
 
+from src_snippets.config import Config
+
 
 # %%
 class WeightsNotFound(FileNotFoundError):
@@ -75,6 +77,7 @@ class ArrayUnpickler(pickle.Unpickler):
         "numpy.dtype",
         "numpy._core.multiarray._reconstruct",
         "numpy._core.multiarray.scalar",
+        "numpy._core.numeric._frombuffer",
         "collections.OrderedDict",
         "_codecs.encode",
     )
@@ -217,6 +220,18 @@ def from_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "backbone.fpn_lateral2.norm.weight" not in state:
         spread = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
         made["backbone.body.conv1.weight"] = made["backbone.body.conv1.weight"].flip(1) * spread
+    return made
+
+
+# %%
+def fit_detectron2(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """`from_detectron2` for a model of these settings; ValueError names the file `weights`."""
+    try:
+        wanted, made = detectron2_settings(state), from_detectron2(state)
+    except ValueError as error:
+        raise ValueError(f"{config.weights}: {error}") from error
+    if differ := {k: v for k, v in wanted.items() if getattr(config, k) != v}:
+        raise ValueError(f"{config.weights}: of detectron2; to load it, set {differ}.")
     return made
 
 

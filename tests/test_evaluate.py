@@ -1,4 +1,5 @@
 from contextlib import redirect_stdout
+from dataclasses import replace
 import importlib.util
 import io
 import json
@@ -7,6 +8,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 import pytest
+import torch
 
 from src_snippets import evaluate
 from src_snippets.evaluate import (
@@ -15,6 +17,7 @@ from src_snippets.evaluate import (
     coco_results,
     format_scores,
     label_image,
+    outside_crowds,
     panoptic_quality,
     precision_table,
 )
@@ -168,3 +171,17 @@ def test_scores_as_text(two_cells):
     assert lines[1].split() == ["all", "1.000", "1.000", "1.000", "0.750", "2"]
     assert lines[2].split() == ["best", "100", "1.000", "1.000", "1.000"]
     assert lines[4].split() == ["class2", "1.000", "1.000", "1.000", "0.500", "1"]
+
+
+def test_what_lies_in_a_crowd_is_not_scored():
+    ids = np.zeros((20, 30), int)
+    ids[:10], ids[12:18, 2:8] = 1, 2
+    sample = replace(make_sample([ids], [2]), labels=torch.tensor([-1, 2]))
+    found = truth_instances(make_sample([(ids > 0) * (np.arange(30) // 3 + 1)], [2]))
+    assert len(outside_crowds(found, sample)) < len(found)
+    alone = truth_instances(sample)
+    assert outside_crowds(alone, sample).rles == alone.rles
+    assert len(outside_crowds(found.select(found.scores > 1), sample)) == 0
+    truth = coco_truth([sample], 2)
+    scores = average_precision(truth, {1: alone})
+    assert (scores["AP50"], scores["classes"][1]["cells"]) == (1.0, 0)

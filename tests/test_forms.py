@@ -4,7 +4,14 @@ import numpy as np
 import pycocotools.mask
 import torch
 
-from src_snippets.forms import coco_truth, instance_boxes, pack_parts, renumber, truth_instances
+from src_snippets.forms import (
+    coco_truth,
+    instance_boxes,
+    pack_parts,
+    renumber,
+    truth_instances,
+    with_categories,
+)
 from tests.conftest import empty_sample, make_sample, pack_maps
 
 
@@ -91,3 +98,11 @@ def test_empty_truth():
     assert (len(truth), truth.boxes.shape) == (0, (0, 4))
     assert len(truth.select(truth.scores > 0)) == 0
     assert coco_truth([], 4)["annotations"] == []
+
+
+def test_a_datasets_own_categories():
+    truth = coco_truth([make_sample([[[1, 0, 2]]], [2])], 2)
+    own = with_categories(truth, {3: "long", 7: "round"})
+    assert own["categories"] == [dict(id=3, name="long"), dict(id=7, name="round")]
+    assert {row["category_id"] for row in own["annotations"]} == {7}
+    assert {row["category_id"] for row in truth["annotations"]} == {2}

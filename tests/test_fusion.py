@@ -104,15 +104,17 @@ def test_models_joined_worked_by_hand():
     first = make_answer([ROWS[0], ROWS[2]], [0.9, 0.6], [1, 3])
     second = make_answer([ROWS[1], ROWS[2], ROWS[2]], [0.6, 0.3, 0.2], [1, 3, 3])
     third = make_answer([ROWS[1]], [0.8], [2])
-    config = recipe("demo", fusion_iou=0.5)
+    config = recipe("demo", fusion_iou=0.5, score_floor=0.01)
     # IoU of rows 0 and 1 is 2/3: one cell if the class is the same. A model has one voice a cell.
     joined = fuse([first, second, third], config)
     assert joined.labels.tolist() == [1, 3, 2, 3]
     assert np.allclose(joined.scores, [1.5 / 3, 0.9 / 3, 0.8 / 3, 0.2 / 3])
     assert joined.rles == [first.rles[0], first.rles[1], third.rles[0], second.rles[2]]
-    strict = fuse([first, second, third], recipe("demo", fusion_iou=0.7))
+    strict = fuse([first, second, third], recipe("demo", fusion_iou=0.7, score_floor=0.01))
     assert sorted(strict.labels.tolist()) == [1, 1, 2, 3, 3]
     assert len(fuse([first, second, third], recipe("demo", detections=2))) == 2
+    high = fuse([first, second, third], recipe("demo", score_floor=0.28))
+    assert high.labels.tolist() == [1, 3]  # the floor holds for the joined scores
     empty = first.select(first.scores > 1)
     assert np.allclose(fuse([first, empty], config).scores, [0.45, 0.3])
     assert len(fuse([empty, empty], config)) == 0
@@ -127,7 +129,9 @@ def test_joining_in_blocks_gives_the_same():
             y, x, h, w = rng.integers(0, 8, 2).tolist() + rng.integers(2, 6, 2).tolist()
             mask[y : y + h, x : x + w] = True
         answers.append(make_answer(masks, rng.random(30), rng.integers(1, 3, 30)))
-    whole, blocks = (fuse(answers, recipe("demo"), rows=rows) for rows in (1000, 4))
+    whole, blocks = (
+        fuse(answers, recipe("demo", score_floor=0.0), rows=rows) for rows in (1000, 4)
+    )
     assert 30 < len(whole) < 90
     assert whole.rles == blocks.rles
     assert np.array_equal(whole.scores, blocks.scores)

@@ -22,6 +22,7 @@ from src_snippets.heads import (
     paired_iou,
     similar_chunks,
     touching_blocks,
+    within_crowds,
 )
 from src_snippets.model import (
     build_model,
@@ -196,7 +197,7 @@ class FixedStages(CascadeRoIHeads):
 
     def __init__(self, stages):
         torch.nn.Module.__init__(self)
-        self.stages = stages
+        self.stages, self.crowds = stages, [torch.zeros(0, 4)]
 
     def run_heads(self, features, boxes, image_shapes):
         yield from self.stages
@@ -212,7 +213,7 @@ def test_a_cascades_losses_worked_by_hand():
     stages.append(stages[-1])
     heads = FixedStages([([boxes], logits, offsets) for boxes, offsets in stages])
     target = dict(boxes=cell, labels=torch.tensor([2]))
-    loss_class, loss_box = heads.box_losses(None, None, None, None, None, [target])
+    loss_class, loss_box = heads.box_losses(None, [None], None, [target])
     # The near box is the cell's from IoU 0.6 on, and background for the third head.
     found, missed = -np.log([0.5, 0.6]).mean(), -np.log([0.2, 0.6]).mean()
     assert np.isclose(float(loss_class), found + 0.5 * found + 0.25 * missed)
@@ -247,6 +248,7 @@ def test_each_head_of_a_cascade_begins_where_the_last_one_ended(tiny_config):
     stages = list(heads.run_heads(features, [boxes], [(256, 256)]))
     lefts = [own[0][:, 0].tolist() for own, _, _ in stages]
     steps = [1 / weights[0] for _, weights, _ in CASCADE]
+    assert heads.least_iou == 0.5
     assert np.allclose([left[0] for left in lefts], 10 + 40 * np.cumsum([0, *steps]))
     assert all(own[0][1, 2] == 256 for own, _, _ in stages)  # cut at the border
     assert [len(logits[0]) for _, logits, _ in stages[:-1]] == [5, 5, 5]
@@ -257,3 +259,36 @@ def test_each_head_of_a_cascade_begins_where_the_last_one_ended(tiny_config):
     assert all(p.grad is not None for p in heads.later_heads.parameters())
     (found,) = detect(model, [sample.image], config)
     assert len(found)
+
+
+# Crowds
+
+
+def test_boxes_within_crowds():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [6, 0, 16, 10], [40, 40, 50, 50]])
+    crowds = torch.tensor([[-5.0, -5, 11, 20]])
+    assert within_crowds(boxes, crowds).tolist() == [True, True, False, False]
+    assert within_crowds(boxes, crowds[:0]).tolist() == [False] * 4
+
+
+def test_nothing_is_learned_from_a_crowd(tiny_config):
+    model = build_model(tiny_config)
+    ids = np.zeros((128, 128), int)
+    ids[:64], ids[100:112, 20:32] = 1, 2
+    sample = replace(make_sample([ids], [3]), labels=torch.tensor([-2, 3]))
+    target = training_target(sample, 1)
+    assert (target["boxes"].tolist(), target["labels"].tolist()) == ([[20, 100, 32, 112]], [3])
+    assert target["crowds"].tolist() == [[0, 0, 128, 64]]
+    anchors = torch.tensor(
+        [[0.0, 0, 32, 32], [96, 30, 128, 62], [20, 100, 32, 112], [60, 80, 92, 112]]
+    )
+    labels, _ = model.rpn.assign_targets_to_anchors([anchors], [target])
+    assert labels[0].tolist() == [-1, -1, 1, 0]
+    heads = model.roi_heads
+    heads.crowds = [target["crowds"]]
+    _, found = heads.assign_targets_to_proposals([anchors], [target["boxes"]], [target["labels"]])
+    assert found[0].tolist() == [-1, -1, 3, 0]
+    losses = model.train()([sample.image], [target])
+    assert all(value.isfinite() for value in losses.values())
+    cascade = build_model(replace(tiny_config, cascade=True)).train()
+    assert all(value.isfinite() for value in cascade([sample.image], [target]).values())

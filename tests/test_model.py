@@ -255,15 +255,15 @@ def test_a_crop_of_one_feature_pixel_trains(tiny_model):
 
 def test_short_sides_in_place_of_scale(tiny_config):
     images = [torch.zeros(3, 30, 40, dtype=torch.uint8), torch.zeros(3, 10, 90, dtype=torch.uint8)]
-    transform = InputTransform(replace(tiny_config, short_sides=(60, 90))).eval()
+    config = replace(tiny_config, short_sides=(60, 90), scale=3.0)
+    transform = InputTransform(config).eval()
     seen, _ = transform(images)
     assert seen.image_sizes == [(90, 120), (20, 180)]  # the longer side: at most 2 x 90
-    torch.manual_seed(0)
-    drawn = {transform.train()(images[:1])[0].image_sizes[0] for _ in range(20)}
-    assert drawn == {(60, 80), (90, 120)}
-    target = dict(boxes=torch.tensor([[0.0, 3.0, 40.0, 30.0]]))
-    _, (moved,) = InputTransform(replace(tiny_config, short_sides=(60,)))(images[:1], [target])
-    assert moved["boxes"].tolist() == [[0, 6, 80, 60]]
+    seen, _ = transform.train()(images)
+    assert seen.image_sizes == [(30, 40), (10, 90)]  # crops are magnified when they are cut
+    target = {key: torch.tensor([[0.0, 3.0, 40.0, 30.0]]) for key in ("boxes", "crowds")}
+    _, (moved,) = transform.eval()(images[:1], [target])
+    assert moved["boxes"].tolist() == moved["crowds"].tolist() == [[0, 9, 120, 90]]
 
 
 def test_thresholds_reach_the_model(tiny_config):
@@ -306,9 +306,16 @@ def test_anchors_and_the_cells_they_fit():
         anchor_sizes=(8, 16, 32),
         anchor_ratios=(1.0, 4.0),
     )
-    assert anchor_shapes(config).tolist() == [[4, 4], [2, 8], [8, 8], [4, 16], [16, 16], [8, 32]]
-    # IoU of 11 x 11 with 8 x 8 is 64 / 121, of 23 x 23 with 16 x 16 is 256 / 529.
-    sides = np.array([[4, 4], [11, 11], [23, 23], [2, 8], [8, 2]])
+    assert anchor_shapes(config).tolist() == [
+        [8, 8],
+        [4, 16],
+        [16, 16],
+        [8, 32],
+        [32, 32],
+        [16, 64],
+    ]
+    # IoU of 22 x 22 with 16 x 16 is 256 / 484, of 46 x 46 with 32 x 32 is 1024 / 2116.
+    sides = np.array([[8, 8], [22, 22], [46, 46], [4, 16], [16, 4]])
     assert cells_with_anchor(sides, config).tolist() == [True, True, False, True, False]
     assert cells_with_anchor(sides[:0], config).tolist() == []
     assert describe_anchors(np.ones(50, bool)) == "0.0% of 50 cells have no anchor with IoU 0.5"

@@ -74,8 +74,8 @@ def titles(figure):
 
 def test_figures_say_what_they_show(sample, tmp_path):
     truth = truth_instances(sample)
-    figure = plot_fields([(sample.image.numpy(), truth, "0123456789")] * 2, 4)
-    assert titles(figure) == ["01234567  40 x 60 px"] * 2 + ["2 cells"] * 2
+    figure = plot_fields([(sample.image.numpy(), truth, "0123456789abcdef/image.tif")] * 2, 4)
+    assert titles(figure) == ["0123456789ab  40 x 60 px"] * 2 + ["2 cells"] * 2
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [
         f"class{k}" for k in (1, 2, 3, 4)
     ]

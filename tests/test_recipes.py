@@ -114,7 +114,7 @@ def test_recipe_trains_resumes_predicts_and_submits(
     assert archive.is_file()
     assert {row["image_id"] for row in json.loads(results.read_text())} <= set(found)
     if dataset.layout == "table":
-        plain, _ = write_submissions(found, dataset.test_images, tmp_path)
+        plain, _ = write_submissions(found, dataset.test_images, tmp_path, 0.0)
         assert {line.split(",")[0] for line in plain.read_text().splitlines()[1:]} == {
             image.path.stem for image in dataset.test_images
         }

@@ -360,7 +360,7 @@ def test_checkpoints_run_no_code(tmp_path, capsys):
 
 def test_checkpoints_are_whole_and_safe(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint({"epoch": 1, "w": torch.ones(2)}, path)
+    save_checkpoint({"model": {"w": torch.ones(2)}, "config": {}, "epoch": 1}, path)
     with pytest.raises(AttributeError):  # what cannot be pickled leaves the old file
         save_checkpoint({"epoch": 2, "f": lambda: None}, path)
     assert load_checkpoint(path)["epoch"] == 1

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import (
     adjust_brightness,
     adjust_contrast,
@@ -18,6 +19,7 @@ from src_snippets.transforms import (
     ColorTwist,
     filled_crop,
     join_pieces,
+    magnification,
     nearest_index,
     training_target,
     TrainingSet,
@@ -260,3 +262,32 @@ def test_many_cells_do_not_overflow_the_ids():
     many = make_sample([np.arange(1, 30_001).reshape(100, 300)], [1])
     joined = join_pieces([(0, 0, many), (100, 0, many)], 300)
     assert joined.layers.max() == 60_000
+
+
+def test_short_sides_magnify_the_field_whatever_the_crop():
+    assert magnification((30, 40), 2.0, 0) == 2
+    assert magnification((30, 40), 2.0, 90) == 3
+    assert magnification((10, 90), 2.0, 90) == 2  # 180 px long
+    sample = make_sample([np.ones((30, 40), int)], [1])
+    step = ZoomCrop((24, 24), (1.0, 1.0), short_sides=(60, 90))
+    torch.manual_seed(0)
+    windows = {step.make_params([sample.image])["window"][2:] for _ in range(30)}
+    assert windows == {(12, 12), (8, 8)}  # magnified 2 and 3 times
+    whole = augment_sample(sample, ZoomCrop((500, 500), (1.0, 1.0), short_sides=(60,)))
+    assert whole.size == (60, 80)
+
+
+def test_pieces_that_fill_are_not_made_smaller(monkeypatch):
+    zooms = []
+
+    def noted(config, room):
+        zooms.append(config.zoom)
+        return v2.Identity()
+
+    monkeypatch.setattr("src_snippets.transforms.augmentation", noted)
+    field = make_sample([np.ones((64, 64), int)], [1])
+    filled_crop([field], 0, recipe("demo", crop=128, zoom=(0.1, 2.0)))
+    assert zooms == [(0.1, 2.0), *[(1.0, 2.0)] * 3]
+    zooms.clear()
+    filled_crop([field], 0, recipe("demo", crop=128, zoom=(0.2, 0.5)))
+    assert zooms[1] == (0.5, 0.5)
