@@ -329,6 +329,7 @@ class InstanceMapRoIHeads(BoundedRoIHeads):
 
     def losses(self, features, proposals, image_shapes, targets):
         """The losses of classes, boxes and masks, each a float32 scalar."""
+        self.check_targets(targets)
         self.crowds = [target["crowds"] for target in targets]
         sampled = self.select_training_samples(proposals, targets)
         loss_classifier, loss_box = self.box_losses(features, sampled, image_shapes, targets)

@@ -365,10 +365,15 @@ def test_checkpoints_are_whole_and_safe(tmp_path):
         save_checkpoint({"epoch": 2, "f": lambda: None}, path)
     assert load_checkpoint(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(BadInput, match=r"other\.pt: not a checkpoint of this notebook"):
+        load_checkpoint(tmp_path / "other.pt")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BadInput, match=r"last\.pt: not a checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match="no epoch was validated yet"):
+    with pytest.raises(
+        FileNotFoundError, match="Run the training cell to its end, or correct the path"
+    ):
         load_checkpoint(tmp_path / "absent.pt")
 
 
