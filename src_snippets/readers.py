@@ -214,7 +214,8 @@ def read_instance_map(path: Path) -> InstanceMap:
     if pixels.dtype.kind not in "uif":
         raise BadInput(f"{path}: pixels of type {pixels.dtype}; expected whole numbers.")
     places = np.flatnonzero(pixels != 0)  # NaN is one of them
-    found = pixels.ravel()[places]
+    found, size = pixels.ravel()[places], pixels.shape
+    del pixels  # the largest of what is held here
     if found.dtype.kind == "f" and not np.isfinite(found).all():
         raise BadInput(f"{path}: NaN or infinite ids; expected whole numbers from 0 on.")
     low, high = found.min(initial=0), found.max(initial=0)
@@ -226,7 +227,7 @@ def read_instance_map(path: Path) -> InstanceMap:
     if (ids != found).any():
         wrong = found[ids != found][0]
         raise BadInput(f"{path}: id {wrong}; expected whole numbers from 0 on.")
-    return InstanceMap(places, ids, pixels.shape)
+    return InstanceMap(places, ids, size)
 
 
 # %%

@@ -113,10 +113,12 @@ class ColorTwist(v2.Transform):
         return {"matrix": bright * contrast * turn @ fade, "lift": bright * (1 - contrast)}
 
     def transform(self, inpt, params):
-        pixels = inpt.flatten(1).float()
-        grey = (self.luma @ pixels.mean(1)) * params["lift"]  # contrast leaves the mean grey alone
-        pixels = torch.addmm(grey, params["matrix"], pixels)
-        changed = pixels.round_().clamp_(0, 255).to(torch.uint8)
+        pixels = inpt.flatten(1)
+        changed, bands = torch.empty_like(pixels), pixels.split(2**15, 1)
+        mean = sum(band.float().sum(1) for band in bands) / pixels.shape[1]
+        grey = (self.luma @ mean) * params["lift"]  # contrast leaves the mean grey alone
+        for band, new in zip(bands, changed.split(2**15, 1), strict=True):
+            new.copy_(torch.addmm(grey, params["matrix"], band.float()).round_().clamp_(0, 255))
         return tv_tensors.wrap(changed.view(inpt.shape), like=inpt)
 
 
