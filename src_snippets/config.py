@@ -152,8 +152,15 @@ class Config(HeadSettings):
     box_nms: float = within(0.5, 0.0, 1.0)  # IoU above which the weaker detection of a class goes
     mask_nms: float = within(1.0, 0.0, 1.0)  # mask IoU, over all classes, as box_nms; 1: off
     overlaps: bool = True  # False: a pixel is one cell's: the better one's, in truth the first's
-    fusion_iou: float = within(0.5, 0.0, 1.0)  # mask IoU above which models found the same cell
-    detections: int = within(300, 1, 20_000)  # most cells an image
+    fusion_iou: float = within(0.5, 0.0, 1.0)  # mask IoU above which answers mean the same cell
+    least_area: int = within(1, 1, 100_000)  # px; smaller cells are left out
+    detections: int = within(300, 1, 20_000)  # most cells an image, and a tile
+    rescore: bool = False  # scores times the mean probability inside the mask
+    tile: int = within(0, 0, 8192)  # px, side of tiles that overlap by half; 0: whole images
+    tile_batch: int = within(4, 1, 256)  # tiles a batch
+    test_views: str = one_of("one", "flips", "all")  # 1, 3 or 8 symmetries of each image
+    test_scales: tuple[float, ...] = within((1.0,), 0.1, 10.0)  # magnifications of each view
+    vote: bool = True  # masks of several views or models: what most say; False: the best one's
     show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn, counted, put in tables
 
 
@@ -271,7 +278,7 @@ def check_setting(config_field, value):
     if kind is float:
         items = [float(v) if type(v) is int else v for v in items]
     wanted = f"{len(default)} values of type {kind.__name__}" if is_tuple else kind.__name__
-    if name in ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides"):  # as many as are wanted
+    if name in ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides", "test_scales"):
         wanted = f"values of type {kind.__name__}"
     if "choices" in limits:
         wanted += " out of " + ", ".join(limits["choices"])

@@ -15,7 +15,7 @@ import torch
 
 from src_snippets.config import Config
 from src_snippets.forms import instance_boxes, Instances
-from src_snippets.rle import encode_layers, paint
+from src_snippets.rle import decode_runs, encode_layers, encode_runs, mask_areas, paint, run_pixels
 
 
 # %%
@@ -56,50 +56,130 @@ def without_overlaps(found: Instances) -> Instances:
 
 
 def settle(found: Instances, config: Config) -> Instances:
-    """Applies `mask_nms` and `overlaps` of the settings."""
+    """Applies `mask_nms`, `overlaps` and `least_area` of the settings."""
     if config.mask_nms < 1:
         found = mask_nms(found, config.mask_nms)
-    return found if config.overlaps else without_overlaps(found)
+    found = found if config.overlaps else without_overlaps(found)
+    if config.least_area > 1:
+        found = found.select(mask_areas(found.rles) >= config.least_area)
+    return found
 
 
 # %% [markdown]
-# Several models answer together: what most of them see rises above what one alone sees.
+# Several views and models answer together: what most of them see rises above what one alone sees.
 
 
 # %%
-def fuse(answers: Sequence[Instances], config: Config, rows: int = 256) -> Instances:
-    """Joins the answers of several models for one image.
+def concatenate(answers: Sequence[Instances]) -> tuple[Instances, np.ndarray]:
+    """Several answers for one image as one, and (N,) int64, which of them each detection is of."""
+    owners = np.repeat(np.arange(len(answers)), [len(found) for found in answers])
+    columns = ("boxes", "scores", "labels")
+    arrays = (np.concatenate([getattr(a, column) for a in answers]) for column in columns)
+    rles = [rle for found in answers for rle in found.rles]
+    return Instances(*arrays, rles, answers[0].size), owners
 
-    The best detection stands for those of its class that overlap it (mask IoU above `fusion_iou`),
-    the best one of each other model. Its score is the sum of theirs over the number of models.
+
+def vote(found: Instances) -> Instances:
+    """One detection out of several of one cell, the first of which lends its score and class.
+
+    A pixel is the cell's where half of the scores say so; the box is the mean, weighed by them.
+    """
+    parts = [run_pixels(*decode_runs(rle)) for rle in found.rles]
+    pixels, where = np.unique(np.concatenate(parts), return_inverse=True)
+    voices = np.bincount(where, np.repeat(found.scores, list(map(len, parts))))
+    pixels = pixels[voices >= found.scores.sum() / 2]
+    if not len(pixels):
+        return found.select([0])
+    apart = np.flatnonzero(np.diff(pixels) != 1)
+    starts, ends = pixels[np.r_[0, apart + 1]], pixels[np.r_[apart, len(pixels) - 1]] + 1
+    box = np.average(found.boxes, axis=0, weights=found.scores)[None].astype(np.float32)
+    rles = [encode_runs(starts, ends, *found.size)]
+    return Instances(box, found.scores[:1], found.labels[:1], rles, found.size)
+
+
+# %%
+def clusters(every: Instances, owners: np.ndarray, least: float, rows: int = 256):
+    """Yields indices of the detections of one cell, its best first.
+
+    The best detection stands for those of its class that overlap it (mask IoU above `least`), the
+    best one of each other owner. `every` is sorted, best first.
 
     Args:
-        answers: one `Instances` a model, at least one, all of one image.
         rows: so many masks are compared with all weaker ones at a time, 8 * rows * N bytes.
-
-    Returns:
-        The joined detections from `score_floor` on, best first, at most `detections`; then as from
-        `settle`.
     """
-    model = np.repeat(np.arange(len(answers)), [len(found) for found in answers])
-    columns = ("boxes", "scores", "labels")
-    boxes, scores, labels = (np.concatenate([getattr(a, c) for a in answers]) for c in columns)
-    rles = [rle for found in answers for rle in found.rles]
-    order = np.argsort(-scores, kind="stable")
-    every = Instances(boxes, scores, labels, rles, answers[0].size).select(order)
-    model, free, joined = model[order], np.ones(len(every), bool), every.scores.copy()
-    leads = np.zeros(len(every), bool)
+    free = np.ones(len(every), bool)
     for begin in range(0, len(every), rows):
         rest = every.rles[begin:]
         table = pycocotools.mask.iou(rest, rest[:rows], [0] * len(rest[:rows]))
         for lead, overlaps in enumerate(table.T, start=begin):
             if not free[lead]:
                 continue
-            alike = free[begin:] & (overlaps > config.fusion_iou) & (model[begin:] != model[lead])
+            alike = free[begin:] & (overlaps > least) & (owners[begin:] != owners[lead])
             alike = begin + np.flatnonzero(alike & (every.labels[begin:] == every.labels[lead]))
-            others = alike[np.unique(model[alike], return_index=True)[1]]  # the best of each
-            leads[lead], free[lead], free[others] = True, False, False
-            joined[lead] = every.scores[[lead, *others]].sum() / len(answers)
-    chosen = np.flatnonzero(leads & (joined >= config.score_floor))
-    chosen = chosen[np.argsort(-joined[chosen], kind="stable")][: config.detections]
-    return settle(replace(every, scores=joined).select(chosen), config)
+            others = alike[np.unique(owners[alike], return_index=True)[1]]  # the best of each
+            free[lead], free[others] = False, False
+            yield [lead, *others.tolist()]
+
+
+# %%
+def fuse(answers: Sequence[Instances], config: Config) -> Instances:
+    """Joins the answers of several views or models for one image.
+
+    A cell's score is the sum of the scores of those that see it over the number of all: see
+    `clusters`. With `vote` its mask is what most of them say, else that of the best.
+
+    Args:
+        answers: one `Instances` a view or model, at least one, all of one image.
+
+    Returns:
+        The joined detections from `score_floor` on, best first, at most `detections`.
+    """
+    every, owners = concatenate(answers)
+    order = np.argsort(-every.scores, kind="stable")
+    every, owners = every.select(order), owners[order]
+    joined = [np.zeros(0, np.float32)]
+    cells = [every.select([])]
+    for own in clusters(every, owners, config.fusion_iou):
+        joined.append(every.scores[own].sum(keepdims=True) / len(answers))
+        several = config.vote and len(own) > 1
+        cells.append(vote(every.select(own)) if several else every.select(own[:1]))
+    found = replace(concatenate(cells)[0], scores=np.concatenate(joined).astype(np.float32))
+    best = np.argsort(-found.scores, kind="stable")
+    return found.select(best[found.scores[best] >= config.score_floor][: config.detections])
+
+
+# %%
+def join_tiles(
+    pieces: Sequence[Instances], cut: Sequence[np.ndarray], config: Config, rows: int = 256
+) -> Instances:
+    """Joins the answers of tiles that overlap.
+
+    A cell that is cut by its tile's inner edge gives way to one of another tile that holds over
+    half of it, the largest first; of whole ones that overlap (class and `fusion_iou` as in `fuse`)
+    the better stays.
+
+    Args:
+        pieces: one `Instances` a tile, at image size; cut: (N,) bool each.
+
+    Returns:
+        The others, best first, at most `detections`.
+    """
+    every, owners = concatenate(pieces)
+    cut = np.concatenate(cut)
+    order = np.lexsort((np.where(cut, -mask_areas(every.rles), -every.scores), cut))
+    every, owners, cut = every.select(order), owners[order], cut[order]
+    kept = np.ones(len(every), bool)
+    for begin in range(0, len(every), rows):
+        rest = every.rles[begin:]
+        leads = rest[:rows]
+        alike = pycocotools.mask.iou(rest, leads, [0] * len(leads)) > config.fusion_iou
+        within = pycocotools.mask.iou(rest, leads, [1] * len(leads)) > 0.5  # of their own area
+        for lead in range(begin, begin + len(leads)):
+            if kept[lead]:
+                doubles = alike[:, lead - begin] & (every.labels[begin:] == every.labels[lead])
+                doubles |= cut[begin:] & within[:, lead - begin]
+                doubles &= owners[begin:] != owners[lead]
+                kept[lead + 1 :] &= ~doubles[lead + 1 - begin :]
+    best = np.flatnonzero(kept)
+    best = best[np.argsort(-every.scores[best], kind="stable")]
+    return every.select(best[: config.detections])

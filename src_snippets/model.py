@@ -310,15 +310,22 @@ def paste_masks(masks: Tensor, boxes: Tensor, size, threshold: float, half_pixel
 
 # %%
 def to_instances(found: dict, size, config: Config) -> Instances:
-    """Detections of one image, as they leave the model, in the common form.
+    """Detections of one image, as they leave the model, in the common form, best first.
 
-    Detections whose mask is empty are left out: an empty mask matches nothing.
+    Detections whose mask is empty are left out: an empty mask matches nothing. With `rescore` a
+    score is multiplied by the mean probability inside the mask. See `settle` for what follows.
     """
     masks, half = found["masks"][:, 0], config.half_pixel
     rles = paste_masks(masks, found["boxes"], size, config.mask_threshold, half)
     kept = [i for i, rle in enumerate(rles) if rle is not None]
-    arrays = (found[key].cpu().numpy()[kept] for key in ("boxes", "scores", "labels"))
-    return settle(Instances(*arrays, [rles[i] for i in kept], tuple(size)), config)
+    scores = found["scores"]
+    if config.rescore:
+        inside = masks >= config.mask_threshold
+        scores = scores * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    boxes, labels = found["boxes"], found["labels"]
+    arrays = (values.cpu().numpy()[kept] for values in (boxes, scores, labels))
+    every = Instances(*arrays, [rles[i] for i in kept], tuple(size))
+    return every.select(np.argsort(-every.scores, kind="stable"))
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
@@ -334,22 +341,30 @@ def choose_precision(config: Config, device: torch.device) -> str:
 
 # %%
 @torch.inference_mode()
-def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[Instances]:
-    """Finds the cells of a batch of images.
+def find_raw(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[dict]:
+    """What the model says of a batch, before masks are drawn.
 
     Args:
         model: from `build_model`; left in evaluation mode.
         images: B images (3, H, W) uint8; sizes may differ.
-        config: `mask_threshold`, `half_pixel`, `mask_nms`, `overlaps` and `precision` are read;
-            score floor, box NMS and cap are the model's.
+        config: `precision` is read; score floor, box NMS and cap are the model's.
 
     Returns:
-        B `Instances`, best first.
+        B dictionaries of boxes (R, 4) XYXY in image pixels, scores (R,), labels (R,) 1..C and masks
+        (R, 1, M, M), probabilities inside the boxes, on the model's device.
     """
     device = next(model.parameters()).device
     precision = choose_precision(config, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype, enabled=precision != "no"):
-        answers = model.eval()([image.to(device, non_blocking=True) for image in images])
-    pairs = zip(answers, images, strict=True)
-    return [to_instances(found, image.shape[-2:], config) for found, image in pairs]
+        return model.eval()([image.to(device, non_blocking=True) for image in images])
+
+
+def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[Instances]:
+    """Finds the cells of a batch of images, each seen once and whole; see `find_raw`.
+
+    Returns:
+        B `Instances`, best first.
+    """
+    answers = zip(find_raw(model, images, config), images, strict=True)
+    return [settle(to_instances(found, i.shape[-2:], config), config) for found, i in answers]

@@ -201,7 +201,6 @@ from src_snippets.train import (
     load_trained,
     rate_factor,
     run_folder,
-    validate,
 )
 
 # %%
@@ -231,6 +230,9 @@ for fold, split in splits.items():
 # Losses should fall and level off. A validation score that falls while losses go on falling means
 # too many epochs; one that still rises at the end means too few.
 
+# %%
+from src_snippets.predict import answer_samples, predict_images
+
 # %% [markdown]
 # ## How good is the best epoch?
 # On validation images, which were never trained on. The best epoch was chosen on the same images,
@@ -241,8 +243,8 @@ for fold, split in splits.items():
 members = [load_trained(run / "best.pt", config) for run in runs.values()]
 held_out = pick(samples, [name for split in splits.values() for name in split["val"]])
 val_answers = []
-for (model, _), split in zip(members, splits.values(), strict=True):
-    val_answers += validate(model, pick(samples, split["val"]), config)
+for member, split in zip(members, splits.values(), strict=True):
+    val_answers += answer_samples([member], pick(samples, split["val"]), config)
 val_truths = [truth_instances(sample) for sample in held_out]
 if val_answers:
     val_truth = coco_truth(held_out, config.num_classes)
@@ -278,9 +280,6 @@ if val_answers:
 # %% [markdown]
 # Grey and blue bars of about the same height: nothing is systematically missed or invented. Scores
 # below `show_floor` are not counted.
-
-# %%
-from src_snippets.predict import predict_images
 
 # %%
 together = members + [load_trained(path, config, same=False) for path in ENSEMBLE]

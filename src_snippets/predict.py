@@ -1,32 +1,128 @@
-"""Prediction on test images, by one model or several."""
+"""Prediction: tiles, flips, turns and scales of an image, by one model or several."""
 
 # %% [markdown]
-# ## What is in the test images?
-# Each test image is read, shown to every model whole and answered with `Instances`; only the
-# answers are kept, so memory does not grow with the number of images.
+# ## What is in an image?
+# A large image is cut into tiles that overlap by half, and shown flipped, turned and magnified if
+# the settings say so. Each answer is carried back exactly, boxes and the probabilities inside them,
+# before a mask is drawn; then tiles, views and models are joined. Only answers are kept, so memory
+# does not grow with the number of images.
 
 # %%
 from collections.abc import Sequence
+from itertools import product
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 from tqdm.auto import tqdm
 
 from src_snippets.config import Config
 from src_snippets.datasets import ImageRecord
-from src_snippets.forms import Instances
-from src_snippets.fusion import fuse
-from src_snippets.model import detect
+from src_snippets.forms import CellSample, Instances
+from src_snippets.fusion import fuse, join_tiles, settle
+from src_snippets.model import find_raw, to_instances
 from src_snippets.readers import read_image
+
+
+# %%
+class View(NamedTuple):
+    """How an image is shown: magnified, turned by quarters to the left, then mirrored."""
+
+    scale: float
+    turns: int
+    mirrored: bool
+
+    def show(self, image: Tensor) -> Tensor:
+        """Turns and mirrors (.., H, W)."""
+        turned = torch.rot90(image, self.turns, (-2, -1))
+        return turned.flip(-1) if self.mirrored else turned
+
+    def carry_back(self, boxes: Tensor, masks: Tensor, size: tuple[int, int]):
+        """Boxes and masks of the shown image of (H, W) `size` as they are in the image itself.
+
+        Args:
+            boxes: (R, 4) XYXY pixels; masks: (R, .., M, M), what lies inside them.
+        """
+        height, width = size
+        if self.mirrored:
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes, masks = torch.stack([width - x2, y1, width - x1, y2], 1), masks.flip(-1)
+        for _ in range(self.turns):
+            x1, y1, x2, y2 = boxes.unbind(1)
+            boxes = torch.stack([height - y2, x1, height - y1, x2], 1)
+            height, width = width, height
+        return boxes, torch.rot90(masks, -self.turns, (-2, -1))
+
+
+# %%
+SYMMETRIES = {
+    "one": ((0, False),),
+    "flips": ((0, False), (0, True), (2, True)),  # as it is, left to right, up and down
+    "all": tuple(product(range(4), (False, True))),
+}
+
+
+def views_of(config: Config) -> list[View]:
+    """The views of an image that `test_views` and `test_scales` ask for."""
+    return [
+        View(scale, *symmetry)
+        for scale in config.test_scales
+        for symmetry in SYMMETRIES[config.test_views]
+    ]
+
+
+def tile_corners(length: int, tile: int) -> list[int]:
+    """Where tiles begin along a side: evenly, overlapping by half or more."""
+    if not tile or length <= tile:
+        return [0]
+    count = -(-2 * (length - tile) // tile) + 1
+    return np.linspace(0, length - tile, count).round().astype(int).tolist()
+
+
+# %%
+def detect_view(model: nn.Module, image: Tensor, view: View, config: Config) -> Instances:
+    """Finds the cells of an image (3, H, W) uint8 in one view, tile by tile."""
+    size, pieces, cut = tuple(image.shape[-2:]), [], []
+    corners = list(product(*(tile_corners(length, config.tile) for length in size)))
+    high, wide = (min(length, config.tile or length) for length in size)
+    own_scale = model.transform.scale
+    for begin in range(0, len(corners), config.tile_batch):
+        some = corners[begin : begin + config.tile_batch]
+        tiles = [view.show(image[:, y : y + high, x : x + wide]) for y, x in some]
+        model.transform.scale = own_scale * view.scale
+        try:
+            answers = find_raw(model, tiles, config)
+        finally:
+            model.transform.scale = own_scale
+        for (y, x), found, tile in zip(some, answers, tiles, strict=True):
+            back = view.carry_back(found["boxes"], found["masks"], tuple(tile.shape[-2:]))
+            boxes = back[0] + back[0].new_tensor([x, y, x, y])
+            piece = to_instances(found | {"boxes": boxes, "masks": back[1]}, size, config)
+            edges = piece.boxes - [x, y, x + wide, y + high]  # to the tile's four sides
+            inner = [x > 0, y > 0, x + wide < size[1], y + high < size[0]]
+            pieces.append(piece)
+            cut.append(((np.abs(edges) < 1) & inner).any(1))
+    return join_tiles(pieces, cut, config) if len(pieces) > 1 else pieces[0]
+
 
 # %%
 Member = tuple[nn.Module, Config]  # a model and the settings it was made with
 
 
 def detect_together(members: Sequence[Member], image: Tensor, config: Config) -> Instances:
-    """What several models find in one image (3, H, W) uint8; of one model, its own answer."""
-    answers = [detect(model, [image], own)[0] for model, own in members]
-    return answers[0] if len(answers) == 1 else fuse(answers, config)
+    """What all models find in all views of one image (3, H, W) uint8, best first."""
+    pairs = product(members, views_of(config))
+    answers = [detect_view(model, image, view, own) for (model, own), view in pairs]
+    return settle(fuse(answers, config) if len(answers) > 1 else answers[0], config)
+
+
+def answer_samples(
+    members: Sequence[Member], samples: Sequence[CellSample], config: Config
+) -> list[Instances]:
+    """`detect_together` on whole, unaugmented fields, one `Instances` a sample, in their order."""
+    bar = tqdm(samples, desc="measuring", unit="image")
+    return [detect_together(members, sample.image, config) for sample in bar]
 
 
 def predict_images(
@@ -37,7 +133,7 @@ def predict_images(
     Args:
         members: from `load_trained`, at least one.
         images: the test images of a dataset.
-        config: see `detect` and `fuse`.
+        config: see `detect_view` and `fuse`.
 
     Returns:
         `Instances` by image id, one for every image.

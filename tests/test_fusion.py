@@ -4,7 +4,7 @@ import pycocotools.mask
 
 from src_snippets.config import recipe
 from src_snippets.forms import Instances
-from src_snippets.fusion import fuse, mask_nms, settle, without_overlaps
+from src_snippets.fusion import clusters, fuse, join_tiles, mask_nms, settle, vote, without_overlaps
 from src_snippets.rle import encode_crops
 
 
@@ -122,16 +122,63 @@ def test_models_joined_worked_by_hand():
 
 def test_joining_in_blocks_gives_the_same():
     rng = np.random.default_rng(0)
-    answers = []
-    for _ in range(3):
-        masks = np.zeros((30, 12, 12), bool)
-        for mask in masks:
-            y, x, h, w = rng.integers(0, 8, 2).tolist() + rng.integers(2, 6, 2).tolist()
-            mask[y : y + h, x : x + w] = True
-        answers.append(make_answer(masks, rng.random(30), rng.integers(1, 3, 30)))
-    whole, blocks = (
-        fuse(answers, recipe("demo", score_floor=0.0), rows=rows) for rows in (1000, 4)
+    masks = np.zeros((90, 12, 12), bool)
+    for mask in masks:
+        y, x, h, w = rng.integers(0, 8, 2).tolist() + rng.integers(2, 6, 2).tolist()
+        mask[y : y + h, x : x + w] = True
+    every = make_answer(masks, np.sort(rng.random(90))[::-1], rng.integers(1, 3, 90))
+    owners = rng.integers(0, 3, 90)
+    whole, blocks = (list(clusters(every, owners, 0.5, rows=rows)) for rows in (1000, 4))
+    assert whole == blocks
+    assert sorted(index for own in whole for index in own) == list(range(90))
+    assert max(map(len, whole)) > 1
+
+
+def test_a_vote_takes_the_pixels_that_half_of_the_scores_want():
+    rows = [[[1, 1, 1, 1, 0, 0]], [[0, 1, 1, 1, 1, 0]], [[0, 0, 1, 1, 1, 1]]]
+    found = make_answer(rows, [0.5, 0.3, 0.2])
+    voted = vote(found)
+    # Voices: 0.5, 0.8, 1, 1, 0.5, 0.2 of 1.
+    assert decoded(voted)[0].astype(int).tolist() == [[1, 1, 1, 1, 1, 0]]
+    assert np.allclose(voted.boxes, [[0.7, 0, 4.7, 1]])
+    assert voted.scores.tolist() == found.scores[:1].tolist()
+    together = fuse([found.select([k]) for k in range(3)], recipe("demo", fusion_iou=0.3))
+    assert together.rles == voted.rles
+    assert np.allclose(together.scores, [1 / 3])
+    best = fuse([found.select([k]) for k in range(3)], recipe("demo", fusion_iou=0.3, vote=False))
+    assert best.rles == found.rles[:1]
+
+
+def test_tiles_joined_worked_by_hand():
+    whole = make_answer([[[0, 0, 1, 1, 1, 1, 0, 0]], [[0, 0, 0, 0, 0, 0, 1, 1]]], [0.4, 0.9])
+    piece = make_answer([[[0, 0, 1, 1, 1, 0, 0, 0]], [[1, 1, 0, 0, 0, 0, 0, 0]]], [0.8, 0.3])
+    cut = [np.array([False, False]), np.array([True, True])]
+    joined = join_tiles([whole, piece], cut, recipe("demo"))
+    # The better but cut piece gives way to the whole cell; a piece of a cell nobody holds stays.
+    assert np.allclose(joined.scores, [0.9, 0.4, 0.3])
+    again = make_answer([[[0, 0, 1, 1, 1, 1, 1, 0]]], [0.6])
+    joined = join_tiles([whole, again], [cut[0], np.array([False])], recipe("demo"))
+    assert np.allclose(joined.scores, [0.9, 0.6])  # of doubles the better one
+    alone = join_tiles([whole.select([0, 0])], [cut[0]], recipe("demo"))
+    assert len(alone) == 2  # of one tile nothing is dropped
+
+
+def test_small_cells_may_be_left_out():
+    found = make_answer(ROWS, [0.5, 0.9, 0.6, 0.7])
+    assert (
+        settle(found, recipe("demo", least_area=3)).scores.tolist() == found.scores[[0, 2]].tolist()
     )
-    assert 30 < len(whole) < 90
-    assert whole.rles == blocks.rles
-    assert np.array_equal(whole.scores, blocks.scores)
+
+
+def test_thousands_of_detections_are_joined_in_seconds():
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 990, (5000, 2))
+    crops = np.ones((5000, 10, 10), bool)
+    rles = encode_crops(crops, corners[:, 0], corners[:, 1], 1000, 1000)
+    boxes = np.concatenate([corners[:, ::-1], corners[:, ::-1] + 10], 1).astype(np.float32)
+    labels = rng.integers(1, 5, 5000)
+    found = Instances(boxes, rng.random(5000, np.float32), labels, rles, (1000, 1000))
+    shuffled = found.select(rng.permutation(5000))
+    joined = fuse([found, shuffled], recipe("demo", score_floor=0.0, detections=20_000))
+    assert len(joined) == 5000
+    assert np.allclose(np.sort(joined.scores), np.sort(found.scores))

@@ -1,14 +1,26 @@
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
+import pycocotools.mask
 import pytest
 import torch
 
+from src_snippets.config import recipe
 from src_snippets.datasets import read_test_mapping
 from src_snippets.fusion import fuse
 from src_snippets.model import build_model, detect
-from src_snippets.predict import detect_together, predict_images
+from src_snippets.predict import (
+    answer_samples,
+    detect_together,
+    detect_view,
+    predict_images,
+    tile_corners,
+    View,
+    views_of,
+)
 from src_snippets.readers import BadInput, read_image
+from tests.conftest import field_of_cells
 
 
 def test_every_test_image_gets_an_answer(demo_root, tiny_config):
@@ -37,6 +49,151 @@ def test_several_models_answer_together(demo_root, tiny_config):
     members = [(build_model(own), own) for own in (tiny_config, other)]
     alone = [detect(model, [image], own)[0] for model, own in members]
     together = detect_together(members, image, tiny_config)
-    assert len(together) == min(len(fuse(alone, tiny_config)), tiny_config.detections)
     assert together.rles == fuse(alone, tiny_config).rles
     assert detect_together(members[:1], image, tiny_config).rles == alone[0].rles
+
+
+# Views
+
+
+class Squares:
+    """A model that finds the squares of one brightness, with the probabilities of their pixels.
+
+    It answers exactly for every symmetry and tile: each white square of the picture is a detection
+    whose class is told by the brightness of its upper left quarter as it lies in the image.
+    """
+
+    def __init__(self):
+        self.transform = type("Transform", (), {"scale": 1.0})()
+        self.seen = []
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def eval(self):
+        return self
+
+    def __call__(self, images):
+        self.seen += [(tuple(image.shape[-2:]), self.transform.scale) for image in images]
+        return [self.find(image[0].numpy()) for image in images]
+
+    def find(self, picture):
+        boxes, scores, masks = [], [], []
+        for level in np.unique(picture[picture > 0]):
+            rows, columns = np.nonzero(picture == level)
+            top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+            boxes.append([left, top, right, bottom])
+            scores.append(len(rows) / 1000 + 0.1)
+            # One bin a pixel where the cell is 28 px wide; exact for full squares else.
+            crop = (picture[top:bottom, left:right] == level).astype(np.float32)
+            grid = [((np.arange(28) + 0.5) * n / 28).astype(int) for n in crop.shape]
+            masks.append(crop[np.ix_(*grid)])
+        count = len(boxes)
+        return dict(
+            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            scores=torch.tensor(scores, dtype=torch.float32),
+            labels=torch.ones(count, dtype=torch.int64),
+            masks=torch.from_numpy(np.array(masks, np.float32).reshape(-1, 1, 28, 28)),
+        )
+
+
+def picture_of(cells, height, width):
+    """(3, H, W) uint8 with a brightness of its own for each (top, left, bottom, right)."""
+    picture = torch.zeros(3, height, width, dtype=torch.uint8)
+    for number, (top, left, bottom, right) in enumerate(cells, start=1):
+        picture[:, top:bottom, left:right] = number
+    return picture
+
+
+@pytest.mark.parametrize(("turns", "mirrored"), list(product(range(4), (False, True))))
+def test_every_view_is_carried_back_exactly(turns, mirrored):
+    # An L of 28 x 28 px, so that each bin is a pixel, off the middle of an oblong picture.
+    picture = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    picture[:, 10:38, 50:60] = 1
+    picture[:, 31:38, 50:78] = 1
+    found = detect_view(Squares(), picture, View(1.0, turns, mirrored), recipe("demo"))
+    assert found.boxes.tolist() == [[50, 10, 78, 38]]
+    mask = pycocotools.mask.decode(found.rles[0])
+    assert np.array_equal(mask, (picture[0] == 1).numpy())
+
+
+def test_views_of_the_settings():
+    assert views_of(recipe("demo")) == [View(1.0, 0, False)]
+    assert len(set(views_of(recipe("demo", test_views="all", test_scales=[1.0, 1.5])))) == 16
+    image = torch.arange(6).view(1, 2, 3)
+    flips = views_of(recipe("demo", test_views="flips"))
+    shown = [view.show(image)[0].tolist() for view in flips]
+    assert shown == [[[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]], [[3, 4, 5], [0, 1, 2]]]
+
+
+def test_views_of_a_real_model_agree_on_what_they_see(tiny_config):
+    config = replace(tiny_config, score_floor=0.0, test_views="all", test_scales=(1.0, 1.5))
+    model, image = build_model(config), field_of_cells(0, 64).image
+    found = detect_together([(model, config)], image, config)
+    assert 0 < len(found) <= config.detections
+    assert (np.diff(found.scores) <= 0).all()
+    assert model.transform.scale == config.scale
+
+
+def test_scales_reach_the_model():
+    model, image = Squares(), picture_of([(5, 5, 15, 15)], 40, 40)
+    config = recipe("demo", test_scales=[1.0, 2.0], scale=1.0)
+    found = detect_together([(model, config)], image, config)
+    assert model.seen == [((40, 40), 1.0), ((40, 40), 2.0)]
+    assert (len(found), found.boxes.tolist()) == (1, [[5, 5, 15, 15]])
+    assert model.transform.scale == 1.0
+
+
+# Tiles
+
+
+def test_tiles_cover_a_side_and_overlap_by_half():
+    assert tile_corners(50, 0) == [0]
+    assert tile_corners(50, 64) == tile_corners(64, 64) == [0]
+    assert tile_corners(65, 64) == [0, 1]
+    assert tile_corners(128, 64) == [0, 32, 64]
+    for length in range(65, 400, 7):
+        corners = tile_corners(length, 64)
+        assert (corners[0], corners[-1]) == (0, length - 64)
+        assert max(np.diff(corners)) <= 32
+
+
+@pytest.mark.parametrize("views", ["one", "all"])
+def test_cells_on_every_seam_are_found_once(views):
+    cells = [
+        (y, x, y + 12, x + 12) for y in range(2, 150, 15) for x in range(2, 190, 15)
+    ]  # on and beside all seams of tiles of 64 px
+    picture = picture_of(cells, 160, 200)
+    config = recipe("demo", tile=64, tile_batch=3, test_views=views, detections=1000)
+    model = Squares()
+    found = detect_together([(model, config)], picture, config)
+    corners = found.boxes[:, [1, 0, 3, 2]].round(3)
+    assert sorted(map(tuple, corners.tolist())) == sorted(cells)
+    assert {size for size, _ in model.seen} == {(64, 64)}
+    masks = sum(pycocotools.mask.decode(rle) for rle in found.rles)
+    assert np.array_equal(masks, (picture[0] > 0).numpy())
+
+
+def test_a_cell_larger_than_the_overlap_stays():
+    picture = picture_of([(10, 4, 40, 92)], 64, 100)
+    config = recipe("demo", tile=64)
+    found = detect_together([(Squares(), config)], picture, config)
+    assert len(found) >= 1
+    assert found.boxes[0].tolist()[1::2] == [10, 40]
+
+
+def test_one_tile_is_the_whole_image(tiny_config):
+    config = replace(tiny_config, score_floor=0.0)
+    model, image = build_model(config), field_of_cells(0, 64).image
+    whole = detect_together([(model, config)], image, config)
+    for tile in (64, 100):
+        tiled = detect_together([(model, config)], image, replace(config, tile=tile))
+        assert (tiled.rles, tiled.boxes.tolist()) == (whole.rles, whole.boxes.tolist())
+
+
+def test_tiles_of_a_real_model(tiny_config):
+    config = replace(tiny_config, score_floor=0.0, tile=48, tile_batch=2)
+    sample = field_of_cells(0, 96)
+    (found,) = answer_samples([(build_model(config), config)], [sample], config)
+    assert found.size == (96, 96)
+    assert len(found) == config.detections
