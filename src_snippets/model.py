@@ -51,6 +51,7 @@ class InputTransform(GeneralizedRCNNTransform):
         super().__init__(min_size=0, max_size=0, **means)
         self.scale, self.grey = config.scale, config.grey
         self.short_side = config.short_sides[-1]
+        self.fixed = None  # a magnification that takes the place of both, for parts of an image
 
     def normalize(self, image):
         if image.dtype != torch.uint8:
@@ -63,6 +64,7 @@ class InputTransform(GeneralizedRCNNTransform):
         # Crops come in network pixels where short_sides are set: see ZoomCrop.
         whole = not (self.training and self.short_side)
         factor = magnification(old, self.scale, self.short_side) if whole else 1
+        factor = self.fixed or factor
         if factor == 1:
             return image, target
         new = [max(round(side * factor), 1) for side in old]

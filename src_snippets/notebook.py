@@ -106,6 +106,8 @@ for label, (name, count) in enumerate(
 ):
     print(f"class{label}: {count} cells" + f" ({name})" * (name != f"class{label}"))
 print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
+if (crowded := int((samples.counts.sum(1) > config.detections).sum())) and not config.tile:
+    print(f"WARNING: {crowded} images have more cells than detections={config.detections}.")
 first_split = next(iter(splits.values()))
 train_part = pick(samples, first_split["train"])
 print(f"to normalise by this dataset instead of ImageNet: {channel_statistics(train_part)}")

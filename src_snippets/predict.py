@@ -23,6 +23,7 @@ from src_snippets.forms import CellSample, Instances
 from src_snippets.fusion import fuse, join_tiles, settle
 from src_snippets.model import find_raw, to_instances
 from src_snippets.readers import read_image
+from src_snippets.transforms import magnification
 
 
 # %%
@@ -86,15 +87,15 @@ def detect_view(model: nn.Module, image: Tensor, view: View, config: Config) -> 
     size, pieces, cut = tuple(image.shape[-2:]), [], []
     corners = list(product(*(tile_corners(length, config.tile) for length in size)))
     high, wide = (min(length, config.tile or length) for length in size)
-    own_scale = model.transform.scale
+    factor = magnification(size, config.scale, config.short_sides[-1]) * view.scale
     for begin in range(0, len(corners), config.tile_batch):
         some = corners[begin : begin + config.tile_batch]
         tiles = [view.show(image[:, y : y + high, x : x + wide]) for y, x in some]
-        model.transform.scale = own_scale * view.scale
+        model.transform.fixed = factor  # a tile is magnified as the image that it is of
         try:
             answers = find_raw(model, tiles, config)
         finally:
-            model.transform.scale = own_scale
+            model.transform.fixed = None
         for (y, x), found, tile in zip(some, answers, tiles, strict=True):
             back = view.carry_back(found["boxes"], found["masks"], tuple(tile.shape[-2:]))
             boxes = back[0] + back[0].new_tensor([x, y, x, y])

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pycocotools.mask
@@ -64,7 +65,7 @@ class Squares:
     """
 
     def __init__(self):
-        self.transform = type("Transform", (), {"scale": 1.0})()
+        self.transform = SimpleNamespace(fixed=None)
         self.seen = []
 
     def parameters(self):
@@ -74,7 +75,7 @@ class Squares:
         return self
 
     def __call__(self, images):
-        self.seen += [(tuple(image.shape[-2:]), self.transform.scale) for image in images]
+        self.seen += [(tuple(image.shape[-2:]), self.transform.fixed) for image in images]
         return [self.find(image[0].numpy()) for image in images]
 
     def find(self, picture):
@@ -132,7 +133,7 @@ def test_views_of_a_real_model_agree_on_what_they_see(tiny_config):
     found = detect_together([(model, config)], image, config)
     assert 0 < len(found) <= config.detections
     assert (np.diff(found.scores) <= 0).all()
-    assert model.transform.scale == config.scale
+    assert model.transform.fixed is None
 
 
 def test_scales_reach_the_model():
@@ -141,7 +142,9 @@ def test_scales_reach_the_model():
     found = detect_together([(model, config)], image, config)
     assert model.seen == [((40, 40), 1.0), ((40, 40), 2.0)]
     assert (len(found), found.boxes.tolist()) == (1, [[5, 5, 15, 15]])
-    assert model.transform.scale == 1.0
+    assert model.transform.fixed is None
+    detect_together([(model, recipe("demo", tile=32, short_sides=[80]))], image, config)
+    assert model.seen[2:4] == [((32, 32), 2.0), ((32, 32), 2.0)]  # tiles of a field of 40 px
 
 
 # Tiles
