@@ -142,6 +142,7 @@ class Config(HeadSettings):
     schedule: str = one_of("constant", "cosine", "one_cycle", "plateau")  # after the warm-up
     plateau_patience: int = within(3, 1, 1000)  # looks without a lower loss, then lr / 10
     clip_norm: float = within(1.0, 0.0, 1000.0)  # largest gradient norm; 0: no clipping
+    ema: float = within(0.0, 0.0, 0.99999)  # running mean of the weights answers; 0: off, try 0.999
     precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU
     eval_every: int = within(1, 1, 10_000)  # epochs between two looks at the validation part
     best_by: str = one_of("AP50", "AP", "loss")  # of the validation part: which epoch is kept

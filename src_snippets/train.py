@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
@@ -171,12 +172,24 @@ def check_finite(values: dict[str, float], step: int, targets: list[dict]) -> No
 
 
 # %%
-def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config, bar) -> dict:
+def average_rate(step: int, decay: float) -> float:
+    """Share of the present weights that enters their running mean after a step, from 1 on.
+
+    The mean forgets with `decay` a step, and faster in the beginning, when weights are still raw.
+    """
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
+# %%
+def train_epoch(
+    model, loader, optimizer, schedule, accelerator, config: Config, bar, after_step=None
+) -> dict:
     """Trains for one pass over the loader.
 
     Args:
         model, optimizer, schedule: `schedule` is stepped once a batch.
         bar: a tqdm bar that counts batches.
+        after_step: called after each update of the weights.
 
     Returns:
         The mean of each loss part, and their sum as `loss`.
@@ -198,6 +211,8 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, config: Config,
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+            if after_step and accelerator.sync_gradients:
+                after_step()
         for name, value in (values | {"loss": sum(values.values())}).items():
             means.setdefault(name, MeanMetric()).update(value, len(images))
         parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
@@ -393,12 +408,28 @@ class TrainingRun:
             optimizer, lambda step: scheduled(step, config, self.total, self.history)
         )
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        if config.ema:
+            self.parts["average"] = AveragedModel(model, multi_avg_fn=self.mix)
         if last.exists():
             state = load_checkpoint(last)
             check_same_settings(state["config"], config, last)
             self.restore(state)
         prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
         self.model, self.optimizer, self.schedule, self.loader = prepared
+
+    def mix(self, means, weights, _) -> None:
+        """Takes the weights after a step into their running mean."""
+        step = self.parts["schedule"].last_epoch
+        torch._foreach_lerp_(means, weights, average_rate(step, self.config.ema))
+
+    def after_step(self) -> None:
+        """Follows an update of the weights."""
+        if "average" in self.parts:
+            self.parts["average"].update_parameters(self.parts["model"])
+
+    def answering(self) -> nn.Module:
+        """The model that is measured and kept: the running mean where there is one."""
+        return self.parts["average"].module if "average" in self.parts else self.parts["model"]
 
     def restore(self, state: dict) -> None:
         """Takes up the state of a checkpoint."""
@@ -423,7 +454,10 @@ class TrainingRun:
         notes = dict(config=asdict(self.config), history=self.history, best=best)
         write_history(self.history, self.folder / "history.csv")
         if is_best:
-            save_checkpoint({"model": state["model"], **notes}, self.folder / "best.pt")
+            kept = {"model": self.answering().state_dict()}
+            if "average" in self.parts:
+                kept["raw"] = state["model"]
+            save_checkpoint({**kept, **notes}, self.folder / "best.pt")
         scaler_state = scaler.state_dict() if scaler is not None else {}
         save_checkpoint({**state, **notes, "scaler": scaler_state}, self.folder / "last.pt")
 
@@ -434,12 +468,11 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
     config, start = run.config, time.perf_counter()
     torch.manual_seed(config.seed + 1_000_003 * epoch)  # augmentation and sampling of this epoch
     run.loader.set_epoch(epoch)  # order of the images
-    losses = train_epoch(
-        run.model, run.loader, run.optimizer, run.schedule, run.accelerator, config, bar
-    )
+    parts = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
+    losses = train_epoch(*parts, config, bar, run.after_step)
     row = dict(epoch=epoch, seconds=0.0, rate=max(run.schedule.get_last_lr()), **losses)
     if len(val_samples) and (epoch % config.eval_every == 0 or epoch == config.epochs):
-        model = run.accelerator.unwrap_model(run.model)
+        model = run.answering()
         scores = average_precision(truth, by_image_id(validate(model, val_samples, config)))
         row |= {name: scores[name] for name in ("AP", "AP50", "AP75")}
         ap = "no cells to score" if row["AP50"] is None else f"AP50 {row['AP50']:.3f}"

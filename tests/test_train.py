@@ -14,6 +14,7 @@ from src_snippets.forms import coco_truth
 from src_snippets.model import build_model
 from src_snippets.readers import BadInput
 from src_snippets.train import (
+    average_rate,
     build_optimizer,
     by_image_id,
     epoch_scores,
@@ -395,3 +396,50 @@ def test_the_loader_leaves_no_lonely_batch(tiny_config, parts):
     assert (len(images), len(targets)) == (4, 4)
     same = build_model(tiny_config).train()(images, targets)
     assert math.isfinite(sum(same.values()).item())
+
+
+# The running mean of the weights
+
+
+def test_the_share_of_new_weights_falls():
+    assert [round(average_rate(step, 0.9), 3) for step in (1, 2, 90)] == [0.818, 0.75, 0.1]
+    assert average_rate(10**6, 0.999) == pytest.approx(0.001)
+
+
+def test_the_running_mean_worked_by_hand(parts, tiny_config, tmp_path):
+    config = replace(tiny_config, ema=0.5)
+    run = TrainingRun(config, tmp_path, training_loader(parts[0], config, torch.device("cpu")))
+    weight = run.parts["model"].rpn.head.cls_logits.bias
+    mean = run.answering().rpn.head.cls_logits.bias
+    schedule = run.parts["schedule"]
+    for step, value in ((1, 2.0), (2, 8.0), (30, 4.0)):
+        schedule.last_epoch = step
+        with torch.no_grad():
+            weight.fill_(value)
+        run.after_step()
+    # The first step copies; then shares of 1 - 3 / 12 and 1 - 0.5.
+    assert torch.allclose(mean, torch.full_like(mean, (2 * 0.25 + 8 * 0.75) * 0.5 + 4 * 0.5))
+    assert torch.equal(weight, torch.full_like(weight, 4.0))
+
+
+def test_the_running_mean_is_kept_measured_and_resumed(parts, tiny_config, tmp_path, monkeypatch):
+    config = replace(tiny_config, ema=0.9)
+    fit(config, *parts, tmp_path / "whole")
+    saved = TrainingRun.save
+
+    def save_and_stop(self, row):
+        saved(self, row)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, *parts, tmp_path / "parts")
+    fit(config, *parts, tmp_path / "parts")
+    wanted, found = (load_checkpoint(tmp_path / n / "best.pt") for n in ("whole", "parts"))
+    for name in ("model", "raw"):
+        assert all(torch.equal(wanted[name][k], found[name][k]) for k in wanted[name])
+    key = "rpn.head.cls_logits.weight"
+    assert not torch.equal(found["model"][key], found["raw"][key])
+    model, _ = load_trained(tmp_path / "parts" / "best.pt", config)
+    assert torch.equal(model.state_dict()[key], found["model"][key])
