@@ -180,6 +180,22 @@ def average_rate(step: int, decay: float) -> float:
     return 1 - min(decay, (1 + step) / (10 + step))
 
 
+class WeightMean(AveragedModel):
+    """A running mean of a model's weights; buffers are as in the model. See `average_rate`."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, multi_avg_fn=self.mix)
+        self.decay, self.step = decay, 0
+
+    def mix(self, means, weights, _) -> None:
+        torch._foreach_lerp_(means, weights, average_rate(self.step, self.decay))
+
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Takes the weights after a step into their mean."""
+        self.step = step
+        self.update_parameters(model)
+
+
 # %%
 def train_epoch(
     model, loader, optimizer, schedule, accelerator, config: Config, bar, after_step=None
@@ -385,6 +401,15 @@ def build_accelerator(config: Config) -> Accelerator:
     )
 
 
+def restore_run(run: "TrainingRun", state: dict) -> None:
+    """Takes up the state of a checkpoint."""
+    for name, part in run.parts.items():
+        part.load_state_dict(state[name])
+    if run.accelerator.scaler is not None and state["scaler"]:  # empty: begun without a GPU
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.history = state["history"]
+
+
 # %%
 class TrainingRun:
     """All that a checkpoint holds: model, optimiser, schedule, scaler, history and best score.
@@ -409,35 +434,22 @@ class TrainingRun:
         )
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         if config.ema:
-            self.parts["average"] = AveragedModel(model, multi_avg_fn=self.mix)
+            self.parts["average"] = WeightMean(model, config.ema)
         if last.exists():
             state = load_checkpoint(last)
             check_same_settings(state["config"], config, last)
-            self.restore(state)
+            restore_run(self, state)
         prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
         self.model, self.optimizer, self.schedule, self.loader = prepared
 
-    def mix(self, means, weights, _) -> None:
-        """Takes the weights after a step into their running mean."""
-        step = self.parts["schedule"].last_epoch
-        torch._foreach_lerp_(means, weights, average_rate(step, self.config.ema))
-
     def after_step(self) -> None:
-        """Follows an update of the weights."""
+        """Takes updated weights into their running mean, where there is one."""
         if "average" in self.parts:
-            self.parts["average"].update_parameters(self.parts["model"])
+            self.parts["average"].follow(self.parts["model"], self.parts["schedule"].last_epoch)
 
     def answering(self) -> nn.Module:
         """The model that is measured and kept: the running mean where there is one."""
         return self.parts["average"].module if "average" in self.parts else self.parts["model"]
-
-    def restore(self, state: dict) -> None:
-        """Takes up the state of a checkpoint."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        if self.accelerator.scaler is not None and state["scaler"]:  # empty: begun without a GPU
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.history = state["history"]
 
     def save(self, row: dict) -> None:
         """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`.
@@ -448,7 +460,7 @@ class TrainingRun:
         self.history.append(row)
         scores = epoch_scores(self.history, self.config.best_by)
         is_best = not scores or (len(scores) > len(before) and scores[-1] >= max(scores))
-        scaler = self.accelerator.scaler
+        scaler = getattr(self.accelerator.scaler, "state_dict", dict)()  # empty without one
         state = {name: part.state_dict() for name, part in self.parts.items()}
         best = max(scores, default=None)
         notes = dict(config=asdict(self.config), history=self.history, best=best)
@@ -458,8 +470,7 @@ class TrainingRun:
             if "average" in self.parts:
                 kept["raw"] = state["model"]
             save_checkpoint({**kept, **notes}, self.folder / "best.pt")
-        scaler_state = scaler.state_dict() if scaler is not None else {}
-        save_checkpoint({**state, **notes, "scaler": scaler_state}, self.folder / "last.pt")
+        save_checkpoint({**state, **notes, "scaler": scaler}, self.folder / "last.pt")
 
 
 # %%

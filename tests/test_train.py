@@ -24,6 +24,7 @@ from src_snippets.train import (
     load_trained,
     plateau_factor,
     rate_factor,
+    restore_run,
     run_folder,
     save_checkpoint,
     train_epoch,
@@ -343,7 +344,7 @@ def test_other_settings_do_not_take_up_a_run(finished, parts, tiny_config):
 def test_a_run_begun_without_a_scaler_goes_on_with_one(finished, parts, tiny_config):
     run = TrainingRun(tiny_config, finished[1], training_loader(parts[0], tiny_config, CPU))
     run.accelerator.scaler = torch.amp.GradScaler("cpu")
-    run.restore(load_checkpoint(finished[1] / "last.pt"))
+    restore_run(run, load_checkpoint(finished[1] / "last.pt"))
     assert len(run.history) == 2
 
 
