@@ -111,8 +111,8 @@ class HeadSettings(ModelSettings):
     box_features: int = within(1024, 16, 4096)  # width of the box head's last layer
     box_layers: int = within(1, 1, 4)  # fully connected layers behind them
     mask_convs: int = within(4, 1, 8)  # convolutions in the mask head
-    shared_masks: bool = False  # one mask for all classes; helps where a class is rare
-    cascade: bool = False  # three box heads in a row; tighter boxes, 1.5 times the heads' time
+    shared_masks: bool = False  # one mask for all classes in place of one a class
+    cascade: bool = False  # three box heads in a row, each from the boxes of the one before
     anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, one a level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height over width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU above which the weaker proposal goes
