@@ -84,15 +84,16 @@ def vote(found: Instances) -> Instances:
 
     A pixel is the cell's where half of the scores say so; the box is the mean, weighed by them.
     """
+    weights = found.scores + 1e-6  # scores may be 0
     parts = [run_pixels(*decode_runs(rle)) for rle in found.rles]
     pixels, where = np.unique(np.concatenate(parts), return_inverse=True)
-    voices = np.bincount(where, np.repeat(found.scores, list(map(len, parts))))
-    pixels = pixels[voices >= found.scores.sum() / 2]
+    voices = np.bincount(where, np.repeat(weights, list(map(len, parts))))
+    pixels = pixels[voices >= weights.sum() / 2 * (1 - 1e-6)]
     if not len(pixels):
         return found.select([0])
     apart = np.flatnonzero(np.diff(pixels) != 1)
     starts, ends = pixels[np.r_[0, apart + 1]], pixels[np.r_[apart, len(pixels) - 1]] + 1
-    box = np.average(found.boxes, axis=0, weights=found.scores)[None].astype(np.float32)
+    box = np.average(found.boxes, axis=0, weights=weights)[None].astype(np.float32)
     rles = [encode_runs(starts, ends, *found.size)]
     return Instances(box, found.scores[:1], found.labels[:1], rles, found.size)
 

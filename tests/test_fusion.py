@@ -142,6 +142,8 @@ def test_a_vote_takes_the_pixels_that_half_of_the_scores_want():
     assert decoded(voted)[0].astype(int).tolist() == [[1, 1, 1, 1, 1, 0]]
     assert np.allclose(voted.boxes, [[0.7, 0, 4.7, 1]])
     assert voted.scores.tolist() == found.scores[:1].tolist()
+    unsure = vote(make_answer(rows, [0.0, 0.0, 0.0]))
+    assert decoded(unsure)[0].astype(int).tolist() == [[0, 1, 1, 1, 1, 0]]
     together = fuse([found.select([k]) for k in range(3)], recipe("demo", fusion_iou=0.3))
     assert together.rles == voted.rles
     assert np.allclose(together.scores, [1 / 3])
