@@ -104,7 +104,7 @@ def test_offline_without_the_optional_packages(tmp_path, demo_root):
     [
         (
             {"HW3_RECIPE": "fast"},
-            "There is no recipe 'fast'; there are: baseline, attention, small_anchors, demo.",
+            "There is no recipe 'fast'; there are: baseline, attention, ",
         ),
         ({"HW3_SETTINGS": '{"epoch": 3}'}, "There is no setting epoch; there are: seed,"),
         (
