@@ -259,6 +259,9 @@ RECIPES = {
 
 
 # %%
+ANY_NUMBER = ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides", "test_scales")  # of values
+
+
 def check_setting(config_field, value):
     """Checks one value against its field's type, range or choices.
 
@@ -278,16 +281,14 @@ def check_setting(config_field, value):
     kind = type(default[0] if is_tuple else default)
     if kind is float:
         items = [float(v) if type(v) is int else v for v in items]
-    wanted = f"{len(default)} values of type {kind.__name__}" if is_tuple else kind.__name__
-    if name in ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides", "test_scales"):
-        wanted = f"values of type {kind.__name__}"
+    wanted, fixed = kind.__name__, is_tuple and name not in ANY_NUMBER
+    if is_tuple:
+        wanted = f"{len(default)} values of type {wanted}" if fixed else f"values of type {wanted}"
     if "choices" in limits:
         wanted += " out of " + ", ".join(limits["choices"])
     elif limits:
         wanted += f" from {limits['low']} to {limits['high']}"
-    fits = all(type(v) is kind for v in items)
-    if name in ("zoom", "group_lr", "pixel_mean", "pixel_std", "rpn_iou"):
-        fits = fits and len(items) == len(default)
+    fits = all(type(v) is kind for v in items) and (not fixed or len(items) == len(default))
     if fits and "choices" in limits:
         fits = items[0] in limits["choices"]
     elif fits and limits:

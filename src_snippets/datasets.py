@@ -390,11 +390,13 @@ def open_coco(root: Path, config: Config) -> CellDataset:
         by_image[row["image_id"]].append(row)
     known = {str(record.path.relative_to(folder)): record for record in records}
     read = partial(read_coco_sample, known, by_image, list(categories), path, config.overlaps)
-    names, images = sorted(known), table_test_images(root)
+    names = sorted(known)
     if tested := coco_file(root, "test"):
         images = list_images(read_coco(tested[0], ("images",))["images"], *tested)
         for image in images:
             check_image(image, tested[0])
+    else:
+        images = table_test_images(root)
     groups = read_groups(root, names)
     return CellDataset(root, "coco", names, read, categories, images, groups)
 

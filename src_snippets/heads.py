@@ -241,12 +241,21 @@ def within_crowds(boxes: Tensor, crowds: Tensor, share: float = 0.5) -> Tensor:
 class CrowdProposals(RegionProposalNetwork):
     """torchvision's proposals; anchors in a crowd that are no cell's are no background either."""
 
+    crowded = False
+
     def assign_targets_to_anchors(self, anchors, targets):
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-        for own, places, target in zip(labels, anchors, targets, strict=True):
-            if len(crowds := target.get("crowds", ())):
-                own[(own == 0) & within_crowds(places, crowds)] = -1
+        crowds = [target.get("crowds", ()) for target in targets]
+        self.crowded = any(map(len, crowds))
+        for own, places, some in zip(labels, anchors, crowds, strict=True):
+            if len(some):
+                own[(own == 0) & within_crowds(places, some)] = -1
         return labels, boxes
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        if self.crowded and not any((own >= 0).any() for own in labels):
+            return objectness.sum() * 0, pred_bbox_deltas.sum() * 0  # nothing but crowds
+        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
 
 
 # %%
@@ -325,6 +334,8 @@ class InstanceMapRoIHeads(BoundedRoIHeads):
         """The losses of classes and of boxes; `sampled` is from `select_training_samples`."""
         proposals, _, labels, wanted = sampled
         logits, offsets = self.predict_boxes(features, proposals, image_shapes)
+        if len(logits) == 0:  # nothing but crowds
+            return logits.sum() * 0, offsets.sum() * 0
         return fastrcnn_loss(logits, offsets, labels, wanted)
 
     def losses(self, features, proposals, image_shapes, targets):
@@ -421,9 +432,9 @@ class CascadeRoIHeads(InstanceMapRoIHeads):
             found = labels > 0
             wanted = BoxCoder(weights).encode_single(torch.cat(goals), torch.cat(boxes)[found])
             distance = F.smooth_l1_loss(offsets[found], wanted, beta=1 / 9, reduction="sum")
-            classified = F.cross_entropy(logits, labels, ignore_index=-1)
-            loss_classifier = loss_classifier + share * classified
-            loss_box = loss_box + share * distance / len(labels)
+            wrong = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+            loss_classifier = loss_classifier + share * wrong / (labels >= 0).sum().clamp(min=1)
+            loss_box = loss_box + share * distance / max(len(labels), 1)
         return loss_classifier, loss_box
 
 

@@ -292,3 +292,14 @@ def test_nothing_is_learned_from_a_crowd(tiny_config):
     assert all(value.isfinite() for value in losses.values())
     cascade = build_model(replace(tiny_config, cascade=True)).train()
     assert all(value.isfinite() for value in cascade([sample.image], [target]).values())
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_a_field_of_nothing_but_a_crowd_trains(tiny_config, cascade):
+    model = build_model(replace(tiny_config, cascade=cascade)).train()
+    sample = make_sample([np.ones((64, 64), int)], [2])
+    sample = replace(sample, labels=torch.tensor([-2]))
+    losses = model([sample.image], [training_target(sample, 1)])
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -49,6 +49,7 @@ from src_snippets.transforms import (
     augment_sample,
     augmentation,
     collate,
+    ColorTwist,
     filled_crop,
     training_target,
 )
@@ -117,6 +118,17 @@ def stock_sample(folder: Path, crop: int) -> Callable:
             masks_to_boxes(masks), format="XYXY", canvas_size=image.shape[-2:]
         )
         return chain(image, {"boxes": boxes, "labels": labels, "masks": tv_tensors.Mask(masks)})
+
+    return work
+
+
+def colour(side: str, device: str) -> Callable:
+    """Random brightness, contrast, saturation and hue."""
+    crop = tv_tensors.Image(torch.randint(0, 256, (3, 512, 512), dtype=torch.uint8))
+    change = v2.ColorJitter(0.2, 0.2, 0.2, 0.05) if side == "stock" else ColorTwist(0.2)
+
+    def work():
+        change(crop)
 
     return work
 

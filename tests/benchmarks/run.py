@@ -47,6 +47,7 @@ CASES = {
     "training sample, 1,449 cells, 1191x1446": Case(
         "training_sample", dict(times=3), ("decode", "cached"), on_gpu=False, quick=False
     ),
+    "colour of a crop of 512 px": Case("colour", on_gpu=False),
     "200 crops of 50 real sizes, in pairs; stock: padded": Case(
         "padding", dict(batch=2), on_gpu=False, quick=False
     ),
