@@ -7,7 +7,7 @@
 
 # %%
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 import json
 import os
@@ -60,12 +60,14 @@ class DataSettings:
     num_classes: int = within(4, 1, 255)  # K of the last classK.tif; CSV and COCO files tell it
     val_fraction: float = within(0.2, 0.0, 0.9)  # share of the images that measures, never trains
     folds: int = within(1, 1, 100)  # k: k models, each measured on another k-th; 1: val_fraction
+    split_by: str = one_of("look", "image")  # look: fields that look alike stay on one side
     fold: int = within(0, 0, 100)  # the only one to train now, from 1 on; 0: all, one by one
     cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded fields kept in memory
     workers: int = within(-1, -1, 64)  # loader processes; -1: one a core, at most 4; 0 without GPU
     grey: bool = False  # the model sees brightness alone; for stains that colours mislead
     pixel_mean: tuple[float, ...] = within((0.485, 0.456, 0.406), 0.0, 1.0)  # R, G, B; of ImageNet
     pixel_std: tuple[float, ...] = within((0.229, 0.224, 0.225), 0.001, 1.0)  # see the notebook
+    stain_norm: bool = False  # H&E of each field is brought to one look, in training and after
     # Augmentation of the training part
     crop: int = within(512, 32, 8192)  # px, side of a training crop; smaller: less GPU memory
     zoom: tuple[float, float] = within((0.8, 1.25), 0.1, 10.0)  # least and most magnification
@@ -73,7 +75,11 @@ class DataSettings:
     flips: bool = True  # left-right and up-down, each for half of the crops
     quarter_turns: bool = True  # 0, 90, 180 or 270 degrees
     color_jitter: float = within(0.2, 0.0, 1.0)  # strength; stains differ between laboratories
+    stain_jitter: float = within(0.0, 0.0, 1.0)  # strength; hematoxylin and eosin, each by itself
     blur: float = within(0.1, 0.0, 1.0)  # share of crops blurred, as if out of focus
+    cell_crops: float = within(0.0, 0.0, 1.0)  # share of crops laid around a random cell
+    rare_crops: float = within(0.0, 0.0, 1.0)  # share laid around one of a class, each as likely
+    copy_paste: float = within(0.0, 0.0, 1.0)  # share of crops that get cells of another field
     min_area: int = within(4, 1, 10_000)  # px; slivers left by a crop that are smaller are dropped
 
 
@@ -129,7 +135,8 @@ class HeadSettings(ModelSettings):
 class Config(HeadSettings):
     """All settings: those above, training and prediction."""
 
-    epochs: int = within(50, 1, 10_000)  # passes over the training part
+    epochs: int = within(50, 1, 10_000)  # passes over the training part, at most
+    train_hours: float = within(0.0, 0.0, 1000.0)  # the schedule ends with them; 0: with epochs
     batch_size: int = within(2, 1, 256)  # crops a step and process; lower when memory runs out
     accumulate: int = within(1, 1, 256)  # batches whose gradients are added up for one step
     optimizer: str = one_of("adamw", "adam", "sgd")  # sgd, momentum 0.9, wants 50 times the lr
@@ -149,12 +156,14 @@ class Config(HeadSettings):
     patience: int = within(0, 0, 10_000)  # looks without a better one, then it stops; 0: never
     # Prediction
     score_floor: float = within(0.05, 0.0, 1.0)  # least score kept; AP gains from a low one
-    mask_threshold: float = within(0.5, 0.0, 1.0)  # probability from which a pixel is cell
+    # Those marked with * take one value for all classes, or one for each.
+    mask_threshold: tuple[float, ...] = within((0.5,), 0.0, 1.0)  # * probability of a cell's pixel
     box_nms: float = within(0.5, 0.0, 1.0)  # IoU above which the weaker detection of a class goes
-    mask_nms: float = within(1.0, 0.0, 1.0)  # mask IoU, over all classes, as box_nms; 1: off
+    class_nms: tuple[float, ...] = within((1.0,), 0.0, 1.0)  # * as box_nms, by mask IoU; 1: off
+    mask_nms: float = within(1.0, 0.0, 1.0)  # the same over all classes together; 1: off
     overlaps: bool = True  # False: a pixel is one cell's: the better one's, in truth the first's
     fusion_iou: float = within(0.5, 0.0, 1.0)  # mask IoU above which answers mean the same cell
-    least_area: int = within(1, 1, 100_000)  # px; smaller cells are left out
+    least_area: tuple[int, ...] = within((1,), 1, 100_000)  # * px; smaller cells are left out
     detections: int = within(300, 1, 20_000)  # most cells an image, and a tile
     rescore: bool = False  # scores times the mean probability inside the mask
     tile: int = within(0, 0, 8192)  # px, side of tiles that overlap by half; 0: whole images
@@ -162,7 +171,8 @@ class Config(HeadSettings):
     test_views: str = one_of("one", "flips", "all")  # 1, 3 or 8 symmetries of each image
     test_scales: tuple[float, ...] = within((1.0,), 0.1, 10.0)  # magnifications of each view
     vote: bool = True  # masks of several views or models: what most say; False: the best one's
-    show_floor: float = within(0.5, 0.0, 1.0)  # least score that is drawn, counted, put in tables
+    show_floor: tuple[float, ...] = within((0.5,), 0.0, 1.0)  # * least score that is shown
+    tune: bool = False  # what has * is chosen on the validation part, for the test
 
 
 # %% [markdown]
@@ -235,7 +245,7 @@ RECIPES = {
         box_nms=0.3,
         detections=200,
         score_floor=0.5,
-        mask_threshold=0.6,
+        mask_threshold=(0.6,),
     ),
     # Attention behind the stages; 250 steps are three epochs of HW3. Not measured.
     "attention": dict(
@@ -259,7 +269,8 @@ RECIPES = {
 
 
 # %%
-ANY_NUMBER = ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides", "test_scales")  # of values
+BY_CLASS = ("mask_threshold", "class_nms", "least_area", "show_floor")  # one value, or one a class
+ANY_NUMBER = ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides", "test_scales", *BY_CLASS)
 
 
 def check_setting(config_field, value):
@@ -356,6 +367,21 @@ def check_trunk(config: Config) -> None:
             f"Setting anchor_sizes={config.anchor_sizes}: expected one for each of the "
             f"{len(levels)} levels of pyramid={levels}."
         )
+
+
+# %%
+def with_classes(config: Config, count: int) -> Config:
+    """The settings for a dataset with so many classes.
+
+    Raises:
+        ValueError: a setting has a value for each of another number of classes.
+    """
+    for name in BY_CLASS:
+        if len(values := getattr(config, name)) not in (1, count):
+            raise ValueError(
+                f"Setting {name}={values}: expected one value, or one for each of {count} classes."
+            )
+    return replace(config, num_classes=count)
 
 
 # %%

@@ -31,6 +31,7 @@ from src_snippets.forms import CellSample, pack_parts
 from src_snippets.places import coco_file, MAPPING_NAME, written_whole
 from src_snippets.readers import BadInput, read_cell_folder, read_image
 from src_snippets.rle import pixels_of_kaggle_text, row_major_pixels
+from src_snippets.stains import field_borders, field_look, look_alikes
 
 
 # %%
@@ -446,6 +447,7 @@ class CellSamples(Sequence):
     def __init__(self, dataset: CellDataset, cache_gb: float):
         self.dataset, self.names = dataset, dataset.names
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
+        self._looks, self._borders = [], []
         self._kept, left, digest = {}, cache_gb * 1e9, hashlib.sha256()
         for index, name in enumerate(tqdm(self.names, desc="reading", unit="image")):
             sample = dataset.read(name)
@@ -453,6 +455,8 @@ class CellSamples(Sequence):
             self.counts[index] = np.bincount(cells, minlength=len(dataset.categories) + 1)
             for part in (sample.image, sample.layers, sample.labels):
                 digest.update(part.numpy().tobytes())
+            self._looks.append(field_look(sample.image.numpy()))
+            self._borders.append(field_borders(sample.image.numpy()))
             left -= sample.image.nbytes + sample.layers.nbytes
             if left >= 0:
                 self._kept[index] = sample
@@ -468,10 +472,18 @@ class CellSamples(Sequence):
             return self.dataset.read(self.names[index])
         return self._kept[index]
 
+    def groups(self, split_by: str) -> dict[str, str]:
+        """The group of each image: the dataset's own, else by `split_by` of the settings."""
+        if self.dataset.groups or split_by == "image":
+            return dict(self.dataset.groups)
+        numbers = look_alikes(np.stack(self._looks), self._borders)
+        return {name: f"look {number}" for name, number in zip(self.names, numbers, strict=True)}
+
 
 # %% [markdown]
-# Images are split, not cells; images of one group (a patient, a slide) stay on one side. Folds
-# measure every training image once, by a model that never saw it.
+# Images are split, not cells; images of one group (a patient, a slide) stay on one side, or what is
+# measured is how well the model remembers. Where `groups.csv` does not tell, fields that look alike
+# are a group. Folds measure every training image once, by a model that never saw it.
 
 
 # %%
@@ -495,7 +507,8 @@ def split_images(
     Args:
         names: unique image names; their order does not matter.
         val_fraction: share for validation, rounded; at least one image where it is over 0, and
-            at least one image is left for training. Groups may make it more.
+            at least one image is left for training. With groups it is at most a quarter more, or
+            the smallest group.
         seed: the same seed and names give the same parts.
         groups: the group of each name that has one; a group is never split.
 
@@ -510,9 +523,13 @@ def split_images(
     parts = shuffled_groups(names, groups or {}, seed)
     if len(parts) == 1 < len(names) and wanted:
         raise ValueError("All images are of one group: none can be held out. See groups.csv.")
-    while len(val) < wanted and len(parts) > 1:
-        val += parts.pop(0)
-    return {"train": sorted(name for part in parts for name in part), "val": sorted(val)}
+    most = min(max(1.25 * wanted, 1), len(names) - 1)
+    for part in parts:
+        if len(val) < wanted and len(val) + len(part) <= most:
+            val += part
+    if wanted and not val and len(parts) > 1:
+        val = min(parts, key=len)
+    return {"train": sorted(set(names) - set(val)), "val": sorted(val)}
 
 
 # %%
@@ -547,15 +564,38 @@ def channel_statistics(samples: Sequence[CellSample]) -> dict[str, list[float]]:
 
 
 # %%
-def choose_splits(dataset: CellDataset, config: Config) -> dict[int, dict[str, list[str]]]:
-    """The splits to train on, by the number of the fold; 0 where there are no folds."""
-    names, groups = dataset.names, dataset.groups
-    if config.folds == 1:
-        return {0: split_images(names, config.val_fraction, config.seed, groups)}
-    splits = dict(enumerate(fold_images(names, config.folds, config.seed, groups), start=1))
-    return {fold: split for fold, split in splits.items() if config.fold in (0, fold)}
+SPLIT_TRIES = 50
 
 
+def unevenness(splits: Sequence[dict], samples: CellSamples) -> float:
+    """How far the shares of classes in the validation parts are from the shares of images."""
+    places = {name: index for index, name in enumerate(samples.names)}
+    counts = samples.counts[:, samples.counts.any(0)]
+    total = 0.0
+    for split in splits:
+        own = counts[[places[name] for name in split["val"]]].sum(0)
+        total += np.abs(own / counts.sum(0) - len(split["val"]) / len(places)).sum()
+    return float(total)
+
+
+def choose_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, list[str]]]:
+    """The splits to train on, by the number of the fold; 0 where there are no folds.
+
+    Out of `SPLIT_TRIES` random ones that which spreads the cells of each class most evenly.
+    """
+    names, groups = samples.names, samples.groups(config.split_by)
+    candidates = []
+    for seed in range(config.seed, config.seed + 1_000_003 * SPLIT_TRIES, 1_000_003):
+        if config.folds == 1:
+            candidates.append([split_images(names, config.val_fraction, seed, groups)])
+        else:
+            candidates.append(fold_images(names, config.folds, seed, groups))
+    best = min(candidates, key=lambda splits: unevenness(splits, samples))
+    numbered = enumerate(best, start=int(config.folds > 1))
+    return {fold: split for fold, split in numbered if config.fold in (0, fold)}
+
+
+# %%
 def pick(samples: CellSamples, names: Sequence[str]) -> Subset:
     """The samples of some names, in the order of the names."""
     places = {name: index for index, name in enumerate(samples.names)}

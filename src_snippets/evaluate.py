@@ -7,11 +7,12 @@
 # class, so both numbers are given. Panoptic quality (PQ) scores the drawn picture instead.
 
 # %%
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 import importlib
 from importlib.util import find_spec
 import io
+from typing import NamedTuple
 
 import numpy as np
 import pycocotools.mask
@@ -121,6 +122,102 @@ def average_precision(truth: dict, answers: Mapping[int, Instances]) -> dict:
     return scores
 
 
+# %% [markdown]
+# The same AP50 from a table of hits, cheap enough to repeat: with other images (how far would the
+# number move?) and with other thresholds.
+
+
+# %%
+class Hits(NamedTuple):
+    """What became of the detections of one image, and the cells it has.
+
+    Attributes:
+        labels: (N,) int64, 1..C; scores: (N,) float32.
+        found: (N,) int64, the true cell that each finds, counted from 0; -1 for none.
+        cells: (C + 1,) int64, true cells by class; 0 is not used.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    found: np.ndarray
+    cells: np.ndarray
+
+
+def find_hits(found: Instances, truth: Instances, num_classes: int, least: float = 0.5) -> Hits:
+    """Which true cell each detection finds, as COCOeval decides.
+
+    The better ones choose first: the free cell of their class of the highest mask IoU, if that is
+    at least `least`. Detections in a crowd (a label below 0 in the truth) are left out.
+    """
+    found = found.select(np.argsort(-found.scores, kind="stable"))
+    hits, ignored = np.full(len(found), -1), np.zeros(len(found), bool)
+    for label in np.unique(found.labels):
+        own = np.flatnonzero(found.labels == label)
+        cells = np.flatnonzero(np.abs(truth.labels) == label)
+        crowds = truth.labels[cells] < 0
+        rles = [truth.rles[i] for i in cells]
+        masks = [found.rles[i] for i in own]
+        table = np.reshape(pycocotools.mask.iou(masks, rles, crowds.tolist()), (len(own), -1))
+        free = ~crowds
+        for row, overlaps in zip(own, table, strict=True):
+            left = np.where(free, overlaps, -1)
+            if left.max(initial=-1) >= least:
+                hits[row] = cells[left.argmax()]
+                free[left.argmax()] = False
+            else:
+                ignored[row] = overlaps[crowds].max(initial=0) >= least
+    kept = ~ignored
+    cells = np.bincount(truth.labels[truth.labels > 0], minlength=num_classes + 1)
+    return Hits(found.labels[kept], found.scores[kept], hits[kept], cells)
+
+
+def hits_of(answers: Sequence[Instances], truths, num_classes: int) -> list[Hits]:
+    """`find_hits` of several images."""
+    return [find_hits(*pair, num_classes) for pair in zip(answers, truths, strict=True)]
+
+
+# %%
+def class_ap(hits: Sequence[Hits], label: int, weights: np.ndarray | None = None) -> float | None:
+    """AP of one class at the IoU of the hits, 0..1, as COCOeval computes it; None without cells.
+
+    Args:
+        hits: one an image; weights: (B,) how often each image counts, by default once.
+    """
+    weights = np.ones(len(hits)) if weights is None else weights
+    cells = sum(w * h.cells[label] for h, w in zip(hits, weights, strict=True))
+    if not cells:
+        return None
+    own = [h.labels == label for h in hits]
+    scores = np.concatenate([h.scores[o] for h, o in zip(hits, own, strict=True)])
+    order = np.argsort(-scores, kind="stable")
+    right = np.concatenate([h.found[o] >= 0 for h, o in zip(hits, own, strict=True)])[order]
+    count = np.repeat(weights, [o.sum() for o in own])[order]
+    good, every = np.cumsum(count * right), np.cumsum(count)
+    precision = good / np.maximum(every, 1e-12)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    place = np.searchsorted(good / cells, np.linspace(0, 1, 101))
+    return float(np.r_[precision, 0.0][place].mean())
+
+
+def ap_of_hits(hits: Sequence[Hits], weights: np.ndarray | None = None) -> float:
+    """Mean of `class_ap` over the classes that have cells; 0 where none has."""
+    classes = range(1, len(hits[0].cells) if hits else 1)
+    values = [class_ap(hits, label, weights) for label in classes]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else 0.0
+
+
+def ap_interval(hits: Sequence[Hits], rounds: int = 500, seed: int = 0) -> tuple[float, float]:
+    """Between which values AP lies in 95 of 100 draws of as many images, with repetition.
+
+    It tells how far the number may move with other images of the same kind (percentile bootstrap,
+    Efron 1979), not with another training.
+    """
+    draws = np.random.default_rng(seed).multinomial(len(hits), [1 / len(hits)] * len(hits), rounds)
+    values = [ap_of_hits(hits, weights) for weights in draws]
+    return tuple(np.quantile(values, [0.025, 0.975]).tolist())
+
+
 # %%
 def label_image(found: Instances) -> np.ndarray:
     """(H, W, 2) int32, class and instance number of each pixel, 0 = background.
@@ -146,7 +243,7 @@ def outside_crowds(found: Instances, sample: CellSample) -> Instances:
 
 
 # %%
-def panoptic_quality(pairs, num_classes: int, least_score: float) -> dict[int, float | None]:
+def panoptic_quality(pairs, num_classes: int) -> dict[int, float | None]:
     """Panoptic quality (arXiv:1801.00868) of label images, by class.
 
     Background is scored as a class of its own while counting, so that a cell predicted on it is a
@@ -154,7 +251,7 @@ def panoptic_quality(pairs, num_classes: int, least_score: float) -> dict[int, f
 
     Args:
         pairs: (truth, answer) `Instances`, image by image.
-        num_classes: C; least_score: weaker detections are not drawn.
+        num_classes: C.
 
     Returns:
         PQ by class, 0..1; None for a class that is in neither truth nor answers.
@@ -162,7 +259,6 @@ def panoptic_quality(pairs, num_classes: int, least_score: float) -> dict[int, f
     metric = PanopticQuality(set(range(1, num_classes + 1)), {0}, return_per_class=True)
     seen = set()
     for truth, found in pairs:
-        found = found.select(found.scores >= least_score)
         seen |= {*truth.labels.tolist(), *found.labels.tolist()}
         metric.update(*(torch.from_numpy(label_image(side))[None] for side in (found, truth)))
     values = metric.compute().flatten().tolist() if seen else [0.0] * num_classes

@@ -73,6 +73,15 @@ class Instances:
         rles = [self.rles[i] for i in index]
         return Instances(self.boxes[index], self.scores[index], self.labels[index], rles, self.size)
 
+    def above(self, floors: Sequence[float]) -> "Instances":
+        """The instances with at least the floor as score; one for all classes, or one for each."""
+        return self.select(self.scores >= by_class(floors, self.labels))
+
+
+def by_class(values: Sequence[float], labels: np.ndarray) -> np.ndarray:
+    """(N,), for each label 1..C its value out of C, or the only one."""
+    return np.asarray(values)[labels - 1 if len(values) > 1 else np.zeros_like(labels)]
+
 
 # %% [markdown]
 # Layers are packed once, when a folder is read: class maps that do not overlap are laid into one.

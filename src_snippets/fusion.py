@@ -14,7 +14,7 @@ import pycocotools.mask
 import torch
 
 from src_snippets.config import Config
-from src_snippets.forms import instance_boxes, Instances
+from src_snippets.forms import by_class, instance_boxes, Instances
 from src_snippets.rle import decode_runs, encode_layers, encode_runs, mask_areas, paint, run_pixels
 
 
@@ -56,12 +56,19 @@ def without_overlaps(found: Instances) -> Instances:
 
 
 def settle(found: Instances, config: Config) -> Instances:
-    """Applies `mask_nms`, `overlaps` and `least_area` of the settings."""
+    """Applies `class_nms`, `mask_nms`, `overlaps` and `least_area` of the settings."""
+    if min(config.class_nms) < 1:
+        parts = [found.select(found.labels == label) for label in np.unique(found.labels)]
+        most = [float(by_class(config.class_nms, part.labels[:1])[0]) for part in parts]
+        parts = [mask_nms(part, limit) for part, limit in zip(parts, most, strict=True)]
+        found = concatenate([found.select([]), *parts])[0]
+        found = found.select(np.argsort(-found.scores, kind="stable"))
     if config.mask_nms < 1:
         found = mask_nms(found, config.mask_nms)
     found = found if config.overlaps else without_overlaps(found)
-    if config.least_area > 1:
-        found = found.select(mask_areas(found.rles) >= config.least_area)
+    if max(config.least_area) > 1:
+        least = by_class(config.least_area, found.labels)
+        found = found.select(mask_areas(found.rles) >= least)
     return found
 
 

@@ -25,7 +25,7 @@ from src_snippets.backbones import (
     use_group_norm,
 )
 from src_snippets.config import Config
-from src_snippets.forms import Instances
+from src_snippets.forms import by_class, Instances
 from src_snippets.fusion import settle
 from src_snippets.heads import build_heads, build_proposals, similar_chunks
 from src_snippets.rle import encode_crops
@@ -281,25 +281,26 @@ def paste_weights(low: Tensor, high: Tensor, size: int, span: int, limit: int, h
 
 
 # %%
-def paste_masks(masks: Tensor, boxes: Tensor, size, threshold: float, half_pixel: bool) -> list:
+def paste_masks(masks: Tensor, boxes: Tensor, size, threshold, half_pixel: bool) -> list:
     """The COCO RLEs of predicted masks, each made inside its box.
 
     Args:
         masks: (R, M, M) float32 probabilities; boxes: (R, 4) XYXY pixels; size: H, W of the image.
-        threshold: probability from which a pixel belongs to the cell.
+        threshold: probability from which a pixel belongs to the cell; a number, or (R,) float32.
 
     Returns:
         R RLEs at image size, None where no pixel reaches the threshold. Memory is bounded by 1e5
         crop pixels at a time, or one crop.
     """
     bins, rles = masks.shape[-1], [None] * len(boxes)
+    cuts = torch.as_tensor(threshold, device=boxes.device).expand(len(boxes))[:, None, None]
     spans = (boxes[:, [3, 2]] - boxes[:, [1, 0]]).clamp(0, max(size)) * ((bins + 2) / bins)
     for part, tall, wide in similar_chunks(spans.ceil().long() + 3, 100_000):
         x1, y1, x2, y2 = boxes[part].float().unbind(1)
         top, rows, in_rows = paste_weights(y1, y2, bins, tall, size[0], half_pixel)
         left, columns, in_columns = paste_weights(x1, x2, bins, wide, size[1], half_pixel)
         with torch.autocast(boxes.device.type, enabled=False):
-            crops = rows @ masks[part].float() @ columns.transpose(1, 2) >= threshold
+            crops = rows @ masks[part].float() @ columns.transpose(1, 2) >= cuts[part]
         crops &= in_rows[:, :, None] & in_columns[:, None, :]
         arrays = (v.cpu().numpy() for v in (crops, top, left))
         filled = crops.flatten(1).any(1).tolist()
@@ -318,15 +319,16 @@ def to_instances(found: dict, size, config: Config) -> Instances:
     score is multiplied by the mean probability inside the mask. See `settle` for what follows.
     """
     masks, half = found["masks"][:, 0], config.half_pixel
-    rles = paste_masks(masks, found["boxes"], size, config.mask_threshold, half)
+    labels = found["labels"].cpu().numpy()
+    cuts = torch.from_numpy(by_class(config.mask_threshold, labels)).to(masks)
+    rles = paste_masks(masks, found["boxes"], size, cuts, half)
     kept = [i for i, rle in enumerate(rles) if rle is not None]
     scores = found["scores"]
     if config.rescore:
-        inside = masks >= config.mask_threshold
+        inside = masks >= cuts[:, None, None]
         scores = scores * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-    boxes, labels = found["boxes"], found["labels"]
-    arrays = (values.cpu().numpy()[kept] for values in (boxes, scores, labels))
-    every = Instances(*arrays, [rles[i] for i in kept], tuple(size))
+    boxes, scores = (values.cpu().numpy()[kept] for values in (found["boxes"], scores))
+    every = Instances(boxes, scores, labels[kept], [rles[i] for i in kept], tuple(size))
     return every.select(np.argsort(-every.scores, kind="stable"))
 
 

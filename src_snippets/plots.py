@@ -6,7 +6,7 @@
 # small cell stays a line and does not cover the cell.
 
 # %%
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import IPython
@@ -164,19 +164,17 @@ def plot_history(history: Sequence[dict]) -> Figure:
 
 
 # %%
-def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int, floor: float):
+def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int) -> Figure:
     """Image, truth and prediction side by side, one row a sample.
 
     Args:
         samples, answers: as many samples as `Instances`.
-        floor: detections with a lower score are not drawn.
     """
     heights = [sample.size[0] / sample.size[1] for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
     for row, sample, found in zip(rows, samples, answers, strict=True):
         image, truth = sample.image.numpy(), truth_instances(sample)
-        found = found.select(found.scores >= floor)
         pictures = [np.moveaxis(image, 0, 2)] + [outline_cells(image, c) for c in (truth, found)]
         titles = [
             short_name(sample.name),
@@ -189,22 +187,21 @@ def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int, f
 
 
 # %%
-def plot_counts(truths: Sequence[Instances], answers, num_classes: int, floor: float) -> Figure:
-    """Instances by class, true and predicted with at least a score, as numbered bars."""
+def plot_counts(truths: Sequence[Instances], answers, num_classes: int) -> Figure:
+    """Instances by class, true and predicted, as numbered bars."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
-    kept = [found.select(found.scores >= floor) for found in answers]
     place = np.arange(1, num_classes + 1)
     for shift, side, label, color in (
         (-0.2, truths, "true", "#888888"),
-        (0.2, kept, "found", "#0047ff"),
+        (0.2, answers, "found", "#0047ff"),
     ):
         labels = [c.labels for c in side]
         counts = np.bincount(np.concatenate(labels) if labels else [], minlength=num_classes + 1)
         bars = axis.bar(place + shift, counts[1:], 0.38, label=label, color=color)
         axis.bar_label(bars, fontsize=8)
     axis.set_xticks(place, [f"class{k}" for k in place])
-    axis.set(ylabel="cells", title=f"Cells by class (score of at least {floor:g})")
+    axis.set(ylabel="cells", title="Cells by class")
     axis.legend(frameon=False)
     return figure
 
@@ -220,6 +217,28 @@ def plot_schedule(rates: Sequence[float]) -> Figure:
     return figure
 
 
+def plot_thresholds(lines: Mapping[str, Sequence[tuple]], num_classes: int) -> Figure:
+    """A score against the values of settings, one line a class; what was chosen is a dot.
+
+    Args:
+        lines: by title, for each class values, scores (None where there is nothing to score) and
+            the chosen value.
+    """
+    figure = Figure(figsize=(3.3 * len(lines), 3.2), layout="constrained")
+    for axis, (title, classes) in zip(figure.subplots(1, len(lines)), lines.items(), strict=True):
+        for label, (values, scores, chosen) in enumerate(classes, start=1):
+            known = [(v, s) for v, s in zip(values, scores, strict=True) if s is not None]
+            if known:
+                color = class_color(label)
+                axis.plot(*zip(*known, strict=True), color=color, linewidth=2)
+                axis.plot(chosen, dict(known)[chosen], "o", color=color, markeredgecolor="black")
+        axis.set(xlabel=title, ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    add_legend(figure, num_classes)
+    return figure
+
+
+# %%
 def plot_anchors(sides: np.ndarray, covered: np.ndarray, shapes: np.ndarray) -> Figure:
     """Width and height of cells and of the anchors that should meet them, both in network pixels.
 

@@ -9,6 +9,7 @@
 
 # %%
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from src_snippets.forms import CellSample, Instances
 from src_snippets.fusion import fuse, join_tiles, settle
 from src_snippets.model import find_raw, to_instances
 from src_snippets.readers import read_image
+from src_snippets.stains import as_seen
 from src_snippets.transforms import magnification
 
 
@@ -113,8 +115,10 @@ Member = tuple[nn.Module, Config]  # a model and the settings it was made with
 
 def detect_together(members: Sequence[Member], image: Tensor, config: Config) -> Instances:
     """What all models find in all views of one image (3, H, W) uint8, best first."""
-    pairs = product(members, views_of(config))
-    answers = [detect_view(model, image, view, own) for (model, own), view in pairs]
+    answers = []
+    for model, own in members:
+        seen = as_seen(image, own)
+        answers += [detect_view(model, seen, view, own) for view in views_of(config)]
     return settle(fuse(answers, config) if len(answers) > 1 else answers[0], config)
 
 
@@ -124,6 +128,23 @@ def answer_samples(
     """`detect_together` on whole, unaugmented fields, one `Instances` a sample, in their order."""
     bar = tqdm(samples, desc="measuring", unit="image")
     return [detect_together(members, sample.image, config) for sample in bar]
+
+
+# %%
+def answer_held_out(
+    parts: Sequence[tuple[Member, Sequence[CellSample]]], config: Config, **changes
+) -> list[Instances]:
+    """`answer_samples` of several parts, each by the one model that never saw it.
+
+    Args:
+        parts: a model with its settings, and samples, each.
+        changes: to `config` and to the models' settings, those of prediction alone.
+    """
+    answers = []
+    for (model, own), samples in parts:
+        member = (model, replace(own, **changes))
+        answers += answer_samples([member], samples, replace(config, **changes))
+    return answers
 
 
 def predict_images(

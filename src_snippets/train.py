@@ -35,6 +35,7 @@ from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.model import build_model, choose_precision, detect, load_model_state
 from src_snippets.places import written_whole
 from src_snippets.readers import BadInput
+from src_snippets.stains import as_seen
 from src_snippets.transforms import collate, training_target, TrainingSet
 
 
@@ -200,12 +201,12 @@ class WeightMean(AveragedModel):
 def train_epoch(
     model, loader, optimizer, schedule, accelerator, config: Config, bar, after_step=None
 ) -> dict:
-    """Trains for one pass over the loader.
+    """Trains for one pass over the loader, or until `after_step` says that it is enough.
 
     Args:
         model, optimizer, schedule: `schedule` is stepped once a batch.
         bar: a tqdm bar that counts batches.
-        after_step: called after each update of the weights.
+        after_step: called after each update of the weights; True ends the pass.
 
     Returns:
         The mean of each loss part, and their sum as `loss`.
@@ -227,20 +228,21 @@ def train_epoch(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            if after_step and accelerator.sync_gradients:
-                after_step()
+            enough = bool(after_step and accelerator.sync_gradients and after_step())
         for name, value in (values | {"loss": sum(values.values())}).items():
             means.setdefault(name, MeanMetric()).update(value, len(images))
         parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
         bar.set_postfix(parts | {"rate": f"{max(schedule.get_last_lr()):.1e}"}, refresh=False)
         bar.update()
+        if enough:
+            break
     return {name: float(mean.to(accelerator.device).compute()) for name, mean in means.items()}
 
 
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
-    return [detect(model, [sample.image], config)[0] for sample in samples]
+    return [detect(model, [as_seen(s.image, config)], config)[0] for s in samples]
 
 
 @torch.no_grad()
@@ -258,7 +260,7 @@ def validation_loss(model: nn.Module, samples: Sequence[CellSample], config: Con
             target = training_target(sample, config.min_area)
             target = {key: value.to(device) for key, value in target.items()}
             with torch.autocast(device.type, dtype, enabled=precision != "no"):
-                parts = model([sample.image.to(device)], [target])
+                parts = model([as_seen(sample.image, config).to(device)], [target])
             losses.append(float(sum(parts.values())))
     model.eval()
     return sum(losses) / len(losses)
@@ -281,6 +283,7 @@ NOT_TRAINED = (
     "score_floor",
     "mask_threshold",
     "box_nms",
+    "class_nms",
     "mask_nms",
     "fusion_iou",
     "least_area",
@@ -294,6 +297,7 @@ NOT_TRAINED = (
     "fold",
     "detections",
     "show_floor",
+    "tune",
 )
 
 
@@ -311,6 +315,7 @@ def run_folder(out: Path, config: Config, data: dict) -> Path:
     return folder
 
 
+# %%
 def save_checkpoint(content: dict, path: Path) -> None:
     """Writes a checkpoint, whole or not at all."""
     with written_whole(path) as partial:
@@ -408,6 +413,34 @@ def restore_run(run: "TrainingRun", state: dict) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:  # empty: begun without a GPU
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history = state["history"]
+    run.clock.is_over = state["is_over"]
+
+
+# %%
+class TrainingClock:
+    """What is spent of `train_hours`; 0 sets no limit.
+
+    Attributes:
+        is_over: whether the limit was reached, as seen at the last step.
+    """
+
+    def __init__(self, hours: float):
+        self.limit, self.is_over = 3600 * hours or math.inf, False
+        self.start_epoch(0.0)
+
+    def start_epoch(self, earlier: float) -> None:
+        """Begins an epoch; `earlier` seconds went to those before it."""
+        self.earlier, self.begun = earlier, time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the epoch began."""
+        return time.perf_counter() - self.begun
+
+    def fitting_steps(self, step: int) -> float:
+        """How many steps fit into the limit, as fast as `step` of them went so far."""
+        share = (self.earlier + self.seconds()) / self.limit
+        self.is_over = share >= 1
+        return max(step / share, step) if share else math.inf
 
 
 # %%
@@ -424,11 +457,13 @@ class TrainingRun:
         self.config, self.folder = config, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.history = []
+        self.clock = TrainingClock(config.train_hours)
         self.accelerator = build_accelerator(config)
         last = folder / "last.pt"
         model = build_model(config, load_initial=not last.exists()).to(self.accelerator.device)
         optimizer = build_optimizer(model, config)
-        self.total = config.epochs * math.ceil(len(loader) / config.accumulate)
+        self.most_steps = config.epochs * math.ceil(len(loader) / config.accumulate)
+        self.total = self.most_steps  # the schedule's end: see `after_step`
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: scheduled(step, config, self.total, self.history)
         )
@@ -442,47 +477,59 @@ class TrainingRun:
         prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
         self.model, self.optimizer, self.schedule, self.loader = prepared
 
-    def after_step(self) -> None:
-        """Takes updated weights into their running mean, where there is one."""
+    def after_step(self) -> bool:
+        """Takes updated weights into their running mean; aims the schedule at the steps that fit.
+
+        Returns:
+            Whether the time is spent.
+        """
+        step = self.parts["schedule"].last_epoch
         if "average" in self.parts:
-            self.parts["average"].follow(self.parts["model"], self.parts["schedule"].last_epoch)
+            self.parts["average"].follow(self.parts["model"], step)
+        self.total = math.ceil(min(self.most_steps, self.clock.fitting_steps(step)))
+        return self.clock.is_over
 
     def answering(self) -> nn.Module:
         """The model that is measured and kept: the running mean where there is one."""
         return self.parts["average"].module if "average" in self.parts else self.parts["model"]
 
-    def save(self, row: dict) -> None:
-        """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`.
 
-        The best is the last one of the highest score, or the last where nothing is scored.
-        """
-        before = epoch_scores(self.history, self.config.best_by)
-        self.history.append(row)
-        scores = epoch_scores(self.history, self.config.best_by)
-        is_best = not scores or (len(scores) > len(before) and scores[-1] >= max(scores))
-        scaler = getattr(self.accelerator.scaler, "state_dict", dict)()  # empty without one
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        best = max(scores, default=None)
-        notes = dict(config=asdict(self.config), history=self.history, best=best)
-        write_history(self.history, self.folder / "history.csv")
-        if is_best:
-            kept = {"model": self.answering().state_dict()}
-            if "average" in self.parts:
-                kept["raw"] = state["model"]
-            save_checkpoint({**kept, **notes}, self.folder / "best.pt")
-        save_checkpoint({**state, **notes, "scaler": scaler}, self.folder / "last.pt")
+# %%
+def save_epoch(run: TrainingRun, row: dict) -> None:
+    """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`.
+
+    The best is the last one of the highest score, or the last where nothing is scored.
+    """
+    before = epoch_scores(run.history, run.config.best_by)
+    run.history.append(row)
+    scores = epoch_scores(run.history, run.config.best_by)
+    is_best = not scores or (len(scores) > len(before) and scores[-1] >= max(scores))
+    scaler = getattr(run.accelerator.scaler, "state_dict", dict)()  # empty without one
+    state = {name: part.state_dict() for name, part in run.parts.items()}
+    best = max(scores, default=None)
+    notes = dict(config=asdict(run.config), history=run.history, best=best)
+    write_history(run.history, run.folder / "history.csv")
+    if is_best:
+        kept = {"model": run.answering().state_dict()}
+        if "average" in run.parts:
+            kept["raw"] = state["model"]
+        save_checkpoint({**kept, **notes}, run.folder / "best.pt")
+    whole = dict(scaler=scaler, is_over=run.clock.is_over)
+    save_checkpoint({**state, **notes, **whole}, run.folder / "last.pt")
 
 
 # %%
 def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> None:
     """Trains one epoch, validates when it is due, writes the checkpoints."""
-    config, start = run.config, time.perf_counter()
+    config = run.config
+    run.clock.start_epoch(sum(row["seconds"] for row in run.history))
     torch.manual_seed(config.seed + 1_000_003 * epoch)  # augmentation and sampling of this epoch
     run.loader.set_epoch(epoch)  # order of the images
     parts = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
     losses = train_epoch(*parts, config, bar, run.after_step)
     row = dict(epoch=epoch, seconds=0.0, rate=max(run.schedule.get_last_lr()), **losses)
-    if len(val_samples) and (epoch % config.eval_every == 0 or epoch == config.epochs):
+    last = epoch == config.epochs or run.clock.is_over
+    if len(val_samples) and (epoch % config.eval_every == 0 or last):
         model = run.answering()
         scores = average_precision(truth, by_image_id(validate(model, val_samples, config)))
         row |= {name: scores[name] for name in ("AP", "AP50", "AP75")}
@@ -491,8 +538,8 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
             row["val_loss"] = validation_loss(model, val_samples, config)
             ap += f", loss {row['val_loss']:.3f}"
         bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")
-    row["seconds"] = round(time.perf_counter() - start, 2)
-    run.save(row)
+    row["seconds"] = round(run.clock.seconds(), 2)
+    save_epoch(run, row)
     free_memory()  # crops differ in size; what the cache of a GPU holds may not fit the next
 
 
@@ -527,6 +574,9 @@ def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
         for epoch in range(done + 1, config.epochs + 1):
             if has_stalled(run.history, config):
                 bar.write(f"No better {config.best_by} in {config.patience} looks: training ends.")
+                break
+            if run.clock.is_over:
+                bar.write(f"train_hours={config.train_hours:g} are spent: training ends.")
                 break
             run_epoch(run, epoch, val_samples, truth, bar)
     history = run.history

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import gaussian_blur, resize
 
 from src_snippets.config import Config
 from src_snippets.forms import CellSample, instance_boxes
+from src_snippets.stains import jitter_matrix, normal_matrix, restain
 
 
 # %%
@@ -35,11 +36,13 @@ class ZoomCrop(v2.Transform):
         turns: turn by 0, 90, 180 or 270 degrees, each as likely.
         short_sides: if not 0, the magnification counts from that at which the field's shorter side
             is one of these; each is as likely.
+        holds: row and column of a pixel that the window must hold.
     """
 
-    def __init__(self, room, zoom, turns: bool = False, short_sides: Sequence[int] = (0,)):
+    def __init__(self, room, zoom, turns: bool = False, short_sides=(0,), holds=None):
         super().__init__()
         self.room, self.zoom, self.turns, self.short_sides = room, zoom, turns, short_sides
+        self.holds = holds
 
     def make_params(self, flat_inputs):
         turns = int(torch.randint(4, ())) if self.turns else 0
@@ -51,7 +54,11 @@ class ZoomCrop(v2.Transform):
             zoom *= magnification(field, 1.0, drawn)
         sides = [math.ceil(most / zoom - 1e-6) for most in room]
         window = [min(side, length) for side, length in zip(sides, field, strict=True)]
-        corner = [int(torch.randint(f - w + 1, ())) for f, w in zip(field, window, strict=True)]
+        least, most = [0, 0], [f - w for f, w in zip(field, window, strict=True)]
+        if self.holds:
+            least = [max(p - w + 1, 0) for p, w in zip(self.holds, window, strict=True)]
+            most = [min(p, end) for p, end in zip(self.holds, most, strict=True)]
+        corner = [int(torch.randint(a, b + 1, ())) for a, b in zip(least, most, strict=True)]
         size = [min(max(round(w * zoom), 1), most) for w, most in zip(window, room, strict=True)]
         return {"window": (*corner, *window), "size": size, "turns": turns}
 
@@ -132,14 +139,46 @@ class Blur(v2.GaussianBlur):
 
 
 # %%
-def augmentation(config: Config, room: tuple[int, int] | None = None) -> v2.Compose:
+class StainTwist(v2.Transform):
+    """Random amounts of hematoxylin and eosin: each times 1 - strength to 1 + strength.
+
+    Args:
+        strength: 0..1.
+        before: (3, 3) float32, applied to the optical density first; see `normal_matrix`.
+    """
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def __init__(self, strength: float, before: Tensor | None = None):
+        super().__init__()
+        self.strength, self.before = strength, torch.eye(3) if before is None else before
+
+    def make_params(self, flat_inputs):
+        if not self.strength:
+            return {"matrix": self.before}
+        factors = torch.ones(3)
+        factors[:2] += (torch.rand(2) * 2 - 1) * self.strength
+        return {"matrix": jitter_matrix(factors) @ self.before}
+
+    def transform(self, inpt, params):
+        return tv_tensors.wrap(restain(inpt.as_subclass(Tensor), params["matrix"]), like=inpt)
+
+
+# %%
+def augmentation(
+    config: Config, room: tuple[int, int] | None = None, holds=None, stains: Tensor | None = None
+) -> v2.Compose:
     """The chain applied to (`tv_tensors.Image`, `tv_tensors.Mask`) of each training sample.
 
     Args:
         room: most rows and columns of the result; by default `config.crop` each.
+        holds: row and column of a pixel of the field that the crop must hold.
+        stains: (3, 3) float32, what normalises the field's optical density.
     """
     room = room or (config.crop, config.crop)
-    steps = [ZoomCrop(room, config.zoom, config.quarter_turns, config.short_sides)]
+    steps = [ZoomCrop(room, config.zoom, config.quarter_turns, config.short_sides, holds)]
+    if config.stain_jitter or stains is not None:
+        steps.append(StainTwist(config.stain_jitter, stains))
     if config.flips:
         steps += [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
     if config.color_jitter:
@@ -166,12 +205,13 @@ LEAST_STRIP = 32  # px; strips that are thinner stay empty
 PAD_COLOR = (124, 116, 104)  # the mean of ImageNet: zero to the model
 
 
-def filled_crop(samples, index: int, config: Config) -> CellSample:
+def filled_crop(samples, index: int, config: Config, holds=None) -> CellSample:
     """A random crop of the field at `index`, with pieces of random other fields where it ends.
 
     Args:
         samples: a sequence of `CellSample`.
         config: `crop` and the augmentation are read.
+        holds: row and column of a pixel of the field that the crop must hold.
 
     Returns:
         A sample of `crop` x `crop` pixels; without `fill` the first piece alone, which may be
@@ -184,8 +224,10 @@ def filled_crop(samples, index: int, config: Config) -> CellSample:
     while rooms:
         top, left, *room = rooms.pop()
         chosen = int(torch.randint(len(samples), ())) if pieces else index
-        own = augmentation(filling if pieces else config, tuple(room))
-        piece = augment_sample(samples[chosen], own)
+        field = samples[chosen]
+        stains = normal_matrix(field.image) if config.stain_norm else None
+        rules = (filling, tuple(room), None) if pieces else (config, tuple(room), holds)
+        piece = augment_sample(field, augmentation(*rules, stains))
         if not config.fill:
             return piece
         pieces.append((top, left, piece))
@@ -210,6 +252,71 @@ def join_pieces(pieces: Sequence[tuple[int, int, CellSample]], side: int) -> Cel
         count += len(piece.labels)
     names = "+".join(piece.name for _, _, piece in pieces)
     return CellSample(image, layers, torch.cat([piece.labels for _, _, piece in pieces]), names)
+
+
+# %% [markdown]
+# Rare classes and cells at the border of large fields can be shown more often: by crops that are
+# laid around a chosen cell, and by cells of one field laid onto free places of another.
+
+
+# %%
+def drawn_cell(sample: CellSample, label: int | None = None) -> tuple[int, int] | None:
+    """Row and column of a pixel in the middle of a random cell, of a class if one is given.
+
+    None where there is none.
+    """
+    wanted = sample.labels > 0 if label is None else sample.labels == label
+    ids = torch.nonzero(wanted).flatten() + 1
+    if not len(ids):
+        return None
+    chosen = ids[int(torch.randint(len(ids), ()))]
+    pixels = torch.nonzero(sample.layers == chosen)
+    return tuple(pixels[len(pixels) // 2, 1:].tolist()) if len(pixels) else None
+
+
+def class_members(samples: Sequence[CellSample]) -> dict[int, Tensor]:
+    """How many cells of each class that occurs every sample has, (len(samples),) float32."""
+    labels = [sample.labels for sample in samples]
+    classes = sorted({int(k) for some in labels for k in some.unique() if k > 0})
+    return {k: torch.tensor([float((some == k).sum()) for some in labels]) for k in classes}
+
+
+# %%
+MOST_COVERED = 0.2  # of a pasted cell that may lie on cells that are there
+
+
+def paste_cells(sample: CellSample, donor: CellSample, chances: Tensor) -> CellSample:
+    """Lays some cells of a donor over a sample, where few cells are.
+
+    Source: copy-paste, arXiv:2012.07177, with soft edges.
+
+    Args:
+        sample, donor: crops; the upper left of both, as far as they go, is used.
+        chances: (C + 1,) float32, how likely a cell of each class is taken; 0 is not used.
+
+    Returns:
+        The sample with the donor's cells in front, of which it only sees what they leave. Labels
+        of the donor follow those of the sample.
+    """
+    height, width = (min(pair) for pair in zip(sample.size, donor.size, strict=True))
+    place = (..., slice(height), slice(width))
+    count, front = len(sample.labels), donor.layers[place].long()
+    cells = torch.bincount(front.flatten(), minlength=len(donor.labels) + 1)
+    taken = (sample.layers[place] > 0).any(0)
+    covered = torch.bincount(front[:, taken].flatten(), minlength=len(cells))
+    chosen = torch.rand(len(cells)) < chances[torch.cat([torch.zeros(1).long(), donor.labels])]
+    chosen &= (covered <= MOST_COVERED * cells) & (torch.cat([cells[:1] * 0, donor.labels]) > 0)
+    front = torch.where(chosen[front], front + count, 0)
+    shown = (front > 0).any(0)
+    image, depth = sample.image.clone(), max(len(front), len(sample.layers))
+    soft = gaussian_blur(shown[None].float(), 3) * shown
+    mixed = torch.lerp(image[place].float(), donor.image[place].float(), soft)
+    image[place] = mixed.round().to(torch.uint8)
+    layers = torch.zeros((depth, *sample.size), dtype=torch.int32)
+    layers[: len(sample.layers)] = sample.layers
+    layers[place][:, shown] = 0
+    layers[: len(front)][place] += front.int()
+    return CellSample(image, layers, torch.cat([sample.labels, donor.labels]), sample.name)
 
 
 # %% [markdown]
@@ -242,6 +349,7 @@ def training_target(sample: CellSample, min_area: int) -> dict[str, Tensor]:
     )
 
 
+# %%
 class TrainingSet(Dataset):
     """Augmented (image, target) pairs of a sequence of `CellSample`s.
 
@@ -251,13 +359,34 @@ class TrainingSet(Dataset):
 
     def __init__(self, samples, config: Config):
         self.samples, self.config = samples, config
+        self.members = class_members(samples) if config.rare_crops or config.copy_paste else {}
+        # Cells are pasted by halves, of a rare class more: by the root of how rare it is.
+        counts = torch.zeros(max(self.members, default=0) + 1)
+        for label, cells in self.members.items():
+            counts[label] = cells.sum()
+        common = counts.sum() / max(len(self.members), 1)
+        self.chances = (0.5 * (common / counts.clamp(min=1)).sqrt()).clamp(0.1, 1.0)
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        sample = filled_crop(self.samples, index, self.config)
-        return sample.image, training_target(sample, self.config.min_area) | {"name": sample.name}
+        config, sample = self.config, self.crop(index)
+        if config.copy_paste and torch.rand(()) < config.copy_paste and self.members:
+            donor = self.crop(int(torch.randint(len(self.samples), ())))
+            sample = paste_cells(sample, donor, self.chances)
+        return sample.image, training_target(sample, config.min_area) | {"name": sample.name}
+
+    def crop(self, index: int) -> CellSample:
+        """A crop of a sample; a share of them is laid around cells: see `rare_crops`."""
+        config, label = self.config, None
+        drawn = float(torch.rand(())) if config.rare_crops or config.cell_crops else 1.0
+        if self.members and drawn < config.rare_crops:
+            label = list(self.members)[int(torch.randint(len(self.members), ()))]
+            index = int(torch.multinomial(self.members[label], 1))
+        around = drawn < config.rare_crops + config.cell_crops
+        holds = drawn_cell(self.samples[index], label) if around else None
+        return filled_crop(self.samples, index, config, holds)
 
 
 # %%

@@ -171,15 +171,14 @@ def write_submissions(
     answers: Mapping[int, Instances],
     images: Sequence[ImageRecord],
     folder: Path,
-    least_score: float,
 ) -> list[Path]:
     """Writes both forms of a Kaggle submission.
 
     Args:
         answers: `Instances` by image id, one for every image; images: the test images, whose names
-            without suffix are the ids.
+            without suffix are the ids. Tables have no scores, so all in them counts in full: weak
+            ones should have been left out.
         folder: where the two files go.
-        least_score: tables have no scores, so all in them counts in full; weaker cells stay out.
 
     Returns:
         Their paths.
@@ -190,8 +189,7 @@ def write_submissions(
     check_complete(answers, images)
     plain, indexed = [], []
     for image in images:
-        found = answers[image.image_id]
-        found = without_overlaps(found.select(found.scores >= least_score))
+        found = without_overlaps(answers[image.image_id])
         texts = [kaggle_text(rle) for rle in found.rles]
         plain += [(image.path.stem, text) for text in texts or [""]]
         indexed += [(image.path.stem, text) for text in texts or ["-1"]]

@@ -1,10 +1,17 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from src_snippets import train
+from src_snippets.config import recipe
+from src_snippets.rle import mask_areas
+from src_snippets.train import NOT_TRAINED
+from tests.benchmarks import ablate, leakage, race
 from tests.benchmarks.cases import (
     benchmark_config,
     grid_sample,
@@ -115,3 +122,110 @@ def test_padding_is_counted():
     real_data("hw3-real")
     stock, ours = (padding(side, "cpu", batch=2)() for side in ("stock", "ours"))
     assert ours["padding % worst"] < 100 / 3 < stock["padding % worst"]
+
+
+# What choices are worth
+
+SMALL = dict(fpn_channels=16, box_features=32, mask_convs=1, proposals=50, rois=16, crop=64)
+
+
+@pytest.fixture
+def options(demo_root, tmp_path):
+    """What the command line gives, for a moment of training with the smallest model."""
+    return SimpleNamespace(
+        data=demo_root,
+        out=tmp_path,
+        recipe="demo",
+        settings=SMALL,
+        minutes=0.01,
+        seeds=2,
+        seed=0,
+        folds=2,
+    )
+
+
+def test_ablation_compares_with_the_base_and_goes_on_where_it_was(options, monkeypatch):
+    names = ["base", "copy and paste", "mask NMS 0.5"]
+    first = ablate.run_rows(options, names[:2])
+    assert [list(first[name]) for name in names[:2]] == [["0", "1"]] * 2
+    runs = sorted(path.name for path in (options.out / "runs").iterdir())
+    assert runs == ["base-0", "base-1", "copy-and-paste-0", "copy-and-paste-1"]
+    measured = []
+    measure = ablate.measure
+
+    def counted(options, name, *arguments):
+        measured.append(name)
+        return measure(options, name, *arguments)
+
+    monkeypatch.setattr(ablate, "measure", counted)
+    every = ablate.run_rows(options, names)
+    assert measured == ["mask NMS 0.5"] * 2  # answered by the base's checkpoints
+    assert sorted(path.name for path in (options.out / "runs").iterdir()) == runs
+    assert {name: every[name] for name in names[:2]} == first
+    assert list(json.loads((options.out / "ablation.json").read_text())["results"]) == names
+    options.minutes = 0.02
+    with pytest.raises(SystemExit, match="of other settings or data"):
+        ablate.run_rows(options, names)
+
+
+def test_rows_of_the_ablation():
+    def run(score):
+        return dict(AP50=score, AP=score / 2, epochs=10, seconds_a_field=0.5)
+
+    results = {"base": {"0": run(0.2), "1": run(0.3)}, "more": {"0": run(0.25), "1": run(0.31)}}
+    rows = list(ablate.as_rows(results))[2:]
+    # Differences 0.05 and 0.01: mean 0.03, standard deviation 0.028.
+    assert rows == [
+        "| base | 0.250 | - | 0.071 | 0.125 | 10 | 0.50 |",
+        "| more | 0.280 | +0.030 | 0.028 | 0.140 | 10 | 0.50 |",
+    ]
+
+
+@pytest.mark.parametrize("name", ablate.TRAINED | ablate.ANSWERED)
+def test_every_row_is_a_change_that_the_settings_know(name, options):
+    changed = vars(ablate.seeded(options, name, 0))
+    base = vars(ablate.seeded(options, "base", 0))
+    differs = {key for key in changed if changed[key] != base[key]}
+    wanted = ablate.TRAINED.get(name, ablate.ANSWERED.get(name))
+    assert differs == set(wanted)
+    assert name in ablate.TRAINED or differs <= set(NOT_TRAINED)
+
+
+def test_an_unknown_row_is_refused(monkeypatch, capsys, demo_root):
+    command = ["ablate.py", "--data", str(demo_root), "--only", "no such"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(train, "time", train.time)  # put back afterwards
+    with pytest.raises(SystemExit):
+        ablate.main()
+    assert "no row 'no such'; there are:\nbase\n" in capsys.readouterr().err
+
+
+def test_leakage_measures_all_images_out_of_fold(options, demo_samples):
+    for split_by in ("look", "image"):
+        found = leakage.measure(options, split_by, 0, demo_samples)
+        assert 0 <= found["interval"][0] <= found["AP50"] <= found["interval"][1] <= 1
+    assert len(list((options.out / "runs").iterdir())) == 4
+
+
+def test_the_race_has_both_sides(options, demo_samples, tmp_path):
+    results = {
+        side: {"0.5": race.measure(options, side, 0.5, demo_samples)} for side in ("stock", "ours")
+    }
+    assert {r["0.5"]["minutes"] for r in results.values()} == {0.005}
+    assert all(0 <= r["0.5"]["AP50"] <= 1 and r["0.5"]["epochs"] > 0 for r in results.values())
+    race.draw(results, tmp_path / "race.png")
+    assert (tmp_path / "race.png").stat().st_size > 5000
+
+
+def test_answers_of_stock_are_torchvisions(demo_samples):
+    config = recipe("demo", half_pixel=False, score_floor=0.0, detections=5)
+    model = stock_model(config, "cpu").eval()
+    model.transform.min_size, model.transform.max_size = (200,), 400
+    sample = demo_samples[0]
+    with torch.inference_mode():
+        (wanted,) = model([sample.image / 255])
+    found = race.answers_of_stock(model, [sample], config)[1]
+    masks = wanted["masks"][:, 0] >= 0.5
+    areas = masks.flatten(1).sum(1)
+    assert mask_areas(found.rles).tolist() == areas[areas > 0].tolist()
+    assert np.allclose(found.scores, wanted["scores"][areas > 0])

@@ -12,6 +12,7 @@ from src_snippets.config import (
     recipe,
     RECIPES,
     settings_from,
+    with_classes,
 )
 
 
@@ -91,6 +92,14 @@ def test_checkpoints_from_environment():
     assert checkpoints_from({}) == []
     paths = ["/content/drive/My Drive/best.pt", "b.pt"]
     assert checkpoints_from({"HW3_ENSEMBLE": os.pathsep.join(paths)}) == paths
+
+
+def test_values_by_class_fit_the_classes():
+    config = recipe("demo", least_area=[5, 6, 7], mask_threshold=0.4)
+    assert config.mask_threshold == (0.4,)
+    assert with_classes(config, 3) == replace(config, num_classes=3)
+    with pytest.raises(ValueError, match=r"least_area=\(5, 6, 7\): expected one value, or one for"):
+        with_classes(config, 2)
 
 
 def test_describe_marks_what_differs():

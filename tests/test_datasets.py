@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 import json
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from src_snippets.datasets import (
     read_test_mapping,
     split_images,
     training_folders,
+    unevenness,
     write_json,
 )
+from src_snippets.demo import save_lzw
 from src_snippets.forms import coco_truth, truth_instances
 from src_snippets.places import MAPPING_NAME
 from src_snippets.rle import kaggle_text
@@ -145,6 +148,58 @@ def test_split_is_by_image_repeatable_and_complete():
     assert split_images(["a"], 0.9, 1) == {"train": ["a"], "val": []}
 
 
+def test_a_split_with_groups_is_near_the_share():
+    names = [f"n{i:02}" for i in range(40)]
+    groups = {name: f"g{min(i // 4, 5)}" for i, name in enumerate(names)}  # five of 4, one of 20
+    for seed in range(20):
+        split = split_images(names, 0.2, seed, groups)
+        assert 8 <= len(split["val"]) <= 10  # never the large one
+    two = {name: f"g{i // 20}" for i, name in enumerate(names)}
+    assert len(split_images(names, 0.2, 0, two)["val"]) == 20  # the smallest, where all are larger
+
+
+def test_fields_that_look_alike_stay_together(tmp_path):
+    rng, colors = np.random.default_rng(0), [(200, 60, 60), (60, 200, 60), (60, 60, 200)]
+    cells = np.zeros((40, 40), int)
+    cells[10:20, 10:20] = 1
+    for number in range(48):
+        folder = tmp_path / "train" / f"n{number:02}"
+        write_folder(folder, {1 + number % 2: cells}, (40, 40))
+        noise = rng.integers(-40, 40, (40, 40, 3))
+        image = np.clip(np.array(colors[number % 3]) + noise, 0, 255).astype(np.uint8)
+        save_lzw(image, folder / "image.tif")
+    samples = CellSamples(folders_dataset(tmp_path), 1.0)
+    groups = samples.groups("look")
+    assert choose_splits(samples, CONFIG)[0]["val"]
+    slides = {}
+    for name, group in groups.items():
+        slides.setdefault(group, set()).add(int(name[1:]) % 3)
+    assert all(len(slide) == 1 for slide in slides.values())
+    assert samples.groups("image") == {}
+    split = choose_splits(samples, CONFIG)[0]
+    assert {groups[n] for n in split["val"]}.isdisjoint(groups[n] for n in split["train"])
+    assert choose_splits(samples, CONFIG) == {0: split}
+    folds = choose_splits(samples, recipe("demo", folds=3)).values()
+    assert sorted(n for fold in folds for n in fold["val"]) == samples.names
+    for fold in folds:
+        assert {groups[n] for n in fold["val"]}.isdisjoint(groups[n] for n in fold["train"])
+    own = replace(samples.dataset, groups={"n00": "patient"})
+    samples.dataset = own
+    assert samples.groups("look") == {"n00": "patient"}  # the dataset knows better
+
+
+def test_the_split_spreads_the_classes(tmp_path):
+    one = np.zeros((12, 16), int)
+    one[2:6, 2:6] = 1
+    for number in range(20):
+        write_folder(tmp_path / "train" / f"n{number:02}", {1 + (number < 5): one})
+    samples = CellSamples(folders_dataset(tmp_path), 1.0)
+    for seed in range(5):
+        (split,) = choose_splits(samples, recipe("demo", seed=seed, split_by="image")).values()
+        assert sum(name < "n05" for name in split["val"]) == 1  # a quarter, as of all
+        assert unevenness([split], samples) == pytest.approx(abs(1 / 5 - 0.2) + abs(3 / 15 - 0.2))
+
+
 def test_write_json(tmp_path):
     write_json({"a": [1]}, tmp_path / "x.json")
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}
@@ -174,11 +229,10 @@ def test_groups_are_never_split():
 
 
 def test_a_recipe_chooses_its_splits(demo_samples):
-    dataset = demo_samples.dataset
-    assert list(choose_splits(dataset, CONFIG)) == [0]
-    folds = choose_splits(dataset, recipe("demo", folds=4))
+    assert list(choose_splits(demo_samples, CONFIG)) == [0]
+    folds = choose_splits(demo_samples, recipe("demo", folds=4))
     assert list(folds) == [1, 2, 3, 4]
-    assert choose_splits(dataset, recipe("demo", folds=4, fold=3)) == {3: folds[3]}
+    assert choose_splits(demo_samples, recipe("demo", folds=4, fold=3)) == {3: folds[3]}
     held = pick(demo_samples, folds[2]["val"])
     assert [Path(sample.name).parent.name for sample in held] == folds[2]["val"]
 

@@ -12,18 +12,23 @@ import torch
 
 from src_snippets import evaluate
 from src_snippets.evaluate import (
+    ap_interval,
+    ap_of_hits,
     average_precision,
+    class_ap,
     coco_api,
     coco_results,
+    find_hits,
     format_scores,
+    hits_of,
     label_image,
     outside_crowds,
     panoptic_quality,
     precision_table,
 )
-from src_snippets.forms import coco_truth, Instances, truth_instances
+from src_snippets.forms import coco_truth, Instances, truth_instances, with_crowds
 from src_snippets.rle import encode_crop, mask_areas, paint
-from tests.conftest import empty_sample, jittered, make_sample, real_data
+from tests.conftest import empty_sample, field_of_cells, jittered, make_sample, real_data
 
 
 def answer(masks, labels, scores) -> Instances:
@@ -142,14 +147,14 @@ def test_pq_worked_by_hand(two_cells):
     part = cell(0, 0)
     part[3] = 0
     found = answer([part, cell(0, 12)], [1, 1], [0.9, 0.9])
-    quality = panoptic_quality([(truth, found)], 3, 0.5)
+    quality = panoptic_quality([(truth, found)], 3)
     assert quality == {1: pytest.approx(0.5), 2: 0.0, 3: None}
-    assert panoptic_quality([(truth, found)], 3, 0.95) == {1: 0.0, 2: 0.0, 3: None}
-    same = panoptic_quality([(truth, truth)], 3, 0.5)
+    assert panoptic_quality([(truth, found.above([0.95]))], 3) == {1: 0.0, 2: 0.0, 3: None}
+    same = panoptic_quality([(truth, truth)], 3)
     assert same == {1: pytest.approx(1.0), 2: pytest.approx(1.0), 3: None}
     empty = truth_instances(empty_sample())
-    assert panoptic_quality([(empty, empty)], 2, 0.5) == {1: None, 2: None}
-    assert panoptic_quality([], 2, 0.5) == {1: None, 2: None}
+    assert panoptic_quality([(empty, empty)], 2) == {1: None, 2: None}
+    assert panoptic_quality([], 2) == {1: None, 2: None}
 
 
 def test_results_are_coco_results(two_cells):
@@ -185,3 +190,64 @@ def test_what_lies_in_a_crowd_is_not_scored():
     truth = coco_truth([sample], 2)
     scores = average_precision(truth, {1: alone})
     assert (scores["AP50"], scores["classes"][1]["cells"]) == (1.0, 0)
+
+
+# Hits
+
+
+def test_hits_worked_by_hand(two_cells):
+    truth = truth_instances(two_cells)
+    part = cell(0, 0)
+    part[3] = 0  # IoU 12/16
+    masks = [part, cell(0, 0), cell(10, 10), cell(10, 10)]
+    hits = find_hits(answer(masks, [1, 1, 1, 2], [0.9, 0.8, 0.7, 0.6]), truth, 3)
+    # The better one has the cell, though the other fits better; the third is of the wrong class.
+    assert hits.found.tolist() == [0, -1, -1, 1]
+    assert hits.cells.tolist() == [0, 1, 1, 0]
+    assert [class_ap([hits], k) for k in (1, 2, 3)] == [1.0, 1.0, None]
+    assert ap_of_hits([hits]) == 1.0
+    strict = find_hits(answer(masks, [1, 1, 1, 2], [0.9, 0.8, 0.7, 0.6]), truth, 3, least=0.8)
+    assert strict.found.tolist() == [-1, 0, -1, 1]
+    assert ap_of_hits([strict]) == 0.75
+    nothing = find_hits(truth.select([]), truth, 3)
+    assert (len(nothing.found), ap_of_hits([nothing]), ap_of_hits([])) == (0, 0.0, 0.0)
+    empty = truth_instances(empty_sample())
+    assert ap_of_hits([find_hits(empty, empty, 3)]) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ap_of_hits_is_that_of_coco(seed):
+    samples = [field_of_cells(k) for k in range(4)]
+    truth = coco_truth(samples, 4)
+    answers = jittered(truth, seed)
+    rng = np.random.default_rng(seed)  # no ties: their order is nobody's
+    for number, found in answers.items():
+        found.scores[:] = rng.permutation(len(found)) / 1000 + number / 9000
+    hits = hits_of(answers.values(), map(truth_instances, samples), 4)
+    assert ap_of_hits(hits) == pytest.approx(average_precision(truth, answers)["AP50"], abs=1e-9)
+
+
+def test_hits_leave_crowds_out():
+    ids = np.zeros((20, 30), int)
+    ids[:10], ids[12:18, 2:8] = 1, 2
+    sample = replace(make_sample([ids], [2]), labels=torch.tensor([-2, 2]))
+    corner = np.arange(600).reshape(20, 30) > 590
+    masks = [ids == 1, ids == 2, (ids == 1) * (np.arange(30) < 5), corner]
+    found = answer(masks, [2] * 4, [0.9, 0.8, 0.7, 0.6])
+    hits = find_hits(found, with_crowds(sample), 2)
+    assert hits.found.tolist() == [1, -1]
+    assert hits.cells.tolist() == [0, 0, 1]
+    expected = average_precision(coco_truth([sample], 2), {1: found})["AP50"]
+    assert ap_of_hits([hits]) == pytest.approx(expected)
+
+
+def test_interval_of_images(two_cells):
+    truth = truth_instances(two_cells)
+    good, bad = find_hits(truth, truth, 2), find_hits(truth.select([]), truth, 2)
+    assert ap_interval([good] * 5) == (1.0, 1.0)
+    assert ap_interval([bad]) == (0.0, 0.0)
+    low, high = ap_interval([good, bad] * 8)
+    assert 0.2 < low < 0.5 < high < 0.8
+    assert ap_interval([good, bad] * 8) == (low, high)
+    # Twice an image is the same as two copies of it.
+    assert ap_of_hits([good, bad], np.array([2, 1])) == ap_of_hits([good, good, bad])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from hypothesis import given, settings, strategies
 import numpy as np
 import pycocotools.mask
@@ -170,6 +172,21 @@ def test_small_cells_may_be_left_out():
     assert (
         settle(found, recipe("demo", least_area=3)).scores.tolist() == found.scores[[0, 2]].tolist()
     )
+
+
+def test_thresholds_by_class():
+    rows = [[[1, 1, 1, 1, 0, 0, 0, 0]], [[0, 1, 1, 1, 0, 0, 0, 0]]] * 2
+    found = replace(make_answer(rows, [0.9, 0.8, 0.7, 0.6]), labels=np.array([1, 1, 2, 2]))
+    kept = settle(found, recipe("demo", class_nms=[0.5, 1.0]))
+    assert np.allclose(kept.scores, [0.9, 0.7, 0.6])  # of class 1 the weaker double goes
+    assert len(settle(found, recipe("demo", class_nms=0.5))) == 2
+    kept = settle(found, recipe("demo", least_area=[4, 1]))
+    assert np.allclose(kept.scores, [0.9, 0.7, 0.6])
+    assert np.allclose(found.above([0.85, 0.65]).scores, [0.9, 0.7])
+    assert len(found.above([0.85])) == 1
+    empty = found.select([])
+    assert len(settle(empty, recipe("demo", class_nms=0.5, least_area=[4, 1]))) == 0
+    assert len(empty.above([0.5])) == 0
 
 
 def test_thousands_of_detections_are_joined_in_seconds():

@@ -115,7 +115,7 @@ def test_predictions_equal_torchvisions_pixel_for_pixel(stock_and_ours):
     with torch.inference_mode():
         wanted = stock.eval()([sample.image / 255])[0]
     (found,) = detect(ours, [sample.image], PARITY)
-    masks = (wanted["masks"][:, 0] >= PARITY.mask_threshold).numpy()
+    masks = (wanted["masks"][:, 0] >= PARITY.mask_threshold[0]).numpy()
     kept = masks.any((1, 2))
     assert kept.sum() > 50
     assert np.allclose(found.boxes, wanted["boxes"].numpy()[kept], atol=1e-3)
@@ -162,6 +162,9 @@ def test_paste_worked_by_hand():
     assert pycocotools.mask.area(paste_one([2, 1, 5, 3], threshold=0.0)) == 6
     assert paste_one([7, 1, 9, 3]) is None  # beside the image
     assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (4, 6), 0.5, True) == []
+    both = torch.full((2, 28, 28), 0.6), torch.tensor([[0.0, 0, 4, 3]] * 2)
+    own = paste_masks(*both, (4, 6), torch.tensor([0.5, 0.7]), True)  # one threshold each
+    assert (own[0] is not None, own[1]) == (True, None)
 
 
 def round_trip(sample, half_pixel) -> np.ndarray:

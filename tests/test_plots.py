@@ -79,9 +79,7 @@ def test_figures_say_what_they_show(sample, tmp_path):
     assert [t.get_text() for t in figure.legends[0].get_texts()] == [
         f"class{k}" for k in (1, 2, 3, 4)
     ]
-    weak = truth.select(np.array([0]))
-    weak.scores[:] = 0.4
-    figure = plot_predictions([sample, sample], [truth, weak], 4, 0.5)
+    figure = plot_predictions([sample, sample], [truth, truth.select([])], 4)
     assert titles(figure)[1:3] == ["truth: 2 cells", "found: 2 cells"]
     assert titles(figure)[5] == "found: 0 cells"
     figure = plot_augmentations(sample, [sample] * 5, 4)
@@ -92,10 +90,10 @@ def test_figures_say_what_they_show(sample, tmp_path):
 
 def test_counts_by_class(sample):
     truth = truth_instances(sample)
-    figure = plot_counts([truth, truth], [truth], 3, 0.5)
+    figure = plot_counts([truth, truth], [truth], 3)
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == [2, 2, 0, 1, 1, 0]
-    assert [bar.get_height() for bar in plot_counts([], [], 2, 0.5).axes[0].patches] == [0] * 4
+    assert [bar.get_height() for bar in plot_counts([], [], 2).axes[0].patches] == [0] * 4
 
 
 def test_history_curves():

@@ -12,6 +12,7 @@ from src_snippets.datasets import read_test_mapping
 from src_snippets.fusion import fuse
 from src_snippets.model import build_model, detect
 from src_snippets.predict import (
+    answer_held_out,
     answer_samples,
     detect_together,
     detect_view,
@@ -21,6 +22,8 @@ from src_snippets.predict import (
     views_of,
 )
 from src_snippets.readers import BadInput, read_image
+from src_snippets.rle import mask_areas
+from src_snippets.stains import normal_matrix, restain
 from tests.conftest import field_of_cells
 
 
@@ -52,6 +55,28 @@ def test_several_models_answer_together(demo_root, tiny_config):
     together = detect_together(members, image, tiny_config)
     assert together.rles == fuse(alone, tiny_config).rles
     assert detect_together(members[:1], image, tiny_config).rles == alone[0].rles
+
+
+def test_each_part_is_answered_by_its_own_model(tiny_config):
+    samples = [field_of_cells(0, 96), field_of_cells(1, 96)]
+    members = [(build_model(own), own) for own in (tiny_config, replace(tiny_config, seed=1))]
+    asked = [(members[0], samples[:1]), (members[1], samples[1:])]
+    answers = answer_held_out(asked, tiny_config)
+    for found, member, sample in zip(answers, members, samples, strict=True):
+        assert found.rles == answer_samples([member], [sample], tiny_config)[0].rles
+    lower = answer_held_out(asked, tiny_config, mask_threshold=(0.4,))
+    for larger, found in zip(lower, answers, strict=True):
+        assert mask_areas(larger.rles).sum() > mask_areas(found.rles).sum()
+    assert answer_held_out([], tiny_config) == []
+
+
+def test_stains_are_normalised_before_the_model_sees_them(tiny_config):
+    image = field_of_cells(0, 96).image
+    own = replace(tiny_config, stain_norm=True)
+    model = build_model(tiny_config)
+    found = detect_together([(model, own)], image, tiny_config)
+    expected = detect(model, [restain(image, normal_matrix(image))], tiny_config)[0]
+    assert found.rles == expected.rles != detect(model, [image], tiny_config)[0].rles
 
 
 # Views

@@ -94,7 +94,7 @@ def test_recipe_trains_resumes_predicts_and_submits(
     config = recipe(name, **small, **folds, num_classes=len(dataset.categories))
     samples = CellSamples(dataset, config.cache_gb)
     members, answers, held_out = [], [], []
-    splits = choose_splits(dataset, config)
+    splits = choose_splits(samples, config)
     assert len(splits) == (2 if folds else 1)
     for split in splits.values():
         parts = [pick(samples, split[part]) for part in ("train", "val")]
@@ -114,7 +114,7 @@ def test_recipe_trains_resumes_predicts_and_submits(
     assert archive.is_file()
     assert {row["image_id"] for row in json.loads(results.read_text())} <= set(found)
     if dataset.layout == "table":
-        plain, _ = write_submissions(found, dataset.test_images, tmp_path, 0.0)
+        plain, _ = write_submissions(found, dataset.test_images, tmp_path)
         assert {line.split(",")[0] for line in plain.read_text().splitlines()[1:]} == {
             image.path.stem for image in dataset.test_images
         }

@@ -1,6 +1,7 @@
 import csv
 from dataclasses import replace
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from src_snippets.train import (
     restore_run,
     run_folder,
     save_checkpoint,
+    save_epoch,
     train_epoch,
     training_loader,
     TrainingRun,
@@ -206,13 +208,13 @@ def test_going_on_after_an_epoch_equals_never_stopping(
 ):
     _, whole = finished
 
-    saved = TrainingRun.save
+    saved = save_epoch
 
-    def save_and_stop(self, row):
-        saved(self, row)
+    def save_and_stop(run, row):
+        saved(run, row)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingRun, "save", save_and_stop)
+    monkeypatch.setattr(train, "save_epoch", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         fit(tiny_config, *parts, tmp_path)
     monkeypatch.undo()
@@ -384,6 +386,52 @@ def test_a_checkpoint_of_another_model_is_refused(finished):
         load_trained(finished[1] / "best.pt", recipe("demo", crop=64, epochs=2))
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes by a second whenever it is asked for."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+
+def test_training_ends_with_its_hours(parts, tiny_config, tmp_path, clock, capsys):
+    config = replace(tiny_config, epochs=500, train_hours=60 / 3600, eval_every=500)
+    history = fit(config, *parts, tmp_path)
+    assert 1 < len(history) < 40
+    assert sum(row["seconds"] for row in history) == pytest.approx(60, abs=5)
+    assert history[-1]["rate"] < 0.05 * config.lr < max(row["rate"] for row in history)
+    assert [("AP50" in row) for row in history] == [False] * (len(history) - 1) + [True]
+    assert fit(config, *parts, tmp_path) == history  # its time is spent
+    assert "train_hours=0.0166667 are spent" in capsys.readouterr().out
+
+
+def test_a_limit_beyond_the_epochs_changes_nothing(parts, tiny_config, tmp_path):
+    free = fit(tiny_config, *parts, tmp_path / "a")
+    limited = fit(replace(tiny_config, train_hours=100.0), *parts, tmp_path / "b")
+    for row in free + limited:
+        row.pop("seconds")
+    assert free == limited
+
+
+def test_a_stopped_run_goes_on_with_what_is_left_of_its_hours(
+    parts, tiny_config, tmp_path, clock, monkeypatch
+):
+    config = replace(tiny_config, epochs=500, train_hours=60 / 3600, eval_every=500)
+    calls, run_epoch = [], train.run_epoch
+
+    def stopped(*arguments):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(run_epoch(*arguments))
+
+    monkeypatch.setattr(train, "run_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, *parts, tmp_path)
+    monkeypatch.setattr(train, "run_epoch", run_epoch)
+    history = fit(config, *parts, tmp_path)
+    assert len(history) > 2
+    assert sum(row["seconds"] for row in history) == pytest.approx(60, abs=5)
+
+
 def test_empty_history(tmp_path):
     write_history([], tmp_path / "history.csv")
     assert (tmp_path / "history.csv").read_text().strip() == ""
@@ -426,14 +474,14 @@ def test_the_running_mean_worked_by_hand(parts, tiny_config, tmp_path):
 def test_the_running_mean_is_kept_measured_and_resumed(parts, tiny_config, tmp_path, monkeypatch):
     config = replace(tiny_config, ema=0.9)
     fit(config, *parts, tmp_path / "whole")
-    saved = TrainingRun.save
+    saved = save_epoch
 
-    def save_and_stop(self, row):
-        saved(self, row)
+    def save_and_stop(run, row):
+        saved(run, row)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "save", save_and_stop)
+        patch.setattr(train, "save_epoch", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             fit(config, *parts, tmp_path / "parts")
     fit(config, *parts, tmp_path / "parts")

@@ -11,16 +11,21 @@ from torchvision.transforms.v2.functional import (
 )
 
 from src_snippets.config import recipe
+from src_snippets.stains import as_seen
 from src_snippets.transforms import (
     augment_sample,
     augmentation,
     Blur,
+    class_members,
     collate,
     ColorTwist,
+    drawn_cell,
     filled_crop,
     join_pieces,
     magnification,
     nearest_index,
+    paste_cells,
+    StainTwist,
     training_target,
     TrainingSet,
     ZoomCrop,
@@ -280,7 +285,7 @@ def test_short_sides_magnify_the_field_whatever_the_crop():
 def test_pieces_that_fill_are_not_made_smaller(monkeypatch):
     zooms = []
 
-    def noted(config, room):
+    def noted(config, room, *_):
         zooms.append(config.zoom)
         return v2.Identity()
 
@@ -291,3 +296,140 @@ def test_pieces_that_fill_are_not_made_smaller(monkeypatch):
     zooms.clear()
     filled_crop([field], 0, recipe("demo", crop=128, zoom=(0.2, 0.5)))
     assert zooms[1] == (0.5, 0.5)
+
+
+# Crops around cells, copy and paste, stains
+
+
+def lonely_cell(height=300, width=400, label=1):
+    """A field with one cell of 6 x 8 px at row 200, column 350."""
+    ids = np.zeros((height, width), np.int64)
+    ids[200:206, 350:358] = 1
+    return make_sample([ids], [label])
+
+
+def test_a_crop_holds_the_cell_it_is_laid_around():
+    sample = lonely_cell()
+    config = recipe("demo", crop=64, fill=False, zoom=(0.5, 2.0))
+    torch.manual_seed(0)
+    row, column = drawn_cell(sample)
+    assert sample.layers[0, row, column] == 1
+    for _ in range(50):
+        crop = filled_crop([sample], 0, config, (row, column))
+        assert (crop.layers > 0).any()
+        assert max(crop.size) <= 64
+    without = [(filled_crop([sample], 0, config).layers > 0).any() for _ in range(50)]
+    assert sum(without) < 25
+    corner = filled_crop([sample], 0, config, (0, 399))  # a pixel at the border
+    assert max(corner.size) <= 64
+
+
+def test_cells_are_drawn_by_class():
+    ids = np.arange(1, 13).reshape(3, 4).repeat(5, 0).repeat(5, 1)
+    sample = make_sample([np.where(ids < 12, ids, 0), np.where(ids == 12, ids, 0)], [1, 2])
+    torch.manual_seed(0)
+    places = {drawn_cell(sample, 2) for _ in range(20)}
+    assert [sample.layers[0, row, column] for row, column in places] == [12]
+    assert len({drawn_cell(sample) for _ in range(100)}) > 8
+    assert drawn_cell(sample, 3) is drawn_cell(empty_sample()) is None
+    members = class_members([sample, empty_sample(), sample])
+    assert {k: v.tolist() for k, v in members.items()} == {1: [11, 0, 11], 2: [1, 0, 1]}
+
+
+def test_rare_classes_are_shown_more_often():
+    common = [lonely_cell() for _ in range(9)]
+    samples = [*common, lonely_cell(label=2)]
+    shown = {}
+    for share in (0.0, 1.0):
+        config = recipe("demo", crop=64, fill=False, rare_crops=share)
+        torch.manual_seed(1)
+        dataset = TrainingSet(samples, config)
+        targets = [dataset[0][1] for _ in range(60)]
+        shown[share] = [sum(k in t["labels"].tolist() for t in targets) for k in (1, 2)]
+    assert shown[0.0][1] == 0
+    assert sum(shown[1.0]) == 60  # each crop holds a cell, of either class alike
+    assert 18 <= shown[1.0][1] <= 42
+    around = TrainingSet(samples, recipe("demo", crop=64, fill=False, cell_crops=1.0))
+    assert all(len(around[k][1]["labels"]) == 1 for k in range(10))
+    empty = TrainingSet([empty_sample()], recipe("demo", crop=64, rare_crops=1.0, cell_crops=1.0))
+    assert len(empty[0][1]["labels"]) == 0
+
+
+def test_pasting_worked_by_hand():
+    below, above = np.zeros((40, 60), int), np.zeros((40, 60), int)
+    below[5:15, 5:15], below[20:30, 40:50] = 1, 2
+    above[10:20, 10:20] = 1  # covers a quarter of its pixels: over the limit
+    above[25:35, 5:15], above[0:10, 40:50] = 2, 3
+    above[28:33, 48:58] = 4  # 4 of 50 px on a cell
+    sample, donor = make_sample([below], [1], seed=1), make_sample([above], [2], seed=2)
+    donor.labels[1] = 3
+    pasted = paste_cells(sample, donor, torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert pasted.labels.tolist() == [1, 1, 2, 3, 2, 2]
+    target = training_target(pasted, 1)
+    assert target["ids"].tolist() == [1, 2, 4, 5, 6]
+    assert target["labels"].tolist() == [1, 1, 3, 2, 2]
+    assert target["boxes"][3].tolist() == [40, 0, 50, 10]
+    kept = pasted.layers[0] == 2
+    assert kept.sum() == 100 - 4  # what the pasted one hides is gone
+    changed = (pasted.image != sample.image).any(0)
+    assert not changed[pasted.layers[0] < 3].any()  # nothing but pasted cells
+    middle = (slice(None), slice(28, 32), slice(8, 12))
+    assert torch.equal(pasted.image[middle], donor.image[middle])
+    edge = pasted.image[:, 25, 5:15].float()
+    between = torch.stack([sample.image[:, 25, 5:15], donor.image[:, 25, 5:15]]).float()
+    assert ((edge >= between.min(0)[0]) & (edge <= between.max(0)[0])).all()
+    only = paste_cells(sample, donor, torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert training_target(only, 1)["ids"].tolist() == [1, 2, 4]
+    assert torch.equal(sample.layers, make_sample([below], [1]).layers)  # left as they were
+
+
+def test_pasting_edge_cases():
+    sample, donor = lonely_cell(64, 400), lonely_cell(300, 90)
+    sample, donor = (make_sample([np.ones(s.size, int)], [1]) for s in (sample, donor))
+    chances = torch.ones(2)
+    assert torch.equal(paste_cells(sample, donor, chances).image, sample.image)  # no room
+    empty = empty_sample(50, 70)
+    assert torch.equal(paste_cells(sample, empty, chances).layers, sample.layers.int())
+    onto = paste_cells(empty, make_sample([np.eye(50, 70, dtype=int)], [1]), chances)
+    assert (onto.layers > 0).sum() == 50
+    crowd = make_sample([np.ones((50, 70), int)], [-1])
+    assert not (paste_cells(empty, crowd, chances).layers > 0).any()
+    layered = make_sample([np.eye(50, 70, dtype=int), np.ones((50, 70), int)], [1, 1])
+    both = paste_cells(empty, layered, chances)
+    assert both.layers.shape == (2, 50, 70)
+    assert [(layer > 0).sum() for layer in both.layers] == [50, 3500]
+
+
+def test_rare_classes_are_pasted_more_often():
+    ids = np.arange(1, 65).reshape(8, 8).repeat(4, 0).repeat(4, 1)
+    sample = make_sample([np.where(ids < 64, ids, 0), np.where(ids == 64, ids, 0)], [1, 2])
+    dataset = TrainingSet([sample, sample], recipe("demo", crop=64, copy_paste=1.0))
+    # 126 and 2 cells, 64 on average: half of the root of 64/126, and the most.
+    assert np.allclose(dataset.chances, [1.0, 0.5 * (64 / 126) ** 0.5, 1.0])
+    torch.manual_seed(0)
+    _, target = dataset[0]
+    assert set(target["labels"].tolist()) <= {1, 2}
+
+
+def test_stains_change_the_image_alone():
+    sample = striped_sample()
+    torch.manual_seed(0)
+    twisted = augment_sample(sample, v2.Compose([StainTwist(0.5)]))
+    assert torch.equal(twisted.layers, sample.layers)
+    assert not torch.equal(twisted.image, sample.image)
+    assert torch.equal(augment_sample(sample, v2.Compose([StainTwist(0.0)])).image, sample.image)
+    plain = recipe("demo", crop=64, color_jitter=0.0, blur=0.0)
+    kinds = [type(s).__name__ for s in augmentation(plain).transforms]
+    assert "StainTwist" not in kinds
+    kinds = [type(s).__name__ for s in augmentation(plain, stains=torch.eye(3)).transforms]
+    assert kinds[1] == "StainTwist"
+
+
+def test_training_sees_normalised_stains():
+    sample = striped_sample(80, 80)
+    sample.image[0] = sample.image[0] // 2 + 60
+    options = dict(crop=80, color_jitter=0.0, blur=0.0, zoom=(1.0, 1.0), flips=False)
+    options |= dict(quarter_turns=False)
+    seen = filled_crop([sample], 0, recipe("demo", stain_norm=True, **options)).image
+    assert torch.equal(seen, as_seen(sample.image, recipe("demo", stain_norm=True)))
+    assert not torch.equal(seen, sample.image)

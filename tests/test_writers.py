@@ -151,12 +151,12 @@ def test_submissions_in_both_forms(tmp_path):
     found = Instances(boxes, scores, labels, [square, wide], (6, 8))
     images = [ImageRecord(Path(f"{name}.png"), k, 6, 8) for k, name in enumerate("ab", start=1)]
     answers = {1: found, 2: found.select(found.scores > 1)}
-    plain, indexed = write_submissions(answers, images, tmp_path, 0.4)
+    plain, indexed = write_submissions(answers, images, tmp_path)
     assert plain.read_text().split() == ["id,predicted", "a,1", "2", "a,9", "4", "b,"]
     assert indexed.read_text().splitlines() == ["idx,id,annotation", "0,a,1 2", "1,a,9 4", "2,b,-1"]
     with pytest.raises(BadResults, match="No answer for 1 images"):
-        write_submissions({1: found}, images, tmp_path, 0.4)
-    write_submissions(answers, images, tmp_path, 0.5)
+        write_submissions({1: found}, images, tmp_path)
+    write_submissions({k: a.above([0.5]) for k, a in answers.items()}, images, tmp_path)
     assert plain.read_text().split() == ["id,predicted", "a,9", "4", "b,"]
 
 

@@ -467,7 +467,7 @@ def stock_answers(model, records: list[ImageRecord], config: Config, device: str
         image = torch.from_numpy(tifffile.imread(record.path)).permute(2, 0, 1) / 255
         model.transform.min_size = (round(min(image.shape[1:]) * config.scale),)
         (found,) = model([image.to(device)])
-        masks = found["masks"][:, 0] >= config.mask_threshold
+        masks = found["masks"][:, 0] >= config.mask_threshold[0]
         for rle, box, score, label in zip(
             encode_dense(masks),
             found["boxes"].tolist(),

@@ -1,0 +1,170 @@
+"""What each choice is worth: `python tests/benchmarks/ablate.py --data DIR --minutes 2`.
+
+A base and one change a row, each trained for the same minutes with two seeds or more; changes of
+the answer alone share the base's checkpoint. Each seed has a split of its own, on which a row is
+compared with the base; the spread is the standard deviation of these differences. On a CPU the
+minutes are those of its cores, so that what else the machine does changes nothing. Results go to
+`ablation.json` below `--out`; what is there already is not measured again, and a training that was
+stopped goes on. Nothing is asserted.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+import json
+import os
+from pathlib import Path
+from statistics import mean, stdev
+import sys
+import time
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+from src_snippets import train
+from src_snippets.config import Config, recipe
+from src_snippets.datasets import CellSamples, choose_splits, open_dataset, pick, write_json
+from src_snippets.evaluate import average_precision
+from src_snippets.forms import coco_truth
+from src_snippets.predict import answer_samples
+from src_snippets.train import by_image_id, fit, load_trained
+
+BASE = "base"
+TRAINED = {
+    BASE: {},
+    "running mean of weights 0.99": dict(ema=0.99),
+    "masks rounded as torchvision's": dict(half_pixel=False),
+    "stain jitter 0.3": dict(stain_jitter=0.3),
+    "stains normalised": dict(stain_norm=True),
+    "crops around cells": dict(cell_crops=1.0),
+    "crops around cells of each class": dict(rare_crops=0.5),
+    "copy and paste": dict(copy_paste=0.5),
+    "no colour jitter": dict(color_jitter=0.0),
+    "zoom 0.5 to 2": dict(zoom=(0.5, 2.0)),
+    "crops of 256 px": dict(crop=256),
+    "scale 2 on crops of 96 px": dict(scale=2.0, crop=96),
+    "anchors 4 to 64 px": dict(anchor_sizes=(4, 8, 16, 32, 64)),
+    "1000 proposals": dict(proposals=1000),
+    "RPN NMS 0.45": dict(rpn_nms=0.45),
+    "cascade": dict(cascade=True),
+    "CBAM": dict(attention="cbam"),
+}
+ANSWERED = {
+    "up to 100 detections": dict(detections=100),
+    "up to 300 detections": dict(detections=300),
+    "score floor 0.1": dict(score_floor=0.1),
+    "score floor 0.3": dict(score_floor=0.3),
+    "score floor 0.5": dict(score_floor=0.5),
+    "box NMS 0.3": dict(box_nms=0.3),
+    "mask NMS 0.5": dict(mask_nms=0.5),
+    "scores times mask probability": dict(rescore=True),
+    "tiles of 256 px": dict(tile=256),
+    "three flips": dict(test_views="flips"),
+    "eight symmetries": dict(test_views="all"),
+    "scales 0.8 and 1 and 1.25": dict(test_scales=(0.8, 1.0, 1.25)),
+    "tiles of 256 px with three flips": dict(tile=256, test_views="flips"),
+    "the same without a vote on masks": dict(tile=256, test_views="flips", vote=False),
+}
+
+
+def core_seconds() -> float:
+    """Seconds that this process kept all cores of torch busy."""
+    return time.process_time() / torch.get_num_threads()
+
+
+def seeded(options, name: str, seed: int) -> Config:
+    """The settings of a row. Epochs have no limit but the time, and one look at their end."""
+    changes = dict(epochs=10_000, eval_every=10_000, train_hours=options.minutes / 60, seed=seed)
+    changes |= dict(detections=600) | options.settings | TRAINED.get(name, ANSWERED.get(name))
+    return recipe(options.recipe, **changes)
+
+
+def measure(options, name: str, seed: int, samples: CellSamples) -> dict:
+    """Trains what has to be trained, and scores the seed's validation part."""
+    config = replace(seeded(options, name, seed), num_classes=len(samples.dataset.categories))
+    (split,) = choose_splits(samples, config).values()
+    trained = name if name in TRAINED else BASE
+    folder = options.out / "runs" / f"{trained}-{seed}".replace(" ", "-")
+    history = fit(config, pick(samples, split["train"]), [], folder)
+    held_out = pick(samples, split["val"])
+    start = train.time.perf_counter()
+    answers = answer_samples([load_trained(folder / "best.pt", config)], held_out, config)
+    spent = (train.time.perf_counter() - start) / len(held_out)
+    scores = average_precision(coco_truth(held_out, config.num_classes), by_image_id(answers))
+    named = {name: scores[name] for name in ("AP50", "AP", "AP50_100")}
+    return named | dict(
+        seconds_a_field=round(spent, 3),
+        epochs=len(history),
+        training_seconds=round(sum(row["seconds"] for row in history)),
+        classes=[row["AP50"] for row in scores["classes"].values()],
+    )
+
+
+def as_rows(results: dict[str, dict[str, dict]]) -> Iterator[str]:
+    """The table, line by line: names to seeds to figures."""
+    yield "| change | AP50 | to base | spread | AP | epochs | s a field |"
+    yield "|---|---|---|---|---|---|---|"
+    base = results.get(BASE, {})
+    for name, seeds in results.items():
+        gains = [seeds[k]["AP50"] - base[k]["AP50"] for k in seeds if k in base]
+        means = [mean(run[key] for run in seeds.values()) for key in ("AP50", "AP", "epochs")]
+        means.append(mean(run["seconds_a_field"] for run in seeds.values()))
+        gain = f"{mean(gains):+.3f}" if name != BASE and gains else "-"
+        values = gains if name != BASE else [run["AP50"] for run in seeds.values()]
+        spread = f"{stdev(values):.3f}" if len(values) > 1 else "-"
+        shown = [name, f"{means[0]:.3f}", gain, spread]
+        shown += [f"{means[1]:.3f}", f"{means[2]:.0f}", f"{means[3]:.2f}"]
+        yield "| " + " | ".join(shown) + " |"
+
+
+def run_rows(options, names: list[str]) -> dict:
+    """Measures what is missing, seed after seed, and writes each result at once."""
+    path = options.out / "ablation.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    settings = seeded(options, BASE, 0)
+    samples = CellSamples(open_dataset(options.data, settings), settings.cache_gb)
+    about = dict(recipe=options.recipe, settings=options.settings, minutes=options.minutes)
+    about |= dict(data=samples.digest)
+    if known.get("about", about) != about:
+        raise SystemExit(f"{path}: of other settings or data. Give another folder as --out.")
+    results = known.get("results", {})
+    for seed in range(options.seeds):
+        for name in names:
+            if str(seed) in results.get(name, {}):
+                continue
+            print(f"seed {seed}: {name}", flush=True)
+            results.setdefault(name, {})[str(seed)] = measure(options, name, seed, samples)
+            ordered = {row: results[row] for row in TRAINED | ANSWERED if row in results}
+            write_json(dict(about=about, results=ordered), path)
+    return {row: results[row] for row in TRAINED | ANSWERED if row in results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a dataset's folder")
+    parser.add_argument("--minutes", type=float, default=2.0, help="of training, a row and seed")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--recipe", default="demo", help="of the base")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of all rows, as JSON")
+    parser.add_argument("--only", default="", help="names of rows, with commas between; base too")
+    parser.add_argument("--out", type=Path, default=Path("results/ablation"))
+    options = parser.parse_args()
+    every = list(TRAINED | ANSWERED)
+    chosen = [name.strip() for name in options.only.split(",") if name.strip()]
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked
+        train.time = SimpleNamespace(perf_counter=core_seconds)
+    elif not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU on this machine")
+    if unknown := [name for name in chosen if name not in every]:
+        parser.error(f"no row {unknown[0]!r}; there are:\n" + "\n".join(every))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for line in as_rows(run_rows(options, [BASE, *(n for n in chosen or every if n != BASE)])):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
