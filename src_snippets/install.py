@@ -3,12 +3,14 @@
 # %% [markdown]
 # ## Is everything installed?
 # Kaggle and Colab bring most of it. Only what is missing is installed, and numpy and torch stay as
-# they are. Two packages may stay missing, for instance with the internet off.
+# they are. Two packages may stay missing, for instance with the internet off. A GPU is asked for
+# one small product, in a process of its own: some are listed and cannot compute.
 
 # %%
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+import json
 import subprocess
 import sys
 
@@ -20,6 +22,7 @@ PACKAGES = (
     ("timm", "timm>=1.0", None),
     ("safetensors", "safetensors>=0.4", None),
     ("accelerate", "accelerate>=1.0", None),
+    ("psutil", "psutil>=5.9", None),
     ("pycocotools", "pycocotools>=2.0.8", None),
     ("scipy", "scipy>=1.11", None),
     ("skimage", "scikit-image>=0.22", None),
@@ -32,6 +35,56 @@ PACKAGES = (
     ("imagecodecs", "imagecodecs>=2024.1.1", "Pillow reads the compressed images"),
     ("faster_coco_eval", "faster-coco-eval>=1.6", "pycocotools computes AP, more slowly"),
 )
+
+
+# %%
+GPU_QUESTION = """
+import json, torch
+found = dict(name="", works=True, error="")
+if torch.cuda.is_available():
+    found["name"] = torch.cuda.get_device_name()
+    found["capability"] = "sm_%d%d" % torch.cuda.get_device_capability()
+    found["built_for"] = torch.cuda.get_arch_list()
+    try:
+        square = torch.ones(8, 8, device="cuda")
+        found["works"] = float((square @ square).sum()) == 512
+    except Exception as error:
+        found.update(works=False, error=str(error).splitlines()[0])
+print(json.dumps(found))
+"""
+
+
+def ask_gpu() -> dict:
+    """What a process of its own finds out about the GPU; this one leaves it alone before training.
+
+    Returns:
+        name (empty without a GPU), works, error, and with a GPU capability and built_for.
+    """
+    command = [sys.executable, "-c", GPU_QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return dict(name="GPU", works=False, error=last, capability="", built_for=[])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# %%
+def check_gpu(found: dict) -> None:
+    """Says which GPU there is; refuses one that says it is there but cannot compute.
+
+    Args:
+        found: from `ask_gpu`.
+
+    Raises:
+        RuntimeError: it is listed and does not work, as Kaggle's P100 with newer torch.
+    """
+    if not found["works"]:
+        raise RuntimeError(
+            f"{found['name']} ({found['capability']}) cannot be used: {found['error']}. This torch "
+            f"is built for {', '.join(found['built_for'])}. Choose another accelerator: on Kaggle "
+            "GPU T4 x2, on Colab T4, L4 or A100."
+        )
+    print(f"GPU: {found['name']}" if found["name"] else "no GPU: training runs on the CPU")
 
 
 # %%

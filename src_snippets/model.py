@@ -120,6 +120,16 @@ def parameter_table(model: GeneralizedRCNN, most: int = 200_000_000) -> str:
     return "\n".join(lines)
 
 
+def checkpoint_bytes(model: nn.Module, config: Config) -> int:
+    """The most bytes that a run's files take: three checkpoints while one is written, and the best.
+
+    A checkpoint has the weights, up to two moments of each, and their running mean.
+    """
+    own = sum(value.nbytes for value in model.state_dict().values())
+    means = own if config.ema else 0
+    return 3 * (3 * own + means) + 2 * (own + means)
+
+
 # %%
 def anchor_shapes(config: Config) -> np.ndarray:
     """(A, 2) float64, width and height of all anchors in network pixels."""

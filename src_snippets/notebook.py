@@ -8,10 +8,11 @@
 # - **No dataset**: a small one is drawn, and everything runs in a few minutes on a CPU.
 
 # %%
-from src_snippets.install import install_missing
+from src_snippets.install import ask_gpu, check_gpu, install_missing
 
 # %%
 install_missing()
+check_gpu(ask_gpu())
 
 # %% [markdown]
 # ## Imports
@@ -43,6 +44,7 @@ CHANGES = {} | settings_from(os.environ)  # {"epochs": 30, "batch_size": 4} | se
 
 # %%
 from src_snippets.places import (
+    check_free,
     find_dataset,
     output_folder,
     SEARCHED_FOLDERS,
@@ -173,13 +175,17 @@ from src_snippets.model import (
     anchor_shapes,
     build_model,
     cells_with_anchor,
+    checkpoint_bytes,
     describe_anchors,
     parameter_table,
 )
 
 # %%
 print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
-print(parameter_table(build_model(config)))
+first_model = build_model(config)
+print(parameter_table(first_model))
+check_free(output, len(splits) * checkpoint_bytes(first_model, config))
+del first_model
 
 # %%
 sides = []
@@ -207,12 +213,21 @@ from src_snippets.evaluate import (
 )
 
 # %%
+from src_snippets.predict import (
+    answer_held_out,
+    answering_seconds,
+    answers_file,
+    predict_images,
+)
+
+# %%
 from src_snippets.train import (
     by_image_id,
     fit,
     load_trained,
     rate_factor,
     run_folder,
+    Session,
 )
 
 # %%
@@ -225,8 +240,23 @@ for path in ENSEMBLE:
     load_trained(path, config, same=False)  # what is wrong with one shows now, not after training
 
 # %%
+reserve = 0.0
+if config.max_hours:  # time to answer validation and test images and to write what was found
+    sizes = [s.size for split in splits.values() for s in pick(samples, split["val"])]
+    sizes += [(image.height, image.width) for image in dataset.test_images]
+    pixels = sum(height * width for height, width in sizes)
+    reserve = 120 + 1.5 * answering_seconds(config, train_part[most_cells], pixels)
+    print(f"{reserve / 60:.0f} minutes of max_hours are kept for answering")
+session = Session(config.max_hours, reserve)
+session.listen()
+
+# %%
 runs = {}
 for fold, split in splits.items():
+    if session.told and runs:
+        print(f"fold {fold} is not trained: the session ends")
+        continue
+    session.share(len(splits) - len(runs))
     run = run_folder(output, config, {"split": split, "images": samples.digest})
     parts = {part: pick(samples, names) for part, names in split.items()}
     write_json(split, run / "split.json")
@@ -234,16 +264,14 @@ for fold, split in splits.items():
         part_truth = coco_truth(picked, config.num_classes)
         write_json(with_categories(part_truth, dataset.categories), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
-    history = fit(config, parts["train"], parts["val"], run)
-    show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
+    history = fit(config, parts["train"], parts["val"], run, session)
+    if history:
+        show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
     runs[fold] = run
 
 # %% [markdown]
 # Losses should fall and level off. A validation score that falls while losses go on falling means
 # too many epochs; one that still rises at the end means too few.
-
-# %%
-from src_snippets.predict import answer_held_out, predict_images
 
 # %% [markdown]
 # ## How good is the best epoch?
@@ -253,7 +281,7 @@ from src_snippets.predict import answer_held_out, predict_images
 
 # %%
 members = [load_trained(run / "best.pt", config) for run in runs.values()]
-val_parts = [pick(samples, split["val"]) for split in splits.values()]
+val_parts = [pick(samples, splits[fold]["val"]) for fold in runs]
 held_out = [sample for part in val_parts for sample in part]
 asked = list(zip(members, val_parts, strict=True))
 val_answers = answer_held_out(asked, config)
@@ -319,7 +347,9 @@ test_config = replace(config, **changed)
 together = [(model, replace(own, **changed)) for model, own in members]
 together += [load_trained(path, test_config, same=False) for path in ENSEMBLE]
 print(f"{len(together)} models answer together" if len(together) > 1 else "one model answers")
-test_answers = predict_images(together, dataset.test_images, test_config)
+checkpoints = [*(run / "best.pt" for run in runs.values()), *ENSEMBLE]
+kept = answers_file(checkpoints, dataset.test_images, test_config)
+test_answers = predict_images(together, dataset.test_images, test_config, kept)
 
 # %%
 from src_snippets.writers import write_results, write_submissions

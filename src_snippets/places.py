@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 import os
 from pathlib import Path
+import shutil
 
 # %%
 MAPPING_NAME = "test_image_name_to_ids.json"
@@ -72,13 +73,37 @@ def coco_file(root: Path, part: str) -> tuple[Path, Path] | None:
 
 # %%
 def output_folder(wanted: str) -> Path:
-    """The folder for results, made if absent: `wanted`, else `/kaggle/working`, else `results`."""
+    """The folder for results, made if absent: `wanted`, else `/kaggle/working`, else `results`.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
     kaggle = Path("/kaggle/working")
     folder = Path(wanted or (kaggle if kaggle.is_dir() else "results"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / ".probe") as partial:
+            partial.write_text("")
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise OSError(
+            f"OUT={str(folder)!r}: results cannot be written there ({error}). Set OUT to a folder "
+            "that can be written."
+        ) from error
     return folder
 
 
+def check_free(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk of a folder has less than `needed` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: {free / 1e9:.1f} GB are free, checkpoints need up to {needed / 1e9:.1f}. "
+            "Free some, or set OUT to a folder on another disk."
+        )
+
+
+# %%
 @contextmanager
 def written_whole(path: Path):
     """Yields a temporary path beside `path`; it gets the final name only if the block succeeds.

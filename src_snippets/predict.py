@@ -9,8 +9,13 @@
 
 # %%
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+import hashlib
 from itertools import product
+import json
+import os
+from pathlib import Path
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +27,7 @@ from src_snippets.config import Config
 from src_snippets.datasets import ImageRecord
 from src_snippets.forms import CellSample, Instances
 from src_snippets.fusion import fuse, join_tiles, settle
-from src_snippets.model import find_raw, to_instances
+from src_snippets.model import build_model, find_raw, to_instances
 from src_snippets.readers import read_image
 from src_snippets.stains import as_seen
 from src_snippets.transforms import magnification
@@ -84,7 +89,39 @@ def tile_corners(length: int, tile: int) -> list[int]:
 
 
 # %%
+LEAST_TILE = 128  # px; smaller ones cut too many cells
+
+
+def smaller(config: Config, size: tuple[int, int]) -> Config | None:
+    """The settings with half as many tiles a batch, else with half the tile; None at the end."""
+    if config.tile and config.tile_batch > 1:
+        return replace(config, tile_batch=config.tile_batch // 2)
+    tile = min(config.tile or max(size), max(size)) // 2
+    return replace(config, tile=tile, tile_batch=1) if tile >= LEAST_TILE else None
+
+
 def detect_view(model: nn.Module, image: Tensor, view: View, config: Config) -> Instances:
+    """`detect_tiles`, with smaller batches and tiles where the GPU's memory does not suffice.
+
+    Raises:
+        torch.OutOfMemoryError: it does not even for one tile of `LEAST_TILE` px.
+    """
+    config = replace(config, **getattr(model, "fitting", {}))
+    while True:
+        try:
+            return detect_tiles(model, image, view, config)
+        except torch.OutOfMemoryError:
+            config = smaller(config, tuple(image.shape[-2:]))
+            if config is None:
+                raise
+            # A module's attribute: later images begin with what this one needed.
+            model.fitting = dict(tile=config.tile, tile_batch=config.tile_batch)
+            print(f"GPU memory is full: {config.tile_batch} tiles of {config.tile} px a batch now")
+        torch.cuda.empty_cache()  # not in the handler, which still holds what did not fit
+
+
+# %%
+def detect_tiles(model: nn.Module, image: Tensor, view: View, config: Config) -> Instances:
     """Finds the cells of an image (3, H, W) uint8 in one view, tile by tile."""
     size, pieces, cut = tuple(image.shape[-2:]), [], []
     corners = list(product(*(tile_corners(length, config.tile) for length in size)))
@@ -130,6 +167,18 @@ def answer_samples(
     return [detect_together(members, sample.image, config) for sample in bar]
 
 
+def answering_seconds(config: Config, sample: CellSample, pixels: int) -> float:
+    """About how long it takes to answer so many pixels, judged by one image and a raw model."""
+    model = build_model(config, load_initial=False)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    spent = []
+    for _ in range(2):  # the first is slow for other reasons
+        begin = time.perf_counter()
+        detect_together([(model, config)], sample.image, config)
+        spent.append(time.perf_counter() - begin)
+    return spent[-1] * pixels / (sample.size[0] * sample.size[1])
+
+
 # %%
 def answer_held_out(
     parts: Sequence[tuple[Member, Sequence[CellSample]]], config: Config, **changes
@@ -147,8 +196,55 @@ def answer_held_out(
     return answers
 
 
+# %%
+def to_line(image_id: int, found: Instances) -> str:
+    """An answer as a line of JSON."""
+    columns = (found.boxes, found.scores, found.labels)
+    counts = [rle["counts"] for rle in found.rles]
+    return json.dumps([image_id, found.size, *(c.tolist() for c in columns), counts]) + "\n"
+
+
+def from_line(line: str) -> tuple[int, Instances]:
+    """The image id and the answer of a line. Raises ValueError where the line is cut short."""
+    image_id, size, boxes, scores, labels, counts = json.loads(line)
+    rles = [{"size": list(size), "counts": text} for text in counts]
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    scores, labels = np.array(scores, np.float32), np.array(labels, np.int64)
+    return image_id, Instances(boxes, scores, labels, rles, tuple(size))
+
+
+def answers_file(checkpoints: Sequence[Path], images: Sequence[ImageRecord], config: Config):
+    """Where answers are kept while they are made: a name for these models, images and settings."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for path in checkpoints:
+        digest.update(Path(path).read_bytes())
+    for image in images:
+        digest.update(f"{image} {image.path.stat().st_mtime_ns}".encode())
+    return Path(checkpoints[0]).with_name(f"answers-{digest.hexdigest()[:8]}.jsonl")
+
+
+def read_answers(path: Path) -> dict[int, Instances]:
+    """The whole lines of a file of answers; one that was cut short is taken off the file."""
+    answers, good = {}, 0
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    image_id, found = from_line(line.decode())
+                except ValueError:
+                    break
+                answers[image_id] = found
+                good += len(line)
+        os.truncate(path, good)
+    return answers
+
+
+# %%
 def predict_images(
-    members: Sequence[Member], images: Sequence[ImageRecord], config: Config
+    members: Sequence[Member],
+    images: Sequence[ImageRecord],
+    config: Config,
+    kept: Path | None = None,
 ) -> dict[int, Instances]:
     """Finds the cells in test images.
 
@@ -156,6 +252,7 @@ def predict_images(
         members: from `load_trained`, at least one.
         images: the test images of a dataset.
         config: see `detect_view` and `fuse`.
+        kept: a file from `answers_file`; answers that are in it are not made again.
 
     Returns:
         `Instances` by image id, one for every image.
@@ -163,8 +260,15 @@ def predict_images(
     Raises:
         BadInput: an image cannot be read; names it.
     """
-    answers = {}
+    answers = read_answers(kept) if kept else {}
+    if answers:
+        print(f"{kept}: {len(answers)} of {len(images)} images are answered, going on from there.")
     for image in tqdm(images, desc="predicting", unit="image"):
+        if image.image_id in answers:
+            continue
         pixels = torch.from_numpy(read_image(image.path))
         answers[image.image_id] = detect_together(members, pixels, config)
-    return answers
+        if kept:
+            with kept.open("a") as file:
+                file.write(to_line(image.image_id, answers[image.image_id]))
+    return {image.image_id: answers[image.image_id] for image in images}

@@ -25,6 +25,9 @@ class BadInput(ValueError):
     """A file or folder is not what it should be; the message names it and says what to do."""
 
 
+MOST_VALUES = 10**9  # of a picture, all channels: RGB of 18,000 x 18,000 px
+
+
 @contextmanager
 def opened_tiff(path: Path):
     """Yields the first page of a TIFF that holds one whole picture.
@@ -40,6 +43,11 @@ def opened_tiff(path: Path):
                 raise BadInput(
                     f"{path}: axes {series.axes}, shape {series.shape}; expected one picture. "
                     "Save a single plane or projection."
+                )
+            if math.prod(page.shape) > MOST_VALUES:
+                raise BadInput(
+                    f"{path}: shape {page.shape}; expected at most {MOST_VALUES:,} values. Cut it "
+                    "into fields."
                 )
             pieces = zip(page.dataoffsets, page.databytecounts, strict=False)
             needed, size = max(start + count for start, count in pieces), path.stat().st_size

@@ -12,15 +12,19 @@ import csv
 from dataclasses import asdict, fields, replace
 import gc
 import hashlib
+from itertools import pairwise
 import json
 import math
 import os
 from pathlib import Path
+import shutil
+import signal
 import time
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
+import psutil
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -162,14 +166,82 @@ def training_loader(samples, config: Config, device: torch.device) -> DataLoader
 
 
 # %%
-def check_finite(values: dict[str, float], step: int, targets: list[dict]) -> None:
-    """Raises FloatingPointError where a loss is not finite; names the parts and the images."""
-    if not all(map(math.isfinite, values.values())):
-        names = [target["name"] for target in targets]
-        raise FloatingPointError(
-            f"Step {step}: losses {values} on images {', '.join(names)}. Training has stopped; the "
-            "checkpoints are of earlier epochs. Lower lr, or set precision='no'."
-        )
+def add_gradients(model, images, targets, accelerator, parts: int) -> dict[str, float]:
+    """Adds the gradients of a batch, computed in parts; returns the mean of each loss."""
+    size, sums = len(images), {}
+    cuts = [size * k // min(parts, size) for k in range(min(parts, size) + 1)]
+    for begin, end in pairwise(cuts):
+        losses = model(images[begin:end], targets[begin:end])
+        share = (end - begin) / size
+        accelerator.backward(sum(losses.values()) * share)
+        # Read only now: a GPU has the backward pass to do while the numbers are fetched.
+        numbers = torch.stack(list(losses.values())).tolist()
+        for name, value in zip(losses, numbers, strict=True):
+            sums[name] = sums.get(name, 0.0) + value * share
+    return sums
+
+
+# %%
+MOST_BAD = 10  # batches in a row whose loss is not finite
+
+
+class StepGuard:
+    """Adds the gradients of a batch, though memory may not suffice or losses not be finite.
+
+    Args:
+        model: its buffers (means of norms) are put back after a batch that went wrong.
+
+    Attributes:
+        parts: into how many a batch is cut, its gradients added up; more once memory ran out.
+        bad: batches in a row whose loss was not finite.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.buffers = [b for b in model.buffers() if b.is_floating_point()]
+        self.kept = [b.clone() for b in self.buffers]
+        self.parts, self.bad = 1, 0
+
+    def tried(self, model, optimizer, images, targets, accelerator, tell) -> dict | None:
+        """As `add_gradients`; None where the batch has to be skipped.
+
+        Raises:
+            FloatingPointError: `MOST_BAD` batches in a row were skipped.
+            torch.OutOfMemoryError: memory does not even suffice for a single crop.
+        """
+        while True:
+            try:
+                values = add_gradients(model, images, targets, accelerator, self.parts)
+                break
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad(set_to_none=True)
+                torch._foreach_copy_(self.buffers, self.kept)
+                if self.parts >= len(images):
+                    raise
+                self.parts *= 2
+                tell(f"The GPU's memory is full: batches are computed in {self.parts} parts now.")
+            free_memory()  # not in the handler, which still holds what did not fit
+        if all(map(math.isfinite, values.values())):
+            torch._foreach_copy_(self.kept, self.buffers)
+            self.bad = 0
+            return values
+        self.skip(values, targets, optimizer, accelerator, tell)
+        return None
+
+    def skip(self, values, targets, optimizer, accelerator, tell) -> None:
+        """Drops a batch whose loss is not finite."""
+        self.bad += 1
+        names = ", ".join(target["name"] for target in targets)
+        tell(f"Losses {values} on images {names}: this batch is skipped.")
+        if self.bad >= MOST_BAD:
+            raise FloatingPointError(
+                f"{self.bad} batches in a row had losses that are not finite, the last {values} on "
+                f"images {names}. Training has stopped; the checkpoints are of earlier epochs. "
+                "Lower lr, or set precision='no'."
+            )
+        torch._foreach_copy_(self.buffers, self.kept)
+        optimizer.zero_grad(set_to_none=True)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update(accelerator.scaler.get_scale() / 2)
 
 
 # %%
@@ -199,41 +271,41 @@ class WeightMean(AveragedModel):
 
 # %%
 def train_epoch(
-    model, loader, optimizer, schedule, accelerator, config: Config, bar, after_step=None
+    model, loader, optimizer, schedule, accelerator, config, bar, after_step=None, guard=None
 ) -> dict:
     """Trains for one pass over the loader, or until `after_step` says that it is enough.
 
     Args:
         model, optimizer, schedule: `schedule` is stepped once a batch.
-        bar: a tqdm bar that counts batches.
+        config: settings; bar: a tqdm bar that counts batches.
         after_step: called after each update of the weights; True ends the pass.
+        guard: a `StepGuard` of the model, by default a new one.
 
     Returns:
         The mean of each loss part, and their sum as `loss`.
 
     Raises:
-        FloatingPointError: see `check_finite`.
+        FloatingPointError, torch.OutOfMemoryError: see `StepGuard`.
     """
-    means = {}
+    means, guard = {}, guard or StepGuard(model)
     model.train()
     for images, targets in loader:
+        enough = False
         with accelerator.accumulate(model):
-            losses = model(images, targets)
-            accelerator.backward(sum(losses.values()))
-            # Read only now: a GPU has the backward pass to do while the numbers are fetched.
-            values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-            check_finite(values, bar.n, targets)
-            if config.clip_norm and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales first
-            optimizer.step()
+            values = guard.tried(model, optimizer, images, targets, accelerator, bar.write)
+            if values is not None:
+                if config.clip_norm and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            optimizer.zero_grad(set_to_none=True)
             enough = bool(after_step and accelerator.sync_gradients and after_step())
-        for name, value in (values | {"loss": sum(values.values())}).items():
-            means.setdefault(name, MeanMetric()).update(value, len(images))
-        parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
-        bar.set_postfix(parts | {"rate": f"{max(schedule.get_last_lr()):.1e}"}, refresh=False)
         bar.update()
+        if values is not None:
+            for name, value in (values | {"loss": sum(values.values())}).items():
+                means.setdefault(name, MeanMetric()).update(value, len(images))
+            parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
+            bar.set_postfix(parts | {"rate": f"{max(schedule.get_last_lr()):.1e}"}, refresh=False)
         if enough:
             break
     return {name: float(mean.to(accelerator.device).compute()) for name, mean in means.items()}
@@ -298,6 +370,7 @@ NOT_TRAINED = (
     "detections",
     "show_floor",
     "tune",
+    "max_hours",
 )
 
 
@@ -316,10 +389,23 @@ def run_folder(out: Path, config: Config, data: dict) -> Path:
 
 
 # %%
-def save_checkpoint(content: dict, path: Path) -> None:
-    """Writes a checkpoint, whole or not at all."""
+def save_checkpoint(content: dict, path: Path, before: Path | None = None) -> None:
+    """Writes a checkpoint, whole or not at all; the one that is there moves to `before`.
+
+    Raises:
+        OSError: it cannot be written; what was there is kept.
+    """
     with written_whole(path) as partial:
-        torch.save(content, partial)
+        try:
+            torch.save(content, partial)
+        except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+            free = shutil.disk_usage(path.parent).free / 1e9
+            raise OSError(
+                f"{path}: cannot be written ({error}); {free:.1f} GB are free. What was written "
+                "before is kept: make room and run again."
+            ) from error
+        if before and path.exists():
+            path.replace(before)
 
 
 # %%
@@ -342,6 +428,32 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+# %%
+def latest_state(folder: Path) -> dict | None:
+    """The newest whole checkpoint of a run, None where there is none.
+
+    `last.pt`, or `before.pt`, the one before it, where that is damaged or missing: a session may
+    end, or a disk fill up, while it is written.
+
+    Raises:
+        BadInput: there is one, but none is whole.
+    """
+    last, before = folder / "last.pt", folder / "before.pt"
+    if last.exists():
+        try:
+            return load_checkpoint(last)
+        except BadInput as error:
+            if not before.exists():
+                raise
+            print(f"damaged, the checkpoint before it is taken: {error}")
+    if not before.exists():
+        return None
+    state = load_checkpoint(before)
+    last.unlink(missing_ok=True)  # or it would take the place of the good one
+    return state
+
+
+# %%
 def check_same_settings(saved: dict, config: Config, path: Path) -> None:
     """Raises ValueError where a checkpoint was made with other settings that shape training."""
     now = asdict(config)
@@ -413,7 +525,8 @@ def restore_run(run: "TrainingRun", state: dict) -> None:
     if run.accelerator.scaler is not None and state["scaler"]:  # empty: begun without a GPU
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history = state["history"]
-    run.clock.is_over = state["is_over"]
+    run.clock.spent, run.clock.is_over = state["spent"], state["is_over"]
+    run.guard.parts = state["parts"]
 
 
 # %%
@@ -421,26 +534,60 @@ class TrainingClock:
     """What is spent of `train_hours`; 0 sets no limit.
 
     Attributes:
+        spent: seconds of all epochs before this one.
         is_over: whether the limit was reached, as seen at the last step.
     """
 
     def __init__(self, hours: float):
-        self.limit, self.is_over = 3600 * hours or math.inf, False
-        self.start_epoch(0.0)
+        self.limit, self.spent, self.is_over = 3600 * hours or math.inf, 0.0, False
+        self.begun = time.perf_counter()
 
-    def start_epoch(self, earlier: float) -> None:
-        """Begins an epoch; `earlier` seconds went to those before it."""
-        self.earlier, self.begun = earlier, time.perf_counter()
+    def start_epoch(self) -> None:
+        """Begins an epoch."""
+        self.begun = time.perf_counter()
 
-    def seconds(self) -> float:
-        """Seconds since the epoch began."""
-        return time.perf_counter() - self.begun
+    def end_epoch(self) -> None:
+        """Adds the epoch to what is spent."""
+        self.spent += time.perf_counter() - self.begun
 
     def fitting_steps(self, step: int) -> float:
         """How many steps fit into the limit, as fast as `step` of them went so far."""
-        share = (self.earlier + self.seconds()) / self.limit
+        share = (self.spent + time.perf_counter() - self.begun) / self.limit
         self.is_over = share >= 1
         return max(step / share, step) if share else math.inf
+
+
+# %%
+class Session:
+    """When this session has to end: some hours after its process began, or when it is told to.
+
+    Args:
+        max_hours: 0 sets no limit.
+        reserve: seconds that answering and writing need after training.
+    """
+
+    def __init__(self, max_hours: float, reserve: float = 0.0):
+        self.hours, self.told = max_hours, False
+        self.end = psutil.Process().create_time() + 3600 * max_hours if max_hours else math.inf
+        self.end -= reserve
+        self.until = self.end
+
+    def listen(self) -> None:
+        """Takes SIGTERM, by which machines are taken back, as the end of training, not of all."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told", True))
+
+    def share(self, parts: int) -> None:
+        """The next training may use one part of the time that is left."""
+        left = self.end - time.time()
+        self.until = time.time() + left / parts if math.isfinite(left) else math.inf
+
+    def is_over(self) -> bool:
+        """Whether training has to stop now."""
+        return self.told or time.time() >= self.until
+
+    def why(self) -> str:
+        """What to tell the user."""
+        return "SIGTERM" if self.told else f"max_hours={self.hours:g}"
 
 
 # %%
@@ -451,16 +598,17 @@ class TrainingRun:
         config: settings.
         folder: the run's folder, made if absent; where it holds `last.pt`, that is taken up.
         loader: the training loader, as `training_loader` makes it.
+        session: when to stop before the end.
     """
 
-    def __init__(self, config: Config, folder: Path, loader: DataLoader):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, loader: DataLoader, session=None):
+        self.config, self.folder, self.session = config, folder, session or Session(0.0)
         folder.mkdir(parents=True, exist_ok=True)
         self.history = []
         self.clock = TrainingClock(config.train_hours)
         self.accelerator = build_accelerator(config)
-        last = folder / "last.pt"
-        model = build_model(config, load_initial=not last.exists()).to(self.accelerator.device)
+        state = latest_state(folder)
+        model = build_model(config, load_initial=state is None).to(self.accelerator.device)
         optimizer = build_optimizer(model, config)
         self.most_steps = config.epochs * math.ceil(len(loader) / config.accumulate)
         self.total = self.most_steps  # the schedule's end: see `after_step`
@@ -470,9 +618,9 @@ class TrainingRun:
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         if config.ema:
             self.parts["average"] = WeightMean(model, config.ema)
-        if last.exists():
-            state = load_checkpoint(last)
-            check_same_settings(state["config"], config, last)
+        self.guard = StepGuard(model)
+        if state is not None:
+            check_same_settings(state["config"], config, folder / "last.pt")
             restore_run(self, state)
         prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
         self.model, self.optimizer, self.schedule, self.loader = prepared
@@ -481,13 +629,13 @@ class TrainingRun:
         """Takes updated weights into their running mean; aims the schedule at the steps that fit.
 
         Returns:
-            Whether the time is spent.
+            Whether to stop here.
         """
         step = self.parts["schedule"].last_epoch
         if "average" in self.parts:
             self.parts["average"].follow(self.parts["model"], step)
         self.total = math.ceil(min(self.most_steps, self.clock.fitting_steps(step)))
-        return self.clock.is_over
+        return self.clock.is_over or self.session.is_over()
 
     def answering(self) -> nn.Module:
         """The model that is measured and kept: the running mean where there is one."""
@@ -495,6 +643,14 @@ class TrainingRun:
 
 
 # %%
+def save_best(run: TrainingRun, notes: dict) -> None:
+    """Writes the weights that answer as `best.pt`, with the raw ones beside a running mean."""
+    kept = {"model": run.answering().state_dict()}
+    if "average" in run.parts:
+        kept["raw"] = run.parts["model"].state_dict()
+    save_checkpoint({**kept, **notes}, run.folder / "best.pt")
+
+
 def save_epoch(run: TrainingRun, row: dict) -> None:
     """Adds an epoch to the history and writes `history.csv`, `last.pt`, perhaps `best.pt`.
 
@@ -507,27 +663,36 @@ def save_epoch(run: TrainingRun, row: dict) -> None:
     scaler = getattr(run.accelerator.scaler, "state_dict", dict)()  # empty without one
     state = {name: part.state_dict() for name, part in run.parts.items()}
     best = max(scores, default=None)
-    notes = dict(config=asdict(run.config), history=run.history, best=best)
+    # Through JSON, so that a run that was taken up pickles to the same bytes.
+    rows = json.loads(json.dumps(run.history))
+    notes = dict(config=asdict(run.config), history=rows, best=best)
     write_history(run.history, run.folder / "history.csv")
     if is_best:
-        kept = {"model": run.answering().state_dict()}
-        if "average" in run.parts:
-            kept["raw"] = state["model"]
-        save_checkpoint({**kept, **notes}, run.folder / "best.pt")
-    whole = dict(scaler=scaler, is_over=run.clock.is_over)
-    save_checkpoint({**state, **notes, **whole}, run.folder / "last.pt")
+        save_best(run, notes)
+    run.clock.end_epoch()
+    whole = dict(scaler=scaler, spent=run.clock.spent, is_over=run.clock.is_over)
+    whole |= dict(parts=run.guard.parts)
+    save_checkpoint({**state, **notes, **whole}, run.folder / "last.pt", run.folder / "before.pt")
 
 
 # %%
 def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> None:
-    """Trains one epoch, validates when it is due, writes the checkpoints."""
+    """Trains one epoch, validates when it is due, writes the checkpoints.
+
+    An epoch in which the session ends is dropped, so that the next session goes on exactly as if
+    there had been no end; only where there is no `best.pt` yet, it becomes that.
+    """
     config = run.config
-    run.clock.start_epoch(sum(row["seconds"] for row in run.history))
+    run.clock.start_epoch()
     torch.manual_seed(config.seed + 1_000_003 * epoch)  # augmentation and sampling of this epoch
     run.loader.set_epoch(epoch)  # order of the images
     parts = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
-    losses = train_epoch(*parts, config, bar, run.after_step)
-    row = dict(epoch=epoch, seconds=0.0, rate=max(run.schedule.get_last_lr()), **losses)
+    losses = train_epoch(*parts, config, bar, run.after_step, run.guard)
+    if run.session.is_over():
+        if not (run.folder / "best.pt").exists():
+            save_best(run, dict(config=asdict(config), history=run.history, best=None))
+        return
+    row = dict(epoch=epoch, rate=max(run.schedule.get_last_lr()), **losses)
     last = epoch == config.epochs or run.clock.is_over
     if len(val_samples) and (epoch % config.eval_every == 0 or last):
         model = run.answering()
@@ -538,7 +703,6 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
             row["val_loss"] = validation_loss(model, val_samples, config)
             ap += f", loss {row['val_loss']:.3f}"
         bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")
-    row["seconds"] = round(run.clock.seconds(), 2)
     save_epoch(run, row)
     free_memory()  # crops differ in size; what the cache of a GPU holds may not fit the next
 
@@ -551,19 +715,21 @@ def free_memory() -> None:
 
 
 # %%
-def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
+def fit(config: Config, train_samples, val_samples, folder: Path, session=None) -> list[dict]:
     """Trains a model, or goes on with the run that lies in `folder`.
 
     Args:
         train_samples, val_samples: sequences of `CellSample`; without validation samples `best.pt`
             is the last epoch's.
-        folder: gets `best.pt`, `last.pt` and `history.csv`.
+        folder: gets `best.pt`, `last.pt`, `before.pt` and `history.csv`.
+        session: a `Session`; its end stops training, and the same call goes on later.
 
     Returns:
-        One dictionary an epoch: epoch, seconds, rate, mean losses, and in epochs with a validation
+        One dictionary an epoch: epoch, rate, mean losses, and in epochs with a validation
         AP, AP50, AP75 (0..1, uncapped), and val_loss where a setting needs it.
     """
-    run = TrainingRun(config, folder, training_loader(train_samples, config, default_device()))
+    loader = training_loader(train_samples, config, default_device())
+    run = TrainingRun(config, folder, loader, session)
     done = len(run.history)
     if done:
         print(f"{folder}: {done} of {config.epochs} epochs are done, going on from there.")
@@ -579,6 +745,10 @@ def fit(config: Config, train_samples, val_samples, folder: Path) -> list[dict]:
                 bar.write(f"train_hours={config.train_hours:g} are spent: training ends.")
                 break
             run_epoch(run, epoch, val_samples, truth, bar)
+            if run.session.is_over():
+                bar.write(f"{run.session.why()}: training stops after epoch {len(run.history)}.")
+                bar.write("What is there answers; run again to go on.")
+                break
     history = run.history
     del run  # the schedule refers to it: only a collection frees its model and optimiser
     free_memory()

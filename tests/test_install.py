@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from src_snippets import install
-from src_snippets.install import install_missing, keep_versions, PACKAGES
+from src_snippets.install import ask_gpu, check_gpu, install_missing, keep_versions, PACKAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +46,28 @@ def test_offline_an_optional_package_is_told_and_a_needed_one_stops(monkeypatch,
     with pytest.raises(ModuleNotFoundError, match=r"no-such-package is missing.*internet on"):
         install_missing(needed)
     assert install.find_spec("no_such_module") is None
+
+
+def test_a_gpu_that_cannot_compute_is_refused(capsys):
+    p100 = dict(
+        name="Tesla P100-PCIE-16GB",
+        works=False,
+        error="no kernel image is available for execution on the device",
+        capability="sm_60",
+        built_for=["sm_70", "sm_75"],
+    )
+    with pytest.raises(RuntimeError, match=r"P100.* \(sm_60\) cannot be used: no .*T4 x2"):
+        check_gpu(p100)
+    check_gpu(dict(name="Tesla T4", works=True, error=""))
+    check_gpu(dict(name="", works=True, error=""))
+    out = capsys.readouterr().out.splitlines()
+    assert out == ["GPU: Tesla T4", "no GPU: training runs on the CPU"]
+
+
+def test_the_gpu_is_asked_in_a_process_of_its_own(monkeypatch):
+    found = ask_gpu()
+    assert found["works"]
+    assert found["name"] == "" or found["capability"].startswith("sm_")
+    monkeypatch.setattr(install, "GPU_QUESTION", "raise OSError('driver is broken')")
+    broken = ask_gpu()
+    assert (broken["works"], broken["error"]) == (False, "OSError: driver is broken")

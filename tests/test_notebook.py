@@ -65,7 +65,7 @@ def test_alone_in_an_empty_folder_it_finds_the_drawn_cells(tmp_path):
     check_outputs(out, out / ".demo-dataset")
     (folder,) = (out / "runs").iterdir()
     best = load_checkpoint(folder / "best.pt")
-    seconds = sum(row["seconds"] for row in best["history"])
+    seconds = load_checkpoint(folder / "last.pt")["spent"]
     print(f"demo: AP50 {best['best']:.3f}, {seconds:.0f} s of training, peak {peak:.2f} GB")
     assert best["best"] >= 0.75
     assert peak < 3.0
@@ -76,20 +76,39 @@ def test_alone_in_an_empty_folder_it_finds_the_drawn_cells(tmp_path):
     assert 8 <= len(split["val"]) <= 10
 
 
+NO_NETWORK = """
+import socket
+
+def refuse(*arguments, **options):
+    with open({path!r}, "a") as file:
+        print(arguments[-1:], file=file)
+    raise OSError("no network")
+
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+"""
+
+
 def test_offline_without_the_optional_packages(tmp_path, demo_root):
-    """imagecodecs and faster-coco-eval cannot be imported, pip finds nothing."""
-    blocker = tmp_path / "blocker"
+    """imagecodecs and faster-coco-eval cannot be imported, pip finds nothing, nothing calls out.
+
+    The dataset lies under a name with blanks and other letters, and is left as it was.
+    """
+    blocker, calls = tmp_path / "blocker", tmp_path / "calls"
     blocker.mkdir()
     lines = ["import sys"]
     lines += [f"sys.modules[{name!r}] = None" for name in ("imagecodecs", "faster_coco_eval")]
+    lines.append(NO_NETWORK.format(path=str(calls)))
     (blocker / "sitecustomize.py").write_text("\n".join(lines))
+    data = tmp_path / "mes données" / "ячейки 1"
+    shutil.copytree(demo_root, data)
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
     said, _ = run(
         ["-m", "src_snippets.notebook"],
         ROOT,
         PYTHONPATH=str(blocker),
         PIP_NO_INDEX="1",
         PIP_CONFIG_FILE=os.devnull,
-        HW3_DATA=str(demo_root),
+        HW3_DATA=str(data),
         HW3_OUT=str(tmp_path / "out"),
         HW3_RECIPE="demo",
         HW3_SETTINGS=json.dumps(QUICK),
@@ -97,7 +116,9 @@ def test_offline_without_the_optional_packages(tmp_path, demo_root):
     assert "imagecodecs is missing: Pillow reads the compressed images." in said
     assert "faster_coco_eval is missing: pycocotools computes AP, more slowly." in said
     assert "DEMO" not in said
-    check_outputs(tmp_path / "out", demo_root)
+    check_outputs(tmp_path / "out", data)
+    assert not calls.exists(), calls.read_text()
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from src_snippets.places import (
+    check_free,
     dataset_roots,
     find_dataset,
     MAPPING_NAME,
@@ -72,3 +73,16 @@ def test_written_whole_keeps_the_old_file_when_the_block_fails(tmp_path):
         fail_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"OUT=.*file/out'.*Set OUT to a folder"):
+        output_folder(str(tmp_path / "file" / "out"))
+    assert list(output_folder(str(tmp_path / "new")).iterdir()) == []  # the probe is gone
+
+
+def test_a_disk_without_room_is_refused(tmp_path):
+    check_free(tmp_path, 0)
+    with pytest.raises(OSError, match=r"GB are free, checkpoints need up to 1000000000\.0\."):
+        check_free(tmp_path, 10**18)

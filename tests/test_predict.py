@@ -7,17 +7,23 @@ import pycocotools.mask
 import pytest
 import torch
 
+from src_snippets import predict
 from src_snippets.config import recipe
 from src_snippets.datasets import read_test_mapping
+from src_snippets.forms import truth_instances
 from src_snippets.fusion import fuse
 from src_snippets.model import build_model, detect
 from src_snippets.predict import (
     answer_held_out,
     answer_samples,
+    answering_seconds,
+    answers_file,
     detect_together,
     detect_view,
+    from_line,
     predict_images,
     tile_corners,
+    to_line,
     View,
     views_of,
 )
@@ -225,3 +231,84 @@ def test_tiles_of_a_real_model(tiny_config):
     (found,) = answer_samples([(build_model(config), config)], [sample], config)
     assert found.size == (96, 96)
     assert len(found) == config.detections
+
+
+# Sessions that end, memory that does not suffice
+
+
+def test_answers_on_disk_are_the_same(tmp_path):
+    sample = field_of_cells(0, 96)
+    truth = truth_instances(sample)
+    third = replace(truth, scores=(np.arange(len(truth)) / 3).astype(np.float32))
+    for found in (third, truth.select([])):
+        image_id, read = from_line(to_line(7, found))
+        assert (image_id, read.size, read.rles) == (7, found.size, list(found.rles))
+        for name in ("boxes", "scores", "labels"):
+            mine, own = getattr(read, name), getattr(found, name)
+            assert np.array_equal(mine, own)
+            assert mine.dtype == own.dtype
+            assert mine.shape == own.shape
+
+
+def test_prediction_goes_on_where_it_was(demo_root, tiny_config, tmp_path, monkeypatch, capsys):
+    images, checkpoint = read_test_mapping(demo_root), tmp_path / "best.pt"
+    checkpoint.write_bytes(b"weights")
+    kept = answers_file([checkpoint], images, tiny_config)
+    assert kept.parent == tmp_path
+    member = (build_model(tiny_config), tiny_config)
+    wanted = predict_images([member], images, tiny_config, kept)
+    whole = kept.read_bytes()
+    assert whole.count(b"\n") == 3
+    kept.write_bytes(whole[: whole.index(b"\n") + 50])  # killed in the second line
+    asked, really = [], predict.detect_together
+    monkeypatch.setattr(predict, "detect_together", lambda *a: asked.append(a) or really(*a))
+    found = predict_images([member], images, tiny_config, kept)
+    assert len(asked) == 2
+    assert kept.read_bytes() == whole
+    assert "1 of 3 images are answered" in capsys.readouterr().out
+    assert [a.rles for a in found.values()] == [a.rles for a in wanted.values()]
+    predict_images([member], images, tiny_config, kept)
+    assert len(asked) == 2
+    # Other weights, settings or images have a file of their own.
+    assert answers_file([checkpoint], images, replace(tiny_config, score_floor=0.9)) != kept
+    assert answers_file([checkpoint], images[:2], tiny_config) != kept
+    checkpoint.write_bytes(b"others")
+    assert answers_file([checkpoint], images, tiny_config) != kept
+
+
+def test_full_memory_shrinks_batches_then_tiles(tiny_config, monkeypatch, capsys):
+    image, model = field_of_cells(0, 600).image, build_model(tiny_config)
+    seen, really = [], predict.find_raw
+
+    def little_room(model, tiles, config):
+        seen.append((len(tiles), tuple(tiles[0].shape[-2:])))
+        if sum(tile[0].numel() for tile in tiles) > 150 * 150:
+            raise torch.OutOfMemoryError("no room")
+        return really(model, tiles, config)
+
+    monkeypatch.setattr(predict, "find_raw", little_room)
+    found = detect_view(model, image, View(1.0, 0, False), replace(tiny_config, tile=300))
+    assert seen[:4] == [(4, (300, 300)), (2, (300, 300)), (1, (300, 300)), (1, (150, 150))]
+    assert found.size == (600, 600)
+    assert "GPU memory is full: 1 tiles of 150 px a batch now" in capsys.readouterr().out
+    seen.clear()
+    detect_view(model, image, View(1.0, 0, False), tiny_config)  # whole images were wanted
+    assert set(seen) == {(1, (150, 150))}
+    monkeypatch.setattr(predict, "find_raw", Raises(torch.OutOfMemoryError("none at all")))
+    with pytest.raises(torch.OutOfMemoryError):
+        detect_view(build_model(tiny_config), image, View(1.0, 0, False), tiny_config)
+
+
+class Raises:
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, *_):
+        raise self.error
+
+
+def test_time_to_answer_grows_with_the_pixels(tiny_config):
+    sample = field_of_cells(0, 96)
+    one = answering_seconds(tiny_config, sample, 96 * 96)
+    assert 0 < one < 10
+    assert answering_seconds(tiny_config, sample, 1000 * 96 * 96) > 50 * one

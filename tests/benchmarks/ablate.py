@@ -41,6 +41,8 @@ TRAINED = {
     "crops around cells": dict(cell_crops=1.0),
     "crops around cells of each class": dict(rare_crops=0.5),
     "copy and paste": dict(copy_paste=0.5),
+    "crops by class with copy and paste": dict(rare_crops=0.5, copy_paste=0.5),
+    "these with stain jitter 0.3": dict(rare_crops=0.5, copy_paste=0.5, stain_jitter=0.3),
     "no colour jitter": dict(color_jitter=0.0),
     "zoom 0.5 to 2": dict(zoom=(0.5, 2.0)),
     "crops of 256 px": dict(crop=256),
@@ -97,7 +99,6 @@ def measure(options, name: str, seed: int, samples: CellSamples) -> dict:
     return named | dict(
         seconds_a_field=round(spent, 3),
         epochs=len(history),
-        training_seconds=round(sum(row["seconds"] for row in history)),
         classes=[row["AP50"] for row in scores["classes"].values()],
     )
 
@@ -156,7 +157,7 @@ def main() -> None:
     chosen = [name.strip() for name in options.only.split(",") if name.strip()]
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked
-        train.time = SimpleNamespace(perf_counter=core_seconds)
+        train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
     elif not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU on this machine")
     if unknown := [name for name in chosen if name not in every]:

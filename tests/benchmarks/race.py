@@ -16,6 +16,7 @@ import math
 import os
 from pathlib import Path
 import sys
+import time
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -171,7 +172,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        train.time = SimpleNamespace(perf_counter=core_seconds)
+        train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "race.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
