@@ -508,7 +508,7 @@ def split_images(
         names: unique image names; their order does not matter.
         val_fraction: share for validation, rounded; at least one image where it is over 0, and
             at least one image is left for training. With groups it is at most a quarter more, or
-            the smallest group.
+            what the group makes it that brings it nearest.
         seed: the same seed and names give the same parts.
         groups: the group of each name that has one; a group is never split.
 
@@ -522,13 +522,19 @@ def split_images(
     val = []
     parts = shuffled_groups(names, groups or {}, seed)
     if len(parts) == 1 < len(names) and wanted:
-        raise ValueError("All images are of one group: none can be held out. See groups.csv.")
+        raise ValueError(
+            "All images are of one group: none can be held out. Correct groups.csv, or where there "
+            "is none, set split_by='image'."
+        )
     most = min(max(1.25 * wanted, 1), len(names) - 1)
     for part in parts:
         if len(val) < wanted and len(val) + len(part) <= most:
             val += part
-    if wanted and not val and len(parts) > 1:
-        val = min(parts, key=len)
+    others = [part for part in parts if part[0] not in val and len(val) + len(part) < len(names)]
+    if wanted and others:  # a large group may be nearer than what there is, and none is too few
+        nearest = min(others, key=lambda part: abs(len(val) + len(part) - wanted))
+        if not val or abs(len(val) + len(nearest) - wanted) < wanted - len(val):
+            val = val + nearest
     return {"train": sorted(set(names) - set(val)), "val": sorted(val)}
 
 
@@ -564,6 +570,15 @@ def channel_statistics(samples: Sequence[CellSample]) -> dict[str, list[float]]:
 
 
 # %%
+def describe_groups(groups: Mapping[str, str], names: Sequence[str]) -> str:
+    """What keeps images together in a split, in words."""
+    sizes = Counter(groups.values())
+    if not sizes or max(sizes.values()) == 1:
+        return "each image by itself"
+    free = f", {len(names) - len(groups)} images by themselves" * (len(groups) < len(names))
+    return f"{len(sizes)} groups of {min(sizes.values())} to {max(sizes.values())} images{free}"
+
+
 SPLIT_TRIES = 50
 
 

@@ -171,12 +171,12 @@ def find_hits(found: Instances, truth: Instances, num_classes: int, least: float
     return Hits(found.labels[kept], found.scores[kept], hits[kept], cells)
 
 
+# %%
 def hits_of(answers: Sequence[Instances], truths, num_classes: int) -> list[Hits]:
     """`find_hits` of several images."""
     return [find_hits(*pair, num_classes) for pair in zip(answers, truths, strict=True)]
 
 
-# %%
 def class_ap(hits: Sequence[Hits], label: int, weights: np.ndarray | None = None) -> float | None:
     """AP of one class at the IoU of the hits, 0..1, as COCOeval computes it; None without cells.
 
@@ -207,14 +207,22 @@ def ap_of_hits(hits: Sequence[Hits], weights: np.ndarray | None = None) -> float
     return float(np.mean(known)) if known else 0.0
 
 
-def ap_interval(hits: Sequence[Hits], rounds: int = 500, seed: int = 0) -> tuple[float, float]:
+# %%
+def ap_interval(hits: Sequence[Hits], rounds: int = 500, seed: int = 0):
     """Between which values AP lies in 95 of 100 draws of as many images, with repetition.
 
     It tells how far the number may move with other images of the same kind (percentile bootstrap,
     Efron 1979), not with another training.
+
+    Returns:
+        (low, high), 0..1; None with fewer than two images that have cells. Draws without any cell
+        do not count.
     """
+    filled = np.array([hit.cells.any() for hit in hits], bool)
+    if filled.sum() < 2:
+        return None
     draws = np.random.default_rng(seed).multinomial(len(hits), [1 / len(hits)] * len(hits), rounds)
-    values = [ap_of_hits(hits, weights) for weights in draws]
+    values = [ap_of_hits(hits, weights) for weights in draws if weights[filled].any()]
     return tuple(np.quantile(values, [0.025, 0.975]).tolist())
 
 

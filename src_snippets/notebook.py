@@ -91,6 +91,7 @@ from src_snippets.datasets import (
     CellSamples,
     channel_statistics,
     choose_splits,
+    describe_groups,
     open_dataset,
     pick,
     write_json,
@@ -107,6 +108,8 @@ splits = choose_splits(samples, config)
 for fold, split in splits.items():
     title = f"fold {fold}: " * (fold > 0)
     print(f"{title}{len(split['train'])} training, {len(split['val'])} validation images")
+groups = samples.groups(config.split_by)
+print(f"kept together in the split: {describe_groups(groups, dataset.names)}")
 print(f"{len(dataset.test_images)} test images")
 for label, (name, count) in enumerate(
     zip(dataset.categories.values(), samples.counts.sum(0)[1:], strict=True), start=1
@@ -184,7 +187,7 @@ from src_snippets.model import (
 print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
 first_model = build_model(config)
 print(parameter_table(first_model))
-check_free(output, len(splits) * checkpoint_bytes(first_model, config))
+room = checkpoint_bytes(first_model, config)
 del first_model
 
 # %%
@@ -242,9 +245,10 @@ for path in ENSEMBLE:
 # %%
 reserve = 0.0
 if config.max_hours:  # time to answer validation and test images and to write what was found
-    sizes = [s.size for split in splits.values() for s in pick(samples, split["val"])]
-    sizes += [(image.height, image.width) for image in dataset.test_images]
-    pixels = sum(height * width for height, width in sizes)
+    held = [s.size for split in splits.values() for s in pick(samples, split["val"])]
+    pixels = sum(h * w for h, w in held) * (11 if config.tune else 1)  # tuning asks ten times more
+    models = len(splits) + len(ENSEMBLE)
+    pixels += models * sum(image.height * image.width for image in dataset.test_images)
     reserve = 120 + 1.5 * answering_seconds(config, train_part[most_cells], pixels)
     print(f"{reserve / 60:.0f} minutes of max_hours are kept for answering")
 session = Session(config.max_hours, reserve)
@@ -264,6 +268,7 @@ for fold, split in splits.items():
         part_truth = coco_truth(picked, config.num_classes)
         write_json(with_categories(part_truth, dataset.categories), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
+    check_free(run, room - sum(path.stat().st_size for path in run.glob("*.pt")))
     history = fit(config, parts["train"], parts["val"], run, session)
     if history:
         show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
@@ -293,10 +298,12 @@ if val_answers:
     counted = [found.above(config.show_floor) for found in counted]
     quality = panoptic_quality(zip(val_truths, counted, strict=True), config.num_classes)
     crowded_truths = [with_crowds(sample) for sample in held_out]
-    low, high = ap_interval(hits_of(val_answers, crowded_truths, config.num_classes))
-    print(f"{len(val_answers)} validation images, seed {config.seed}, split by {config.split_by}")
+    interval = ap_interval(hits_of(val_answers, crowded_truths, config.num_classes))
+    print(f"{len(val_answers)} validation images, seed {config.seed}")
     print(format_scores(scores, quality))
-    print(f"with other images AP50 would be {low:.3f} to {high:.3f}, in 95 of 100 draws")
+    if interval:
+        low, high = interval
+        print(f"with other images AP50 would be {low:.3f} to {high:.3f}, in 95 of 100 draws")
 else:
     print("No validation images: nothing can be said about how good the model is.")
 

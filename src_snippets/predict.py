@@ -213,6 +213,7 @@ def from_line(line: str) -> tuple[int, Instances]:
     return image_id, Instances(boxes, scores, labels, rles, tuple(size))
 
 
+# %%
 def answers_file(checkpoints: Sequence[Path], images: Sequence[ImageRecord], config: Config):
     """Where answers are kept while they are made: a name for these models, images and settings."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
@@ -221,6 +222,12 @@ def answers_file(checkpoints: Sequence[Path], images: Sequence[ImageRecord], con
     for image in images:
         digest.update(f"{image} {image.path.stat().st_mtime_ns}".encode())
     return Path(checkpoints[0]).with_name(f"answers-{digest.hexdigest()[:8]}.jsonl")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file."""
+    with path.open("a") as file:
+        file.write(text)
 
 
 def read_answers(path: Path) -> dict[int, Instances]:
@@ -232,6 +239,8 @@ def read_answers(path: Path) -> dict[int, Instances]:
                 try:
                     image_id, found = from_line(line.decode())
                 except ValueError:
+                    break
+                if not line.endswith(b"\n"):
                     break
                 answers[image_id] = found
                 good += len(line)
@@ -269,6 +278,5 @@ def predict_images(
         pixels = torch.from_numpy(read_image(image.path))
         answers[image.image_id] = detect_together(members, pixels, config)
         if kept:
-            with kept.open("a") as file:
-                file.write(to_line(image.image_id, answers[image.image_id]))
+            append_text(kept, to_line(image.image_id, answers[image.image_id]))
     return {image.image_id: answers[image.image_id] for image in images}

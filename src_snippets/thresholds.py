@@ -42,13 +42,14 @@ def sweep_thresholds(
             trained on it.
         truths: of the same images, with crowds.
     """
-    answers, curves = ask(), {}
+    loose = dict(class_nms=(1.0,), mask_nms=1.0, least_area=(1,), overlaps=True)  # settled below
+    answers, curves = ask(**loose), {}
     for name, values in TRIED.items():
         curves[name] = {}
         for value in sorted({*values, *getattr(config, name)}):
             changes = {name: (value,)}
             redrawn = name == "mask_threshold"  # the others need no model
-            found = ask(**changes) if redrawn else answers
+            found = ask(**loose | changes) if redrawn else answers
             settled = [settle(a, replace(config, **changes)) for a in found]
             curves[name][value] = hits_of(settled, truths, config.num_classes)
     return curves

@@ -36,8 +36,10 @@ from src_snippets.backbones import stage_groups
 from src_snippets.config import Config
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
-from src_snippets.model import build_model, choose_precision, detect, load_model_state
+from src_snippets.fusion import settle
+from src_snippets.model import build_model, choose_precision, load_model_state
 from src_snippets.places import written_whole
+from src_snippets.predict import detect_view, View
 from src_snippets.readers import BadInput
 from src_snippets.stains import as_seen
 from src_snippets.transforms import collate, training_target, TrainingSet
@@ -185,36 +187,56 @@ def add_gradients(model, images, targets, accelerator, parts: int) -> dict[str, 
 MOST_BAD = 10  # batches in a row whose loss is not finite
 
 
+def skip_batch(values: dict, targets: list[dict], times: int, tell) -> None:
+    """Tells that a batch is skipped; raises FloatingPointError where it is the tenth in a row."""
+    found = f"Losses {values} on images {', '.join(target['name'] for target in targets)}"
+    tell(f"{found}: this batch is skipped.")
+    if times >= MOST_BAD:
+        raise FloatingPointError(
+            f"{found}: {times} batches in a row had losses that are not finite. Training has "
+            "stopped; the checkpoints are of earlier epochs. Lower lr, or set precision='no'."
+        )
+
+
+# %%
 class StepGuard:
     """Adds the gradients of a batch, though memory may not suffice or losses not be finite.
 
     Args:
-        model: its buffers (means of norms) are put back after a batch that went wrong.
+        model: its buffers (means of norms) and the gradients of earlier batches are put back after
+            a batch that went wrong.
 
     Attributes:
         parts: into how many a batch is cut, its gradients added up; more once memory ran out.
         bad: batches in a row whose loss was not finite.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, parts: int = 1):
         self.buffers = [b for b in model.buffers() if b.is_floating_point()]
         self.kept = [b.clone() for b in self.buffers]
-        self.parts, self.bad = 1, 0
+        self.weights, self.parts, self.bad = list(model.parameters()), parts, 0
 
-    def tried(self, model, optimizer, images, targets, accelerator, tell) -> dict | None:
+    def put_back(self, grads) -> None:
+        """Undoes what a batch did to buffers and gradients."""
+        torch._foreach_copy_(self.buffers, self.kept)
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = None if grad is None else grad.clone()
+
+    def tried(self, model, images, targets, accelerator, tell) -> dict | None:
         """As `add_gradients`; None where the batch has to be skipped.
 
         Raises:
             FloatingPointError: `MOST_BAD` batches in a row were skipped.
             torch.OutOfMemoryError: memory does not even suffice for a single crop.
         """
+        # There are none but where the gradients of several batches are added up for one step.
+        grads = [None if weight.grad is None else weight.grad.clone() for weight in self.weights]
         while True:
             try:
                 values = add_gradients(model, images, targets, accelerator, self.parts)
                 break
             except torch.OutOfMemoryError:
-                optimizer.zero_grad(set_to_none=True)
-                torch._foreach_copy_(self.buffers, self.kept)
+                self.put_back(grads)
                 if self.parts >= len(images):
                     raise
                 self.parts *= 2
@@ -224,24 +246,12 @@ class StepGuard:
             torch._foreach_copy_(self.kept, self.buffers)
             self.bad = 0
             return values
-        self.skip(values, targets, optimizer, accelerator, tell)
-        return None
-
-    def skip(self, values, targets, optimizer, accelerator, tell) -> None:
-        """Drops a batch whose loss is not finite."""
+        self.put_back(grads)
         self.bad += 1
-        names = ", ".join(target["name"] for target in targets)
-        tell(f"Losses {values} on images {names}: this batch is skipped.")
-        if self.bad >= MOST_BAD:
-            raise FloatingPointError(
-                f"{self.bad} batches in a row had losses that are not finite, the last {values} on "
-                f"images {names}. Training has stopped; the checkpoints are of earlier epochs. "
-                "Lower lr, or set precision='no'."
-            )
-        torch._foreach_copy_(self.buffers, self.kept)
-        optimizer.zero_grad(set_to_none=True)
+        skip_batch(values, targets, self.bad, tell)
         if accelerator.scaler is not None:
             accelerator.scaler.update(accelerator.scaler.get_scale() / 2)
+        return None
 
 
 # %%
@@ -277,7 +287,7 @@ def train_epoch(
 
     Args:
         model, optimizer, schedule: `schedule` is stepped once a batch.
-        config: settings; bar: a tqdm bar that counts batches.
+        config: settings; bar: counts batches.
         after_step: called after each update of the weights; True ends the pass.
         guard: a `StepGuard` of the model, by default a new one.
 
@@ -290,10 +300,9 @@ def train_epoch(
     means, guard = {}, guard or StepGuard(model)
     model.train()
     for images, targets in loader:
-        enough = False
         with accelerator.accumulate(model):
-            values = guard.tried(model, optimizer, images, targets, accelerator, bar.write)
-            if values is not None:
+            values = guard.tried(model, images, targets, accelerator, bar.write)
+            if any(weight.grad is not None for weight in guard.weights):
                 if config.clip_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales
                 optimizer.step()
@@ -308,13 +317,17 @@ def train_epoch(
             bar.set_postfix(parts | {"rate": f"{max(schedule.get_last_lr()):.1e}"}, refresh=False)
         if enough:
             break
+    if not means:
+        raise FloatingPointError("Every batch of the epoch was skipped: see the lines above.")
     return {name: float(mean.to(accelerator.device).compute()) for name, mean in means.items()}
 
 
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
-    return [detect(model, [as_seen(s.image, config)], config)[0] for s in samples]
+    own, once = replace(config, tile=0), View(1.0, 0, False)
+    seen = (as_seen(sample.image, config) for sample in samples)
+    return [settle(detect_view(model, image, once, own), config) for image in seen]
 
 
 @torch.no_grad()
@@ -526,7 +539,6 @@ def restore_run(run: "TrainingRun", state: dict) -> None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.history = state["history"]
     run.clock.spent, run.clock.is_over = state["spent"], state["is_over"]
-    run.guard.parts = state["parts"]
 
 
 # %%
@@ -618,10 +630,10 @@ class TrainingRun:
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
         if config.ema:
             self.parts["average"] = WeightMean(model, config.ema)
-        self.guard = StepGuard(model)
         if state is not None:
             check_same_settings(state["config"], config, folder / "last.pt")
             restore_run(self, state)
+        self.guard = StepGuard(model, state["parts"] if state else 1)
         prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
         self.model, self.optimizer, self.schedule, self.loader = prepared
 

@@ -304,8 +304,9 @@ def paste_cells(sample: CellSample, donor: CellSample, chances: Tensor) -> CellS
     cells = torch.bincount(front.flatten(), minlength=len(donor.labels) + 1)
     taken = (sample.layers[place] > 0).any(0)
     covered = torch.bincount(front[:, taken].flatten(), minlength=len(cells))
-    chosen = torch.rand(len(cells)) < chances[torch.cat([torch.zeros(1).long(), donor.labels])]
-    chosen &= (covered <= MOST_COVERED * cells) & (torch.cat([cells[:1] * 0, donor.labels]) > 0)
+    labels = torch.cat([cells[:1] * 0, donor.labels.clamp(min=0)])  # background and crowds: 0
+    chosen = (torch.rand(len(cells)) < chances[labels]) & (labels > 0)
+    chosen &= covered <= MOST_COVERED * cells
     front = torch.where(chosen[front], front + count, 0)
     shown = (front > 0).any(0)
     image, depth = sample.image.clone(), max(len(front), len(sample.layers))

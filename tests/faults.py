@@ -37,8 +37,10 @@ def half_saved(content, path, *_, **__) -> None:
 
 
 def half_written(path, text, *_, **__) -> None:
-    """Leaves the first half of a text."""
-    path.write_bytes(text.encode()[: len(text) // 2])
+    """Leaves, behind what is there, all but the last letter or half of a text."""
+    kept = len(text) - 1 if len(text) % 2 else len(text) // 2
+    with path.open("ab") as file:
+        file.write(text.encode()[:kept])
 
 
 really_save = torch.save
@@ -68,9 +70,10 @@ def run_story(kill_at: int) -> None:
     watch(Path, "write_text", half_written)
     watch(Path, "replace")
     watch(train, "add_gradients")
-    watch(train, "detect")
+    watch(train, "detect_view")
     watch(train, "average_precision")
     watch(predict, "detect_together")
+    watch(predict, "append_text", half_written)
     runpy.run_module("src_snippets.notebook", run_name="__main__")
     print(EVENTS, count)
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 import json
 import subprocess
 import sys
@@ -205,6 +206,10 @@ def test_leakage_measures_all_images_out_of_fold(options, demo_samples):
         found = leakage.measure(options, split_by, 0, demo_samples)
         assert 0 <= found["interval"][0] <= found["AP50"] <= found["interval"][1] <= 1
     assert len(list((options.out / "runs").iterdir())) == 4
+    demo_samples.dataset = replace(demo_samples.dataset, groups={"no": "group"})
+    leakage.measure(options, "image", 1, demo_samples)
+    assert demo_samples.dataset.groups == {"no": "group"}  # put back
+    demo_samples.dataset = replace(demo_samples.dataset, groups={})
 
 
 def test_the_race_has_both_sides(options, demo_samples, tmp_path):

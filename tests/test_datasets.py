@@ -16,6 +16,7 @@ from src_snippets.datasets import (
     channel_statistics,
     choose_splits,
     coco_pixels,
+    describe_groups,
     fold_images,
     open_dataset,
     open_folders,
@@ -154,6 +155,8 @@ def test_a_split_with_groups_is_near_the_share():
     for seed in range(20):
         split = split_images(names, 0.2, seed, groups)
         assert 8 <= len(split["val"]) <= 10  # never the large one
+    most = {name: f"g{i // 13}" for i, name in enumerate(names[:39])}  # three of 13, one image
+    assert len(split_images(names, 0.2, 0, most)["val"]) >= 13  # not that image alone
     two = {name: f"g{i // 20}" for i, name in enumerate(names)}
     assert len(split_images(names, 0.2, 0, two)["val"]) == 20  # the smallest, where all are larger
 
@@ -186,6 +189,15 @@ def test_fields_that_look_alike_stay_together(tmp_path):
     own = replace(samples.dataset, groups={"n00": "patient"})
     samples.dataset = own
     assert samples.groups("look") == {"n00": "patient"}  # the dataset knows better
+
+
+def test_groups_in_words():
+    names = ["a", "b", "c", "d"]
+    assert describe_groups({}, names) == "each image by itself"
+    assert describe_groups(dict(a="x", b="y", c="z", d="w"), names) == "each image by itself"
+    assert describe_groups(dict(a="x", b="x", c="z", d="z"), names) == "2 groups of 2 to 2 images"
+    some = describe_groups(dict(a="x", b="x", c="z"), names)
+    assert some == "2 groups of 1 to 2 images, 1 images by themselves"
 
 
 def test_the_split_spreads_the_classes(tmp_path):

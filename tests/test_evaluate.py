@@ -245,7 +245,11 @@ def test_interval_of_images(two_cells):
     truth = truth_instances(two_cells)
     good, bad = find_hits(truth, truth, 2), find_hits(truth.select([]), truth, 2)
     assert ap_interval([good] * 5) == (1.0, 1.0)
-    assert ap_interval([bad]) == (0.0, 0.0)
+    assert ap_interval([bad] * 2) == (0.0, 0.0)
+    empty = truth_instances(empty_sample())
+    nothing = find_hits(empty, empty, 2)
+    assert ap_interval([good]) is ap_interval([nothing] * 5) is ap_interval([]) is None
+    assert ap_interval([good, nothing, nothing, good]) == (1.0, 1.0)
     low, high = ap_interval([good, bad] * 8)
     assert 0.2 < low < 0.5 < high < 0.8
     assert ap_interval([good, bad] * 8) == (low, high)

@@ -269,6 +269,9 @@ def test_prediction_goes_on_where_it_was(demo_root, tiny_config, tmp_path, monke
     assert [a.rles for a in found.values()] == [a.rles for a in wanted.values()]
     predict_images([member], images, tiny_config, kept)
     assert len(asked) == 2
+    kept.write_bytes(whole[:-1])  # killed before the end of the last line
+    predict_images([member], images, tiny_config, kept)
+    assert (len(asked), kept.read_bytes()) == (3, whole)
     # Other weights, settings or images have a file of their own.
     assert answers_file([checkpoint], images, replace(tiny_config, score_floor=0.9)) != kept
     assert answers_file([checkpoint], images[:2], tiny_config) != kept

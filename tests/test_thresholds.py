@@ -5,6 +5,7 @@ import pytest
 
 from src_snippets.config import recipe
 from src_snippets.forms import Instances
+from src_snippets.fusion import settle
 from src_snippets.plots import plot_thresholds
 from src_snippets.rle import encode_crop
 from src_snippets.thresholds import (
@@ -80,6 +81,18 @@ def test_what_was_chosen_is_measured_on_other_images():
     first, other = TRUTH, instances([(0, 0, 20, 1, 1), (20, 20, 10, 2, 1)])
     tuned = tune_thresholds(lambda **changes: ask_settled(**changes)[:2], [first, other], CONFIG)
     assert tuned.after == 0.5  # class 1 is wrong on both, the specks of class 2 are gone
+
+
+def test_looser_values_than_those_set_are_tried():
+    """The answers that are compared were not settled before with the settings."""
+    small = instances([(0, 0, 5, 1, 1)])
+    strict = replace(CONFIG, least_area=(64,))
+
+    def settled(**changes):
+        return [settle(small, replace(strict, **changes))]
+
+    curves = sweep_thresholds(settled, [small], strict)
+    assert choose_thresholds(curves, strict, [0])["least_area"][0] in (1, 16)
 
 
 def test_floor_of_the_best_f1_worked_by_hand():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from src_snippets import train
+from src_snippets import predict, train
 from src_snippets.config import recipe
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
@@ -542,8 +542,8 @@ def batch(count=4):
 
 def test_full_memory_cuts_batches_and_remembers():
     model, told = Losses(most=1), []
-    optimizer, guard = torch.optim.SGD([model.weight], 0.1), StepGuard(model)
-    values = guard.tried(model, optimizer, *batch(), Plain, told.append)
+    guard = StepGuard(model)
+    values = guard.tried(model, *batch(), Plain, told.append)
     assert model.calls == [4, 2, 1, 1, 1, 1]
     assert values == {"loss_mask": pytest.approx(1.5)}
     assert float(model.weight.grad) == pytest.approx(1.5)  # as of the whole batch, and only once
@@ -553,20 +553,20 @@ def test_full_memory_cuts_batches_and_remembers():
         "batches are computed in 4 parts now.",
     ]
     model.calls.clear()
-    guard.tried(model, optimizer, *batch(), Plain, told.append)
+    guard.tried(model, *batch(), Plain, told.append)
     assert model.calls == [1, 1, 1, 1]
-    guard.tried(model, optimizer, *batch(2), Plain, told.append)  # fewer images than parts
+    guard.tried(model, *batch(2), Plain, told.append)  # fewer images than parts
     with pytest.raises(torch.OutOfMemoryError):
-        StepGuard(model).tried(Losses(most=0), optimizer, *batch(2), Plain, told.append)
+        StepGuard(model).tried(Losses(most=0), *batch(2), Plain, told.append)
 
 
 def test_losses_that_are_not_finite_are_skipped_and_named():
     model, told = Losses(bad=(2, 3)), []
-    optimizer, guard = torch.optim.SGD([model.weight], 0.1), StepGuard(model)
+    guard = StepGuard(model)
     accelerator = Plain()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     accelerator.scaler.scale(torch.ones(1))
-    found = [guard.tried(model, optimizer, *batch(2), accelerator, told.append) for _ in range(4)]
+    found = [guard.tried(model, *batch(2), accelerator, told.append) for _ in range(4)]
     assert [values is None for values in found] == [False, True, True, False]
     assert float(model.mean) == 2  # the norms did not learn from what was skipped
     assert accelerator.scaler.get_scale() == 2.0
@@ -673,3 +673,77 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         save_checkpoint({"a": 2}, path, tmp_path / "before.pt")
     assert path.read_bytes() == kept
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_gradients_of_earlier_batches_survive_a_bad_one():
+    images, targets = batch(2)
+    for model in (Losses(bad=(2,)), Losses(most=1)):
+        guard = StepGuard(model)
+        if model.most == 99:
+            guard.tried(model, images, targets, Plain, print)
+        else:
+            model.weight.grad = torch.tensor(0.5)  # of a batch before, to be added to
+        before = float(model.weight.grad)
+        values = guard.tried(model, images, targets, Plain, print)
+        assert float(model.weight.grad) == pytest.approx(before + (0.5 if values else 0.0))
+
+
+def test_a_bad_batch_among_accumulated_ones_leaves_the_weights_finite(parts, tiny_config, tmp_path):
+    config = replace(tiny_config, accumulate=2, batch_size=2)
+    run = TrainingRun(config, tmp_path, training_loader(parts[0], config, CPU))
+    calls, really = [], train.add_gradients
+
+    def bad_first(model, images, targets, accelerator, count):
+        calls.append(len(images))
+        values = really(model, images, targets, accelerator, count)
+        if len(calls) == 1:
+            next(model.parameters()).grad.fill_(math.nan)
+            return values | {"loss_mask": math.nan}
+        return values
+
+    told = []
+    bar = SimpleNamespace(write=told.append, update=lambda: None, set_postfix=lambda *a, **k: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "add_gradients", bad_first)
+        before = next(run.model.parameters()).detach().clone()
+        arguments = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
+        train_epoch(*arguments, config, bar, guard=run.guard)
+    assert len(told) == 1
+    assert all(weight.isfinite().all() for weight in run.model.parameters())
+    assert not torch.equal(before, next(run.model.parameters()))  # the others were learned from
+
+
+def test_a_bad_batch_right_after_going_on_keeps_the_norms(parts, tiny_config, tmp_path):
+    fit(tiny_config, *parts, tmp_path)
+    longer = TrainingRun(tiny_config, tmp_path, training_loader(parts[0], tiny_config, CPU))
+    wanted = {k: v.clone() for k, v in longer.model.named_buffers() if v.is_floating_point()}
+    for buffer in longer.guard.buffers:
+        buffer.fill_(7.0)
+    longer.guard.put_back([None] * len(longer.guard.weights))
+    found = dict(longer.model.named_buffers())
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_an_epoch_without_a_good_batch_stops(parts, tiny_config, tmp_path):
+    run = TrainingRun(tiny_config, tmp_path, training_loader(parts[0], tiny_config, CPU))
+    with torch.no_grad():
+        next(run.model.rpn.head.parameters()).fill_(math.nan)
+    bar = SimpleNamespace(write=print, update=lambda: None)
+    arguments = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
+    with pytest.raises(FloatingPointError, match="Every batch of the epoch was skipped"):
+        train_epoch(*arguments, tiny_config, bar, guard=run.guard)
+
+
+def test_looks_at_the_validation_part_fit_into_memory(parts, tiny_config, tmp_path, monkeypatch):
+    model, really = build_model(tiny_config).eval(), predict.find_raw
+    whole = validate(model, parts[1], tiny_config)
+
+    def little_room(model, tiles, config):
+        if max(tiles[0].shape) > 200:
+            raise torch.OutOfMemoryError("no room")
+        return really(model, tiles, config)
+
+    monkeypatch.setattr(predict, "find_raw", little_room)
+    assert [found.size for found in validate(model, parts[1], tiny_config)] == [
+        found.size for found in whole
+    ]

@@ -394,6 +394,8 @@ def test_pasting_edge_cases():
     assert (onto.layers > 0).sum() == 50
     crowd = make_sample([np.ones((50, 70), int)], [-1])
     assert not (paste_cells(empty, crowd, chances).layers > 0).any()
+    crowd.labels[0] = -4  # of a class that nothing else has
+    assert not (paste_cells(empty, crowd, chances).layers > 0).any()
     layered = make_sample([np.eye(50, 70, dtype=int), np.ones((50, 70), int)], [1, 1])
     both = paste_cells(empty, layered, chances)
     assert both.layers.shape == (2, 50, 70)

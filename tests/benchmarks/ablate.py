@@ -3,7 +3,8 @@
 A base and one change a row, each trained for the same minutes with two seeds or more; changes of
 the answer alone share the base's checkpoint. Each seed has a split of its own, on which a row is
 compared with the base; the spread is the standard deviation of these differences. On a CPU the
-minutes are those of its cores, so that what else the machine does changes nothing. Results go to
+minutes are those of its cores: a run that is held by SIGSTOP loses none, but other work beside it
+makes threads wait for each other and costs steps. Results go to
 `ablation.json` below `--out`; what is there already is not measured again, and a training that was
 stopped goes on. Nothing is asserted.
 """

@@ -33,8 +33,12 @@ def measure(options, split_by: str, seed: int, samples: CellSamples) -> dict:
     changes = dict(epochs=10_000, eval_every=10_000, train_hours=options.minutes / 60, seed=seed)
     changes |= dict(folds=options.folds, split_by=split_by, detections=600) | options.settings
     config = replace(recipe(options.recipe, **changes), num_classes=len(samples.dataset.categories))
-    asked = []
-    for fold, split in choose_splits(samples, config).items():
+    asked, own = [], samples.dataset
+    if split_by == "image":  # or groups that the dataset states would be kept
+        samples.dataset = replace(own, groups={})
+    splits = choose_splits(samples, config)
+    samples.dataset = own
+    for fold, split in splits.items():
         folder = options.out / "runs" / f"{split_by}-{seed}-{fold}"
         fit(config, pick(samples, split["train"]), [], folder)
         held_out = pick(samples, split["val"])
@@ -60,14 +64,19 @@ def main() -> None:
         train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "leakage.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
     samples = CellSamples(open_dataset(options.data, recipe(options.recipe)), 4.0)
+    names = ("recipe", "settings", "minutes", "folds")
+    about = {name: getattr(options, name) for name in names} | dict(data=samples.digest)
+    known = json.loads(path.read_text()) if path.is_file() else dict(about=about, results={})
+    if known["about"] != about:
+        raise SystemExit(f"{path}: of other settings or data. Give another folder as --out.")
+    results = known["results"]
     print("| split by | seed | AP50, out of fold | with other images |\n|---|---|---|---|")
     for seed in range(options.seeds):
         for split_by in ("look", "image"):
             if str(seed) not in results.setdefault(split_by, {}):
                 results[split_by][str(seed)] = measure(options, split_by, seed, samples)
-                write_json(results, path)
+                write_json(known, path)
             found = results[split_by][str(seed)]
             low, high = found["interval"]
             row = f"| {split_by} | {seed} | {found['AP50']:.3f} | {low:.3f} to {high:.3f} |"

@@ -175,13 +175,18 @@ def main() -> None:
         train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "race.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
     samples = CellSamples(open_dataset(options.data, recipe(options.recipe)), 4.0)
+    names = ("recipe", "settings", "minutes", "seed")
+    about = {name: getattr(options, name) for name in names} | dict(data=samples.digest)
+    known = json.loads(path.read_text()) if path.is_file() else dict(about=about, results={})
+    if known["about"] != about:
+        raise SystemExit(f"{path}: of other settings or data. Give another folder as --out.")
+    results = known["results"]
     for side, shares in SHARES.items():
         for share in shares:
             if f"{share:g}" not in results.setdefault(side, {}):
                 results[side][f"{share:g}"] = measure(options, side, share, samples)
-                write_json(results, path)
+                write_json(known, path)
             found = results[side][f"{share:g}"]
             print(side, {key: round(value, 3) for key, value in found.items()}, flush=True)
     if options.figure:
