@@ -1,4 +1,4 @@
-"""Mask R-CNN whose heads read instance maps; `detect` turns images into `Instances`."""
+"""Mask R-CNN whose heads read instance maps; its answers as `Instances`."""
 
 # %% [markdown]
 # ## How are the parts put together?
@@ -26,7 +26,6 @@ from src_snippets.backbones import (
 )
 from src_snippets.config import Config
 from src_snippets.forms import by_class, Instances
-from src_snippets.fusion import settle
 from src_snippets.heads import build_heads, build_proposals, similar_chunks
 from src_snippets.rle import encode_crops
 from src_snippets.transforms import magnification
@@ -372,13 +371,3 @@ def find_raw(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> li
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype, enabled=precision != "no"):
         return model.eval()([image.to(device, non_blocking=True) for image in images])
-
-
-def detect(model: GeneralizedRCNN, images: list[Tensor], config: Config) -> list[Instances]:
-    """Finds the cells of a batch of images, each seen once and whole; see `find_raw`.
-
-    Returns:
-        B `Instances`, best first.
-    """
-    answers = zip(find_raw(model, images, config), images, strict=True)
-    return [settle(to_instances(found, i.shape[-2:], config), config) for found, i in answers]

@@ -15,6 +15,8 @@ from src_snippets.config import recipe
 from src_snippets.datasets import CellSamples, open_dataset
 from src_snippets.demo import make_demo, save_lzw
 from src_snippets.forms import CellSample, Instances, pack_parts
+from src_snippets.fusion import settle
+from src_snippets.model import find_raw, to_instances
 from src_snippets.readers import BadInput
 from src_snippets.rle import decode_runs, encode_runs
 
@@ -55,6 +57,12 @@ def make_sample(maps, classes, seed=0, name="drawn") -> CellSample:
 def empty_sample(height=40, width=50) -> CellSample:
     """A sample without cells."""
     return make_sample([np.zeros((height, width), np.int64)], [1])
+
+
+def detect(model, images, config) -> list[Instances]:
+    """What a model finds in a batch of images, each seen once and whole."""
+    answers = zip(find_raw(model, images, config), images, strict=True)
+    return [settle(to_instances(found, i.shape[-2:], config), config) for found, i in answers]
 
 
 def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Path:

@@ -26,12 +26,11 @@ from src_snippets.heads import (
 )
 from src_snippets.model import (
     build_model,
-    detect,
     InputTransform,
     paste_masks,
 )
 from src_snippets.transforms import training_target
-from tests.conftest import dense_masks, field_of_cells, make_sample, random_boxes
+from tests.conftest import dense_masks, detect, field_of_cells, make_sample, random_boxes
 
 
 def matchers(high=0.7, low=0.3, every_cell=True):

@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 from src_snippets.config import recipe
-from src_snippets.model import build_model, detect
+from src_snippets.model import build_model
 from src_snippets.transforms import TrainingSet
 from tests.benchmarks.cases import grid_sample
 from tests.benchmarks.run import memory
-from tests.conftest import ROOT
+from tests.conftest import detect, ROOT
 
 CELLS, SIDE = 5000, 4096
 LIMIT = 3 * 10**9  # bytes, with the libraries; one boolean mask a cell would take 84e9

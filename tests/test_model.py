@@ -21,7 +21,6 @@ from src_snippets.model import (
     choose_precision,
     count_parameters,
     describe_anchors,
-    detect,
     initial_weights,
     InputTransform,
     load_model_state,
@@ -32,6 +31,7 @@ from src_snippets.readers import read_cell_folder
 from src_snippets.transforms import training_target
 from tests.conftest import (
     dense_masks,
+    detect,
     empty_sample,
     field_of_cells,
     random_boxes,

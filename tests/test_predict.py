@@ -12,7 +12,7 @@ from src_snippets.config import recipe
 from src_snippets.datasets import read_test_mapping
 from src_snippets.forms import truth_instances
 from src_snippets.fusion import fuse
-from src_snippets.model import build_model, detect
+from src_snippets.model import build_model
 from src_snippets.predict import (
     answer_held_out,
     answer_samples,
@@ -30,7 +30,7 @@ from src_snippets.predict import (
 from src_snippets.readers import BadInput, read_image
 from src_snippets.rle import mask_areas
 from src_snippets.stains import normal_matrix, restain
-from tests.conftest import field_of_cells
+from tests.conftest import detect, field_of_cells
 
 
 def test_every_test_image_gets_an_answer(demo_root, tiny_config):

@@ -146,7 +146,8 @@ def test_neighbours_in_real_fields_look_alike():
     names = samples.names
     assert all(groups[names[a]] == groups[names[b]] for a, b in seams)
     rng = np.random.default_rng(0)
-    hidden = [(rng.integers(0, 256, 3 * (9 + k), np.uint8),) * 4 for k in range(len(names))]  # no seams
+    lengths = range(27, 27 + 3 * len(names), 3)  # none fits another: no seams
+    hidden = [(rng.integers(0, 256, length, np.uint8),) * 4 for length in lengths]
     alone = look_alikes(np.stack(samples._looks), hidden)
     together = np.mean([alone[a] == alone[b] for a, b in seams])
     chance = ((np.bincount(alone) / len(alone)) ** 2).sum()

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from src_snippets.config import recipe, RECIPES
 from src_snippets.datasets import CellSamples, open_dataset
 from src_snippets.demo import draw_field, make_demo
-from src_snippets.model import build_model, count_parameters, detect
+from src_snippets.model import build_model, count_parameters
 from src_snippets.train import train_epoch, training_loader, TrainingRun
+from tests.conftest import detect
 
 
 def seconds(work, device: torch.device, times: int = 3) -> float:
