@@ -198,6 +198,12 @@ def skip_batch(values: dict, targets: list[dict], times: int, tell) -> None:
         )
 
 
+def copy_values(targets: list, sources: list) -> None:
+    """Copies tensors into others by one kernel; there may be none, as without batch norms."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 # %%
 class StepGuard:
     """Adds the gradients of a batch, though memory may not suffice or losses not be finite.
@@ -218,7 +224,7 @@ class StepGuard:
 
     def put_back(self, grads) -> None:
         """Undoes what a batch did to buffers and gradients."""
-        torch._foreach_copy_(self.buffers, self.kept)
+        copy_values(self.buffers, self.kept)
         for weight, grad in zip(self.weights, grads, strict=True):
             weight.grad = None if grad is None else grad.clone()
 
@@ -243,7 +249,7 @@ class StepGuard:
                 tell(f"The GPU's memory is full: batches are computed in {self.parts} parts now.")
             free_memory()  # not in the handler, which still holds what did not fit
         if all(map(math.isfinite, values.values())):
-            torch._foreach_copy_(self.kept, self.buffers)
+            copy_values(self.kept, self.buffers)
             self.bad = 0
             return values
         self.put_back(grads)
