@@ -125,7 +125,7 @@ train_part = pick(samples, first_split["train"])
 print(f"to normalise by this dataset instead of ImageNet: {channel_statistics(train_part)}")
 
 # %%
-from src_snippets.transforms import filled_crop, magnification
+from src_snippets.transforms import magnification, TrainingSet
 
 # %%
 from src_snippets.plots import (
@@ -152,14 +152,16 @@ show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samp
 # %%
 torch.manual_seed(config.seed)
 most_cells = int(samples.counts.sum(1)[train_part.indices].argmax())
-variants = [filled_crop(train_part, most_cells, config) for _ in range(5)]
+seen = TrainingSet(train_part, config)
+variants = [seen.variant(most_cells) for _ in range(5)]
 augmented = plot_augmentations(train_part[most_cells], variants, config.num_classes)
 show_figure(augmented, output / "figures" / "augmentations.png")
 
 # %% [markdown]
 # The same field as training sees it: flipped, turned, magnified, cut and recoloured, with pieces of
-# others beside it where it is smaller than `crop`. Outlines must still sit on the cells. If colours
-# look unlike any slide you have, lower `color_jitter`.
+# others beside it where it is smaller than `crop`, and with other fields and pasted cells where the
+# settings say so. Outlines must still sit on the cells. If colours look unlike any slide you have,
+# lower `color_jitter`.
 
 # %%
 from src_snippets.weights import read_weights

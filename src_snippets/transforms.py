@@ -372,11 +372,17 @@ class TrainingSet(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int):
+        sample = self.variant(index)
+        target = training_target(sample, self.config.min_area)
+        return sample.image, target | {"name": sample.name}
+
+    def variant(self, index: int) -> CellSample:
+        """A random variant of a sample, as the model sees it; see `rare_crops` and `copy_paste`."""
         config, sample = self.config, self.crop(index)
         if config.copy_paste and torch.rand(()) < config.copy_paste and self.members:
             donor = self.crop(int(torch.randint(len(self.samples), ())))
             sample = paste_cells(sample, donor, self.chances)
-        return sample.image, training_target(sample, config.min_area) | {"name": sample.name}
+        return sample
 
     def crop(self, index: int) -> CellSample:
         """A crop of a sample; a share of them is laid around cells: see `rare_crops`."""
