@@ -287,7 +287,7 @@ RECIPES = {
     "lsj_ensemble": LSJ_ENSEMBLE,
     # For a T4 in one session of 9 hours.
     "best": BEST,
-    # 88 million more parameters in the trunk: for a larger GPU, or several sessions.
+    # A trunk of 88 million parameters in place of 28: for a larger GPU, or several sessions.
     "best_large": BEST | dict(backbone="timm:convnextv2_base.fcmae_ft_in1k", train_hours=20.0),
     # The drawn dataset on a CPU.
     "demo": DEMO,

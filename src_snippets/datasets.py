@@ -446,8 +446,9 @@ class CellSamples(Sequence):
 
     def __init__(self, dataset: CellDataset, cache_gb: float):
         self.dataset, self.names = dataset, dataset.names
+        self.places = {name: index for index, name in enumerate(self.names)}
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
-        self._looks, self._borders = [], []
+        self.looks, self.borders = [], []  # what `groups` needs, of each image
         self._kept, left, digest = {}, cache_gb * 1e9, hashlib.sha256()
         for index, name in enumerate(tqdm(self.names, desc="reading", unit="image")):
             sample = dataset.read(name)
@@ -455,8 +456,8 @@ class CellSamples(Sequence):
             self.counts[index] = np.bincount(cells, minlength=len(dataset.categories) + 1)
             for part in (sample.image, sample.layers, sample.labels):
                 digest.update(part.numpy().tobytes())
-            self._looks.append(field_look(sample.image.numpy()))
-            self._borders.append(field_borders(sample.image.numpy()))
+            self.looks.append(field_look(sample.image.numpy()))
+            self.borders.append(field_borders(sample.image.numpy()))
             left -= sample.image.nbytes + sample.layers.nbytes
             if left >= 0:
                 self._kept[index] = sample
@@ -476,7 +477,7 @@ class CellSamples(Sequence):
         """The group of each image: the dataset's own, else by `split_by` of the settings."""
         if self.dataset.groups or split_by == "image":
             return dict(self.dataset.groups)
-        numbers = look_alikes(np.stack(self._looks), self._borders)
+        numbers = look_alikes(np.stack(self.looks), self.borders)
         return {name: f"look {number}" for name, number in zip(self.names, numbers, strict=True)}
 
 
@@ -584,12 +585,11 @@ SPLIT_TRIES = 50
 
 def unevenness(splits: Sequence[dict], samples: CellSamples) -> float:
     """How far the shares of classes in the validation parts are from the shares of images."""
-    places = {name: index for index, name in enumerate(samples.names)}
     counts = samples.counts[:, samples.counts.any(0)]
     total = 0.0
     for split in splits:
-        own = counts[[places[name] for name in split["val"]]].sum(0)
-        total += np.abs(own / counts.sum(0) - len(split["val"]) / len(places)).sum()
+        own = counts[[samples.places[name] for name in split["val"]]].sum(0)
+        total += np.abs(own / counts.sum(0) - len(split["val"]) / len(samples)).sum()
     return float(total)
 
 
@@ -613,8 +613,7 @@ def choose_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, l
 # %%
 def pick(samples: CellSamples, names: Sequence[str]) -> Subset:
     """The samples of some names, in the order of the names."""
-    places = {name: index for index, name in enumerate(samples.names)}
-    return Subset(samples, [places[name] for name in names])
+    return Subset(samples, [samples.places[name] for name in names])
 
 
 def write_json(content, path: Path) -> None:

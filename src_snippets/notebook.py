@@ -248,7 +248,9 @@ for path in ENSEMBLE:
 reserve = 0.0
 if config.max_hours:  # time to answer validation and test images and to write what was found
     held = [s.size for split in splits.values() for s in pick(samples, split["val"])]
-    pixels = sum(h * w for h, w in held) * (11 if config.tune else 1)  # tuning asks ten times more
+    pixels = sum(h * w for h, w in held) * (
+        10 if config.tune else 1
+    )  # tuning asks up to nine times more
     models = len(splits) + len(ENSEMBLE)
     pixels += models * sum(image.height * image.width for image in dataset.test_images)
     reserve = 120 + 1.5 * answering_seconds(config, train_part[most_cells], pixels)
@@ -300,7 +302,8 @@ if val_answers:
     counted = [found.above(config.show_floor) for found in counted]
     quality = panoptic_quality(zip(val_truths, counted, strict=True), config.num_classes)
     crowded_truths = [with_crowds(sample) for sample in held_out]
-    interval = ap_interval(hits_of(val_answers, crowded_truths, config.num_classes))
+    val_hits = hits_of(val_answers, crowded_truths, config.num_classes)
+    interval = ap_interval(val_hits)
     print(f"{len(val_answers)} validation images, seed {config.seed}")
     print(format_scores(scores, quality))
     if interval:
@@ -338,7 +341,8 @@ from src_snippets.thresholds import threshold_lines, tune_thresholds
 # %%
 changed = {}
 if config.tune and len(val_answers) > 1:
-    tuned = tune_thresholds(partial(answer_held_out, asked, config), crowded_truths, config)
+    ask = partial(answer_held_out, asked, config)
+    tuned = tune_thresholds(ask, crowded_truths, val_hits, config)
     changed = tuned.changes
     curves = plot_thresholds(threshold_lines(tuned, config), config.num_classes)
     show_figure(curves, output / "figures" / "thresholds.png")

@@ -21,7 +21,7 @@ from torch import Tensor
 from src_snippets.config import Config
 
 # %%
-LEAST_DENSITY = 0.15  # of a channel's mean; pixels below are glass. Source: Macenko et al. 2009
+LEAST_DENSITY = 0.15  # paler pixels are glass. Source: Macenko et al. 2009
 DENSITIES = -torch.log((torch.arange(256) + 1) / 256)  # of the values of a pixel; 0 for white
 
 
@@ -30,22 +30,20 @@ def optical_density(image: Tensor) -> Tensor:
     return DENSITIES[image.flatten(1).int()]
 
 
-def restain(image: Tensor, matrix: Tensor, lift: Tensor | float = 0.0) -> Tensor:
+def restain(image: Tensor, matrix: Tensor) -> Tensor:
     """Multiplies the optical density of an image by a matrix, in bands of bounded size.
 
     Args:
         image: (3, H, W) uint8.
         matrix: (3, 3) float32, old densities of R, G, B to new ones.
-        lift: (3,) float32, added to the density.
 
     Returns:
         (3, H, W) uint8.
     """
     pixels = image.flatten(1)
     changed = torch.empty_like(pixels)
-    lift = torch.as_tensor(lift).expand(3)[:, None]
     for band, new in zip(pixels.split(2**15, 1), changed.split(2**15, 1), strict=True):
-        density = torch.addmm(lift, matrix, DENSITIES[band.int()])
+        density = matrix @ DENSITIES[band.int()]
         new.copy_((256 * torch.exp(-density) - 1).round_().clamp_(0, 255))
     return changed.view(image.shape)
 

@@ -43,12 +43,12 @@ def sweep_thresholds(
         truths: of the same images, with crowds.
     """
     loose = dict(class_nms=(1.0,), mask_nms=1.0, least_area=(1,), overlaps=True)  # settled below
-    answers, curves = ask(**loose), {}
+    answers, curves = ask(**loose), {}  # what all values but those of masks are tried on
     for name, values in TRIED.items():
         curves[name] = {}
         for value in sorted({*values, *getattr(config, name)}):
             changes = {name: (value,)}
-            redrawn = name == "mask_threshold"  # the others need no model
+            redrawn = name == "mask_threshold" and (value,) != config.mask_threshold
             found = ask(**loose | changes) if redrawn else answers
             settled = [settle(a, replace(config, **changes)) for a in found]
             curves[name][value] = hits_of(settled, truths, config.num_classes)
@@ -127,15 +127,17 @@ class Tuned(NamedTuple):
     after: float
 
 
-def tune_thresholds(ask, truths: Sequence[Instances], config: Config) -> Tuned:
+def tune_thresholds(
+    ask, truths: Sequence[Instances], before: Sequence[Hits], config: Config
+) -> Tuned:
     """Chooses the settings of `TRIED` and `show_floor` for each class on validation images.
 
     Args:
         ask, truths: see `sweep_thresholds`; two images or more.
+        before: hits of the answers with the settings as they are, one an image.
     """
     curves = sweep_thresholds(ask, truths, config)
     changes = choose_thresholds(curves, config, range(len(truths)))
-    before = hits_of(ask(), truths, config.num_classes)
     hits = hits_of(ask(**changes), truths, config.num_classes)
     changes["show_floor"] = choose_floors(hits, config)
     after = tuned_on_halves(ask, truths, curves, config)

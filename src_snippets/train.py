@@ -36,10 +36,9 @@ from src_snippets.backbones import stage_groups
 from src_snippets.config import Config
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
-from src_snippets.fusion import settle
 from src_snippets.model import build_model, choose_precision, load_model_state
 from src_snippets.places import written_whole
-from src_snippets.predict import detect_view, View
+from src_snippets.predict import detect_together
 from src_snippets.readers import BadInput
 from src_snippets.stains import as_seen
 from src_snippets.transforms import collate, training_target, TrainingSet
@@ -330,10 +329,9 @@ def train_epoch(
 
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
-    """Detections on whole, unaugmented fields, one `Instances` a sample, in their order."""
-    own, once = replace(config, tile=0), View(1.0, 0, False)
-    seen = (as_seen(sample.image, config) for sample in samples)
-    return [settle(detect_view(model, image, once, own), config) for image in seen]
+    """Detections on whole, unaugmented fields shown once, one `Instances` a sample, in order."""
+    once = replace(config, tile=0, test_views="one", test_scales=(1.0,))
+    return [detect_together([(model, once)], sample.image, once) for sample in samples]
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def run_story(kill_at: int) -> None:
     watch(Path, "write_text", half_written)
     watch(Path, "replace")
     watch(train, "add_gradients")
-    watch(train, "detect_view")
+    watch(train, "detect_together")
     watch(train, "average_precision")
     watch(predict, "detect_together")
     watch(predict, "append_text", half_written)

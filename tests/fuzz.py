@@ -8,6 +8,7 @@ a `BadInput` that names it: no other error, no more than ten seconds, no more th
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 import io
 import json
 from pathlib import Path
@@ -163,8 +164,7 @@ def fuzz(cases: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
         path.parent.mkdir(parents=True)
         kinds.append((name, path, content, read))
     for name, (path, opened) in datasets(folder).items():
-        read = lambda path, opened=opened: read_all(opened, path)  # noqa: E731
-        kinds.append((name, path, path.read_bytes(), read))
+        kinds.append((name, path, path.read_bytes(), partial(read_all, opened)))
     counts, wrong = Counter(), []
     for name, path, content, read in kinds:
         path.write_bytes(content)

@@ -140,7 +140,7 @@ def test_groups_by_look():
 
 def test_neighbours_in_real_fields_look_alike():
     samples = CellSamples(open_dataset(real_data("consep"), recipe("demo")), 0.0)
-    seams = find_seams(samples._borders)
+    seams = find_seams(samples.borders)
     assert len(seams) == 61
     groups = samples.groups("look")
     names = samples.names
@@ -148,7 +148,7 @@ def test_neighbours_in_real_fields_look_alike():
     rng = np.random.default_rng(0)
     lengths = range(27, 27 + 3 * len(names), 3)  # none fits another: no seams
     hidden = [(rng.integers(0, 256, length, np.uint8),) * 4 for length in lengths]
-    alone = look_alikes(np.stack(samples._looks), hidden)
+    alone = look_alikes(np.stack(samples.looks), hidden)
     together = np.mean([alone[a] == alone[b] for a, b in seams])
     chance = ((np.bincount(alone) / len(alone)) ** 2).sum()
     print(f"{together:.0%} of neighbours in one group by look alone; by chance {chance:.0%}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from src_snippets.config import recipe
+from src_snippets.evaluate import hits_of
 from src_snippets.forms import Instances
 from src_snippets.fusion import settle
 from src_snippets.plots import plot_thresholds
@@ -72,14 +73,18 @@ def ask_settled(**changes):
     ]
 
 
+def tuned_from(ask, truths):
+    return tune_thresholds(ask, truths, hits_of(ask(), truths, CONFIG.num_classes), CONFIG)
+
+
 def test_what_was_chosen_is_measured_on_other_images():
-    tuned = tune_thresholds(ask_settled, [TRUTH] * 4, CONFIG)
+    tuned = tuned_from(ask_settled, [TRUTH] * 4)
     assert (tuned.before, tuned.after) == (pytest.approx(0.25), 1.0)
     assert tuned.changes["mask_threshold"] == (0.7, 0.5)
     assert tuned.changes["show_floor"] == (0.5, 0.5)
     # Two images whose best values differ: each is answered with the other's.
     first, other = TRUTH, instances([(0, 0, 20, 1, 1), (20, 20, 10, 2, 1)])
-    tuned = tune_thresholds(lambda **changes: ask_settled(**changes)[:2], [first, other], CONFIG)
+    tuned = tuned_from(lambda **changes: ask_settled(**changes)[:2], [first, other])
     assert tuned.after == 0.5  # class 1 is wrong on both, the specks of class 2 are gone
 
 
@@ -108,7 +113,7 @@ def test_floor_of_the_best_f1_worked_by_hand():
 
 
 def test_curves_with_the_chosen_values():
-    tuned = tune_thresholds(ask_settled, [TRUTH] * 4, CONFIG)
+    tuned = tuned_from(ask_settled, [TRUTH] * 4)
     lines = threshold_lines(tuned, CONFIG)
     assert list(lines) == [
         "mask_threshold: AP50",
@@ -127,7 +132,7 @@ def test_curves_with_the_chosen_values():
 
 def test_without_cells_the_settings_stay():
     empty = instances([])
-    tuned = tune_thresholds(lambda **_: [empty, empty], [empty, empty], CONFIG)
+    tuned = tuned_from(lambda **_: [empty, empty], [empty, empty])
     assert tuned.changes["mask_threshold"] == (0.5, 0.5)
     assert (tuned.before, tuned.after) == (0.0, 0.0)
     plot_thresholds(threshold_lines(tuned, CONFIG), 2)

@@ -3,34 +3,34 @@
 A base and one change a row, each trained for the same minutes with two seeds or more; changes of
 the answer alone share the base's checkpoint. Each seed has a split of its own, on which a row is
 compared with the base; the spread is the standard deviation of these differences. On a CPU the
-minutes are those of its cores: a run that is held by SIGSTOP loses none, but other work beside it
-makes threads wait for each other and costs steps. Results go to
+minutes are those of its cores: see `timed.py`. Results go to
 `ablation.json` below `--out`; what is there already is not measured again, and a training that was
 stopped goes on. Nothing is asserted.
 """
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import replace
-import json
-import os
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 import sys
-import time
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch
-
 from src_snippets import train
-from src_snippets.config import Config, recipe
-from src_snippets.datasets import CellSamples, choose_splits, open_dataset, pick, write_json
+from src_snippets.config import Config
+from src_snippets.datasets import CellSamples, choose_splits, pick
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
 from src_snippets.predict import answer_samples
 from src_snippets.train import by_image_id, fit, load_trained
+from tests.benchmarks.timed import (
+    choose_clock,
+    command_line,
+    for_classes,
+    Kept,
+    read_samples,
+    timed_settings,
+)
 
 BASE = "base"
 TRAINED = {
@@ -72,21 +72,15 @@ ANSWERED = {
 }
 
 
-def core_seconds() -> float:
-    """Seconds that this process kept all cores of torch busy."""
-    return time.process_time() / torch.get_num_threads()
-
-
 def seeded(options, name: str, seed: int) -> Config:
-    """The settings of a row. Epochs have no limit but the time, and one look at their end."""
-    changes = dict(epochs=10_000, eval_every=10_000, train_hours=options.minutes / 60, seed=seed)
-    changes |= dict(detections=600) | options.settings | TRAINED.get(name, ANSWERED.get(name))
-    return recipe(options.recipe, **changes)
+    """The settings of a row."""
+    own = TRAINED.get(name, ANSWERED.get(name))
+    return timed_settings(options, options.minutes, seed=seed, **own)
 
 
 def measure(options, name: str, seed: int, samples: CellSamples) -> dict:
     """Trains what has to be trained, and scores the seed's validation part."""
-    config = replace(seeded(options, name, seed), num_classes=len(samples.dataset.categories))
+    config = for_classes(seeded(options, name, seed), samples)
     (split,) = choose_splits(samples, config).values()
     trained = name if name in TRAINED else BASE
     folder = options.out / "runs" / f"{trained}-{seed}".replace(" ", "-")
@@ -123,47 +117,25 @@ def as_rows(results: dict[str, dict[str, dict]]) -> Iterator[str]:
 
 def run_rows(options, names: list[str]) -> dict:
     """Measures what is missing, seed after seed, and writes each result at once."""
-    path = options.out / "ablation.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    settings = seeded(options, BASE, 0)
-    samples = CellSamples(open_dataset(options.data, settings), settings.cache_gb)
-    about = dict(recipe=options.recipe, settings=options.settings, minutes=options.minutes)
-    about |= dict(data=samples.digest)
-    if known.get("about", about) != about:
-        raise SystemExit(f"{path}: of other settings or data. Give another folder as --out.")
-    results = known.get("results", {})
+    samples = read_samples(options)
+    kept = Kept(options.out / "ablation.json", options, (), samples.digest)
     for seed in range(options.seeds):
         for name in names:
-            if str(seed) in results.get(name, {}):
-                continue
             print(f"seed {seed}: {name}", flush=True)
-            results.setdefault(name, {})[str(seed)] = measure(options, name, seed, samples)
-            ordered = {row: results[row] for row in TRAINED | ANSWERED if row in results}
-            write_json(dict(about=about, results=ordered), path)
-    return {row: results[row] for row in TRAINED | ANSWERED if row in results}
+            kept.get(name, str(seed), partial(measure, options, name, seed, samples))
+    return {row: kept.results[row] for row in TRAINED | ANSWERED if row in kept.results}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="a dataset's folder")
-    parser.add_argument("--minutes", type=float, default=2.0, help="of training, a row and seed")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = command_line(__doc__, 2.0, "results/ablation")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--recipe", default="demo", help="of the base")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of all rows, as JSON")
     parser.add_argument("--only", default="", help="names of rows, with commas between; base too")
-    parser.add_argument("--out", type=Path, default=Path("results/ablation"))
     options = parser.parse_args()
+    choose_clock(parser, options.device)
     every = list(TRAINED | ANSWERED)
     chosen = [name.strip() for name in options.only.split(",") if name.strip()]
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked
-        train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
-    elif not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU on this machine")
     if unknown := [name for name in chosen if name not in every]:
         parser.error(f"no row {unknown[0]!r}; there are:\n" + "\n".join(every))
-    options.out.mkdir(parents=True, exist_ok=True)
     for line in as_rows(run_rows(options, [BASE, *(n for n in chosen or every if n != BASE)])):
         print(line)
 

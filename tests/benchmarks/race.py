@@ -5,19 +5,15 @@ epoch, one boolean mask a cell, flips, resized to 800 px, torchvision's anchors,
 has the trunk, heads, optimiser and schedule of the recipe, the same first weights, and answers from
 a score of 0.05 on. Each point is a training of its own with a schedule that ends there; ours gets a
 tenth, a fifth and half of the minutes. Looks at the validation part do not count. On a CPU the
-minutes are those of its cores: see `ablate.py`. Results go to `race.json` below `--out`, where what
+minutes are those of its cores: see `timed.py`. Results go to `race.json` below `--out`, where what
 is there already is not measured again.
 """
 
-import argparse
 from dataclasses import replace
-import json
+from functools import partial
 import math
-import os
 from pathlib import Path
 import sys
-import time
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -29,16 +25,23 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from src_snippets import train
-from src_snippets.config import Config, recipe
-from src_snippets.datasets import CellSamples, choose_splits, open_dataset, pick, write_json
+from src_snippets.config import Config
+from src_snippets.datasets import CellSamples, choose_splits, pick
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
 from src_snippets.model import choose_precision, to_instances
 from src_snippets.predict import answer_samples
 from src_snippets.train import by_image_id, default_device, fit, load_trained, rate_factor
 from src_snippets.transforms import collate
-from tests.benchmarks.ablate import core_seconds
 from tests.benchmarks.cases import read_dense, stock_model
+from tests.benchmarks.timed import (
+    choose_clock,
+    command_line,
+    for_classes,
+    Kept,
+    read_samples,
+    timed_settings,
+)
 
 SHARES = {"stock": (0.2, 1.0), "ours": (0.1, 0.2, 0.5)}  # of the minutes
 
@@ -109,29 +112,27 @@ def answers_of_stock(model, samples, config: Config) -> dict:
     own = replace(config, half_pixel=False, mask_threshold=(0.5,))
     for sample in samples:
         image = sample.image.to(device) / 255
-        sizes = [tuple(image.shape[-2:])]
+        size = tuple(image.shape[-2:])
         batch, _ = model.transform([image])
         features = model.backbone(batch.tensors)
         proposals, _ = model.rpn(batch, features)
         (found,), _ = model.roi_heads(features, proposals, batch.image_sizes)
         # Pasted one by one: the very pixels of torchvision's postprocess, in bounded memory.
-        scale = [a / b for a, b in zip(sizes[0], batch.image_sizes[0], strict=True)]
+        scale = [a / b for a, b in zip(size, batch.image_sizes[0], strict=True)]
         boxes = found["boxes"] * found["boxes"].new_tensor([scale[1], scale[0]] * 2)
-        answers.append(to_instances(found | {"boxes": boxes}, sizes[0], own))
+        answers.append(to_instances(found | {"boxes": boxes}, size, own))
     return by_image_id(answers)
 
 
 def measure(options, side: str, share: float, samples: CellSamples) -> dict:
     """One training and its score."""
     minutes = options.minutes * share
-    changes = dict(epochs=10_000, eval_every=10_000, train_hours=minutes / 60, seed=options.seed)
-    changes |= dict(weights="none", detections=600) | options.settings
-    config = replace(recipe(options.recipe, **changes), num_classes=len(samples.dataset.categories))
+    config = timed_settings(options, minutes, weights="none", seed=options.seed)
+    config = for_classes(config, samples)
     (split,) = choose_splits(samples, config).values()
     held_out = pick(samples, split["val"])
     if side == "stock":
-        places = {name: index for index, name in enumerate(samples.names)}
-        names = [name for name in split["train"] if samples.counts[places[name]].any()]
+        names = [name for name in split["train"] if samples.counts[samples.places[name]].any()]
         model, epochs = train_stock(config, options.data, names, 60 * minutes)
         answers = answers_of_stock(model, held_out, config)
     else:
@@ -160,37 +161,19 @@ def draw(results: dict[str, dict[str, dict]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="a dataset in folders")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training of stock")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of both, as JSON")
+    parser = command_line(__doc__, 10.0, "results/race")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/race"))
     parser.add_argument("--figure", type=Path, help="draw it here, as PNG")
     options = parser.parse_args()
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "race.json"
-    samples = CellSamples(open_dataset(options.data, recipe(options.recipe)), 4.0)
-    names = ("recipe", "settings", "minutes", "seed")
-    about = {name: getattr(options, name) for name in names} | dict(data=samples.digest)
-    known = json.loads(path.read_text()) if path.is_file() else dict(about=about, results={})
-    if known["about"] != about:
-        raise SystemExit(f"{path}: of other settings or data. Give another folder as --out.")
-    results = known["results"]
+    choose_clock(parser, options.device)
+    samples = read_samples(options)
+    kept = Kept(options.out / "race.json", options, ("seed",), samples.digest)
     for side, shares in SHARES.items():
         for share in shares:
-            if f"{share:g}" not in results.setdefault(side, {}):
-                results[side][f"{share:g}"] = measure(options, side, share, samples)
-                write_json(known, path)
-            found = results[side][f"{share:g}"]
+            found = kept.get(side, f"{share:g}", partial(measure, options, side, share, samples))
             print(side, {key: round(value, 3) for key, value in found.items()}, flush=True)
     if options.figure:
-        draw(results, options.figure)
+        draw(kept.results, options.figure)
 
 
 if __name__ == "__main__":
