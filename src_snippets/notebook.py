@@ -248,9 +248,8 @@ for path in ENSEMBLE:
 reserve = 0.0
 if config.max_hours:  # time to answer validation and test images and to write what was found
     held = [s.size for split in splits.values() for s in pick(samples, split["val"])]
-    pixels = sum(h * w for h, w in held) * (
-        10 if config.tune else 1
-    )  # tuning asks up to nine times more
+    asked_often = 10 if config.tune else 1  # by tuning, at most
+    pixels = asked_often * sum(h * w for h, w in held)
     models = len(splits) + len(ENSEMBLE)
     pixels += models * sum(image.height * image.width for image in dataset.test_images)
     reserve = 120 + 1.5 * answering_seconds(config, train_part[most_cells], pixels)

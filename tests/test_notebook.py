@@ -72,7 +72,7 @@ def test_alone_in_an_empty_folder_it_finds_the_drawn_cells(tmp_path):
     truth = json.loads((folder / "val_gt.json").read_text())
     split = json.loads((folder / "split.json").read_text())
     assert [Path(i["file_name"]).parts[0] for i in truth["images"]] == split["val"]
-    assert len(split["train"]) + len(split["val"]) == 40
+    assert len({*split["train"], *split["val"]}) == len(split["train"] + split["val"]) == 40
     assert 8 <= len(split["val"]) <= 10
 
 
