@@ -138,7 +138,8 @@ class Config(HeadSettings):
     epochs: int = within(50, 1, 10_000)  # passes over the training part, at most
     max_hours: float = within(0.0, 0.0, 1000.0)  # of the session, such as 8.8 of 9; 0: no limit
     train_hours: float = within(0.0, 0.0, 1000.0)  # the schedule ends with them; 0: with epochs
-    batch_size: int = within(2, 1, 256)  # crops a step and process; lower when memory runs out
+    gpus: int = within(0, 0, 64)  # used at once, in a process each; 0: all of this machine
+    batch_size: int = within(2, 1, 256)  # crops a step and GPU; lower when memory runs out
     accumulate: int = within(1, 1, 256)  # batches whose gradients are added up for one step
     optimizer: str = one_of("adamw", "adam", "sgd")  # sgd, momentum 0.9, wants 50 times the lr
     lr: float = within(1e-4, 1e-7, 1.0)  # the highest rate

@@ -17,10 +17,12 @@ from functools import partial
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pycocotools.mask
 import torch
 from torch.utils.data import Subset
@@ -29,6 +31,7 @@ from tqdm.auto import tqdm
 from src_snippets.config import Config
 from src_snippets.forms import CellSample, pack_parts
 from src_snippets.places import coco_file, MAPPING_NAME, written_whole
+from src_snippets.processes import is_first
 from src_snippets.readers import BadInput, read_cell_folder, read_image
 from src_snippets.rle import pixels_of_kaggle_text, row_major_pixels
 from src_snippets.stains import field_borders, field_look, look_alikes
@@ -433,6 +436,22 @@ def read_coco_sample(
 
 
 # %%
+def free_memory_bytes() -> int:
+    """Memory of the machine, or of the container that this runs in, that is not used."""
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
+def cache_bytes(cache_gb: float) -> float:
+    """What images may take in this process: the budget, at most half of the free memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(cache_gb * 1e9, free_memory_bytes() / 2) / processes
+
+
+# %%
 class CellSamples(Sequence):
     """The training images of a dataset, decoded ones kept up to a budget.
 
@@ -449,8 +468,9 @@ class CellSamples(Sequence):
         self.places = {name: index for index, name in enumerate(self.names)}
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
         self.looks, self.borders = [], []  # what `groups` needs, of each image
-        self._kept, left, digest = {}, cache_gb * 1e9, hashlib.sha256()
-        for index, name in enumerate(tqdm(self.names, desc="reading", unit="image")):
+        self._kept, left, digest = {}, cache_bytes(cache_gb), hashlib.sha256()
+        bar = tqdm(self.names, desc="reading", unit="image", disable=not is_first())
+        for index, name in enumerate(bar):
             sample = dataset.read(name)
             cells = sample.labels[sample.labels > 0]
             self.counts[index] = np.bincount(cells, minlength=len(dataset.categories) + 1)
@@ -462,6 +482,10 @@ class CellSamples(Sequence):
             if left >= 0:
                 self._kept[index] = sample
         self.digest = digest.hexdigest()  # changes with any pixel, id or class
+        if len(self._kept) < len(self.names):
+            size = sum(s.image.nbytes + s.layers.nbytes for s in self._kept.values()) / 1e9
+            print(f"{len(self._kept)} of {len(self.names)} images stay in memory ({size:.1f} GB),")
+            print("the others are read again when needed: see cache_gb.")
         if not self.counts.any():
             raise BadInput(f"{dataset.root}: no cells in any training image; expected some.")
 

@@ -12,7 +12,11 @@ import math
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import (
+    BalancedPositiveNegativeSampler,
+    BoxCoder,
+    Matcher,
+)
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -238,6 +242,17 @@ def within_crowds(boxes: Tensor, crowds: Tensor, share: float = 0.5) -> Tensor:
     return inside
 
 
+class CountingSampler(BalancedPositiveNegativeSampler):
+    """torchvision's choice of what losses are of; `drawn` is how many of the last batch."""
+
+    drawn = 0
+
+    def __call__(self, matched_idxs):
+        chosen = super().__call__(matched_idxs)
+        self.drawn = sum(mask.sum() for masks in chosen for mask in masks)
+        return chosen
+
+
 class CrowdProposals(RegionProposalNetwork):
     """torchvision's proposals; anchors in a crowd that are no cell's are no background either."""
 
@@ -254,6 +269,7 @@ class CrowdProposals(RegionProposalNetwork):
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         if self.crowded and not any((own >= 0).any() for own in labels):
+            self.fg_bg_sampler.drawn = 0
             return objectness.sum() * 0, pred_bbox_deltas.sum() * 0  # nothing but crowds
         return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
 
@@ -353,6 +369,7 @@ class InstanceMapRoIHeads(BoundedRoIHeads):
         size = logits.shape[-1]
         wanted = batch_targets(targets, boxes, matched, image_shapes, size, self.half_pixel)
         loss_mask = mask_loss(logits, labels, wanted)
+        self.masks_drawn = len(labels)
         return dict(loss_classifier=loss_classifier, loss_box_reg=loss_box, loss_mask=loss_mask)
 
 
@@ -492,6 +509,7 @@ def build_heads(config: Config) -> InstanceMapRoIHeads:
     if config.cascade:
         heads.add_heads(lambda: build_box_head(config))
         heads.least_iou = config.roi_iou
+    heads.fg_bg_sampler = CountingSampler(config.rois, config.roi_cells)
     heads.proposal_matcher = BlockMatcher(config.roi_iou, config.roi_iou)
     heads.half_pixel = config.half_pixel
     return heads
@@ -515,6 +533,7 @@ def build_proposals(config: Config) -> RegionProposalNetwork:
         post_nms_top_n=kept,
         nms_thresh=config.rpn_nms,
     )
+    proposals.fg_bg_sampler = CountingSampler(config.rpn_samples, 0.5)
     proposals.box_similarity = lambda cells, anchors: (cells, anchors)
     low, high = config.rpn_iou
     proposals.proposal_matcher = BlockMatcher(high, low, allow_low_quality_matches=True)

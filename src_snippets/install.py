@@ -43,6 +43,7 @@ import json, torch
 found = dict(name="", works=True, error="")
 if torch.cuda.is_available():
     found["name"] = torch.cuda.get_device_name()
+    found["count"] = torch.cuda.device_count()
     found["capability"] = "sm_%d%d" % torch.cuda.get_device_capability()
     found["built_for"] = torch.cuda.get_arch_list()
     try:
@@ -58,7 +59,7 @@ def ask_gpu() -> dict:
     """What a process of its own finds out about the GPU; this one leaves it alone before training.
 
     Returns:
-        name (empty without a GPU), works, error, and with a GPU capability and built_for.
+        name (empty without a GPU), works, error, and with a GPU count, capability and built_for.
     """
     command = [sys.executable, "-c", GPU_QUESTION]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -84,7 +85,10 @@ def check_gpu(found: dict) -> None:
             f"is built for {', '.join(found['built_for'])}. Choose another accelerator: on Kaggle "
             "GPU T4 x2, on Colab T4, L4 or A100."
         )
-    print(f"GPU: {found['name']}" if found["name"] else "no GPU: training runs on the CPU")
+    if found["name"]:
+        print(f"GPU: {found['name']}" + f" x{found['count']}" * (found["count"] > 1))
+    else:
+        print("no GPU: training runs on the CPU")
 
 
 # %%

@@ -12,7 +12,6 @@ from src_snippets.install import ask_gpu, check_gpu, install_missing
 
 # %%
 install_missing()
-check_gpu(ask_gpu())
 
 # %% [markdown]
 # ## Imports
@@ -20,7 +19,6 @@ check_gpu(ask_gpu())
 
 # %%
 from dataclasses import replace
-from functools import partial
 import os
 
 import numpy as np
@@ -28,6 +26,13 @@ import torch
 
 # %%
 from src_snippets.config import checkpoints_from, describe, recipe, settings_from, with_classes
+
+# %%
+from src_snippets.processes import is_first, join_processes, on_all_gpus, private_folder
+
+# %%
+join_processes()
+check_gpu(ask_gpu())
 
 # %% [markdown]
 # ## Settings: change them here
@@ -54,7 +59,7 @@ from src_snippets.places import (
 from src_snippets.demo import make_demo
 
 # %%
-output = output_folder(OUT)
+output = output_folder(OUT) if is_first() else private_folder()
 found_root = find_dataset(DATA)
 chosen_settings = recipe(RECIPE or ("baseline" if found_root else "demo"), **CHANGES)
 data_root = found_root or make_demo(output / ".demo-dataset")
@@ -218,19 +223,14 @@ from src_snippets.evaluate import (
 )
 
 # %%
-from src_snippets.predict import (
-    answer_held_out,
-    answering_seconds,
-    answers_file,
-    predict_images,
-)
+from src_snippets.predict import answering_seconds
 
 # %%
 from src_snippets.train import (
     by_image_id,
     fit,
-    load_trained,
     rate_factor,
+    read_trained,
     run_folder,
     Session,
 )
@@ -242,7 +242,7 @@ show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
 
 # %%
 for path in ENSEMBLE:
-    load_trained(path, config, same=False)  # what is wrong with one shows now, not after training
+    read_trained(path, config, same=False)  # what is wrong with one shows now, not after training
 
 # %%
 reserve = 0.0
@@ -252,7 +252,8 @@ if config.max_hours:  # time to answer validation and test images and to write w
     pixels = asked_often * sum(h * w for h, w in held)
     models = len(splits) + len(ENSEMBLE)
     pixels += models * sum(image.height * image.width for image in dataset.test_images)
-    reserve = 120 + 1.5 * answering_seconds(config, train_part[most_cells], pixels)
+    example = train_part[most_cells]
+    reserve = 120 + 1.5 * on_all_gpus(config, answering_seconds, config, example, pixels)
     print(f"{reserve / 60:.0f} minutes of max_hours are kept for answering")
 session = Session(config.max_hours, reserve)
 session.listen()
@@ -272,7 +273,7 @@ for fold, split in splits.items():
         write_json(with_categories(part_truth, dataset.categories), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
     check_free(run, room - sum(path.stat().st_size for path in run.glob("*.pt")))
-    history = fit(config, parts["train"], parts["val"], run, session)
+    history = on_all_gpus(config, fit, config, parts["train"], parts["val"], run, session)
     if history:
         show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
     runs[fold] = run
@@ -288,11 +289,17 @@ for fold, split in splits.items():
 # model that never saw it: one number for all.
 
 # %%
-members = [load_trained(run / "best.pt", config) for run in runs.values()]
+from src_snippets.thresholds import threshold_lines
+
+# %%
+from src_snippets.answers import answer_test, answer_validation, tune_on_validation
+
+# %%
+checkpoints = [run / "best.pt" for run in runs.values()]
 val_parts = [pick(samples, splits[fold]["val"]) for fold in runs]
 held_out = [sample for part in val_parts for sample in part]
-asked = list(zip(members, val_parts, strict=True))
-val_answers = answer_held_out(asked, config)
+asked = list(zip(checkpoints, val_parts, strict=True))
+val_answers = on_all_gpus(config, answer_validation, asked, config)
 val_truths = [truth_instances(sample) for sample in held_out]
 if val_answers:
     val_truth = coco_truth(held_out, config.num_classes)
@@ -335,13 +342,10 @@ if val_answers:
 # below `show_floor` are not counted.
 
 # %%
-from src_snippets.thresholds import threshold_lines, tune_thresholds
-
-# %%
 changed = {}
 if config.tune and len(val_answers) > 1:
-    ask = partial(answer_held_out, asked, config)
-    tuned = tune_thresholds(ask, crowded_truths, val_hits, config)
+    known = (asked, crowded_truths, val_hits, config)
+    tuned = on_all_gpus(config, tune_on_validation, *known)
     changed = tuned.changes
     curves = plot_thresholds(threshold_lines(tuned, config), config.num_classes)
     show_figure(curves, output / "figures" / "thresholds.png")
@@ -356,12 +360,8 @@ test_config = replace(config, **changed)
 # that of a class with few cells is chance.
 
 # %%
-together = [(model, replace(own, **changed)) for model, own in members]
-together += [load_trained(path, test_config, same=False) for path in ENSEMBLE]
-print(f"{len(together)} models answer together" if len(together) > 1 else "one model answers")
-checkpoints = [*(run / "best.pt" for run in runs.values()), *ENSEMBLE]
-kept = answers_file(checkpoints, dataset.test_images, test_config)
-test_answers = predict_images(together, dataset.test_images, test_config, kept)
+asking = (checkpoints, ENSEMBLE, dataset.test_images, test_config)
+test_answers = on_all_gpus(config, answer_test, *asking)
 
 # %%
 from src_snippets.writers import write_results, write_submissions

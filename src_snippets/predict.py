@@ -9,8 +9,7 @@
 
 # %%
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-import hashlib
+from dataclasses import replace
 from itertools import product
 import json
 import os
@@ -28,6 +27,14 @@ from src_snippets.datasets import ImageRecord
 from src_snippets.forms import CellSample, Instances
 from src_snippets.fusion import fuse, join_tiles, settle
 from src_snippets.model import build_model, find_raw, to_instances
+from src_snippets.processes import (
+    default_device,
+    from_first,
+    gathered,
+    is_first,
+    own_turns,
+    process_count,
+)
 from src_snippets.readers import read_image
 from src_snippets.stains import as_seen
 from src_snippets.transforms import magnification
@@ -163,37 +170,20 @@ def answer_samples(
     members: Sequence[Member], samples: Sequence[CellSample], config: Config
 ) -> list[Instances]:
     """`detect_together` on whole, unaugmented fields, one `Instances` a sample, in their order."""
-    bar = tqdm(samples, desc="measuring", unit="image")
-    return [detect_together(members, sample.image, config) for sample in bar]
+    bar = tqdm(own_turns(len(samples)), desc="measuring", unit="image", disable=not is_first())
+    return gathered([detect_together(members, samples[i].image, config) for i in bar])
 
 
 def answering_seconds(config: Config, sample: CellSample, pixels: int) -> float:
     """About how long it takes to answer so many pixels, judged by one image and a raw model."""
     model = build_model(config, load_initial=False)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(default_device()).eval()
     spent = []
     for _ in range(2):  # the first is slow for other reasons
         begin = time.perf_counter()
         detect_together([(model, config)], sample.image, config)
         spent.append(time.perf_counter() - begin)
-    return spent[-1] * pixels / (sample.size[0] * sample.size[1])
-
-
-# %%
-def answer_held_out(
-    parts: Sequence[tuple[Member, Sequence[CellSample]]], config: Config, **changes
-) -> list[Instances]:
-    """`answer_samples` of several parts, each by the one model that never saw it.
-
-    Args:
-        parts: a model with its settings, and samples, each.
-        changes: to `config` and to the models' settings, those of prediction alone.
-    """
-    answers = []
-    for (model, own), samples in parts:
-        member = (model, replace(own, **changes))
-        answers += answer_samples([member], samples, replace(config, **changes))
-    return answers
+    return spent[-1] * pixels / (sample.size[0] * sample.size[1]) / process_count()
 
 
 # %%
@@ -214,16 +204,6 @@ def from_line(line: str) -> tuple[int, Instances]:
 
 
 # %%
-def answers_file(checkpoints: Sequence[Path], images: Sequence[ImageRecord], config: Config):
-    """Where answers are kept while they are made: a name for these models, images and settings."""
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for path in checkpoints:
-        digest.update(Path(path).read_bytes())
-    for image in images:
-        digest.update(f"{image} {image.path.stat().st_mtime_ns}".encode())
-    return Path(checkpoints[0]).with_name(f"answers-{digest.hexdigest()[:8]}.jsonl")
-
-
 def append_text(path: Path, text: str) -> None:
     """Adds text to the end of a file."""
     with path.open("a") as file:
@@ -249,6 +229,16 @@ def read_answers(path: Path) -> dict[int, Instances]:
 
 
 # %%
+def shared_out(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
+    """Images by one; for several processes by more of about the same size, so that none waits."""
+    count = process_count()
+    if count == 1:
+        return [[image] for image in images]
+    ordered = sorted(images, key=lambda image: image.height * image.width)
+    return [ordered[k : k + 8 * count] for k in range(0, len(ordered), 8 * count)]
+
+
+# %%
 def predict_images(
     members: Sequence[Member],
     images: Sequence[ImageRecord],
@@ -261,7 +251,7 @@ def predict_images(
         members: from `load_trained`, at least one.
         images: the test images of a dataset.
         config: see `detect_view` and `fuse`.
-        kept: a file from `answers_file`; answers that are in it are not made again.
+        kept: a file of such answers; those that are in it are not made again.
 
     Returns:
         `Instances` by image id, one for every image.
@@ -269,14 +259,19 @@ def predict_images(
     Raises:
         BadInput: an image cannot be read; names it.
     """
-    answers = read_answers(kept) if kept else {}
+    answers = from_first(read_answers, kept) if kept else {}
     if answers:
         print(f"{kept}: {len(answers)} of {len(images)} images are answered, going on from there.")
-    for image in tqdm(images, desc="predicting", unit="image"):
-        if image.image_id in answers:
-            continue
-        pixels = torch.from_numpy(read_image(image.path))
-        answers[image.image_id] = detect_together(members, pixels, config)
-        if kept:
-            append_text(kept, to_line(image.image_id, answers[image.image_id]))
+    left = [image for image in images if image.image_id not in answers]
+    options = dict(total=len(images), initial=len(answers), unit="image", disable=not is_first())
+    with tqdm(desc="predicting", **options) as bar:
+        for some in shared_out(left):
+            own = [some[i] for i in own_turns(len(some))]
+            pixels = (torch.from_numpy(read_image(image.path)) for image in own)
+            found = gathered([detect_together(members, image, config) for image in pixels])
+            for image, answer in zip(some, found, strict=True):
+                answers[image.image_id] = answer
+                if kept and is_first():
+                    append_text(kept, to_line(image.image_id, answer))
+            bar.update(len(some))
     return {image.image_id: answers[image.image_id] for image in images}

@@ -2,7 +2,7 @@
 
 # %% [markdown]
 # ## How does it learn?
-# One step is: losses of a batch, backward, clip, update. accelerate takes care of the device and of
+# One step is: losses of a batch, backward, clip, update. accelerate takes care of devices and of
 # mixed precision. After each epoch everything is written to `last.pt`, and the weights of the
 # best epoch to `best.pt`; a stopped run goes on from there.
 
@@ -19,6 +19,7 @@ import os
 from pathlib import Path
 import shutil
 import signal
+from statistics import mean
 import time
 
 from accelerate import Accelerator
@@ -26,7 +27,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration
 import psutil
 import torch
-from torch import nn
+from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -38,10 +39,22 @@ from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.model import build_model, choose_precision, load_model_state
 from src_snippets.places import written_whole
-from src_snippets.predict import detect_together
+from src_snippets.predict import detect_together, LEAST_TILE
+from src_snippets.processes import (
+    default_device,
+    from_first,
+    gathered,
+    highest,
+    is_first,
+    make_equal,
+    own_turns,
+    process_count,
+    process_index,
+    summed,
+)
 from src_snippets.readers import BadInput
 from src_snippets.stains import as_seen
-from src_snippets.transforms import collate, training_target, TrainingSet
+from src_snippets.transforms import collate, magnification, training_target, TrainingSet
 
 
 # %%
@@ -143,11 +156,6 @@ def has_stalled(history: list[dict], config: Config) -> bool:
 
 
 # %%
-def default_device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def training_loader(samples, config: Config, device: torch.device) -> DataLoader:
     """Shuffled batches of augmented crops.
 
@@ -159,27 +167,85 @@ def training_loader(samples, config: Config, device: torch.device) -> DataLoader
         TrainingSet(samples, config),
         batch_size=config.batch_size,
         shuffle=True,
-        drop_last=len(samples) >= config.batch_size,
+        drop_last=len(samples) >= config.batch_size * process_count(),
         num_workers=workers,
         collate_fn=collate,
         pin_memory=gpu,
     )
 
 
+# %% [markdown]
+# Each loss is a mean over what was sampled, and one process may have sampled more than another:
+# losses are weighted so that the mean over processes is that over all samples of the whole batch.
+
+# %%
+LOSSES = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
+
+
+def loss_weights(model: nn.Module, device: torch.device, computed: bool) -> Tensor:
+    """What each of `LOSSES` is multiplied with before the mean over processes is taken.
+
+    Args:
+        computed: whether this process has losses; each takes part, or the others would wait.
+
+    Returns:
+        (5,) float32, all 1 with a single process.
+    """
+    if process_count() == 1:
+        return torch.ones(len(LOSSES), device=device)
+    own = torch.zeros(len(LOSSES), device=device)
+    if computed:
+        heads, anchors = model.roi_heads, model.rpn.fg_bg_sampler.drawn
+        drawn = [heads.fg_bg_sampler.drawn] * 2 + [heads.masks_drawn] + [anchors] * 2
+        own += torch.stack([torch.as_tensor(n, device=device) for n in drawn])
+    return own * process_count() / summed(own.clone()).clamp(min=1)
+
+
+class Attempt:
+    """Does one thing after the other until memory does not suffice; then nothing more."""
+
+    full = False
+
+    def __call__(self, work, *arguments):
+        """The result of the work; None where memory is full."""
+        if not self.full:
+            try:
+                return work(*arguments)
+            except torch.OutOfMemoryError:
+                self.full = True
+        return None
+
+
 # %%
 def add_gradients(model, images, targets, accelerator, parts: int) -> dict[str, float]:
-    """Adds the gradients of a batch, computed in parts; returns the mean of each loss."""
-    size, sums = len(images), {}
+    """Adds the gradients of a batch, computed in parts; returns the mean of each loss.
+
+    With several processes losses are means over all of them, gradients still those of this one.
+
+    Raises:
+        torch.OutOfMemoryError: memory does not suffice here or in another process.
+    """
+    size, attempt = len(images), Attempt()
+    device = accelerator.device
+    sums = torch.zeros(len(LOSSES) + 1, device=device)
     cuts = [size * k // min(parts, size) for k in range(min(parts, size) + 1)]
     for begin, end in pairwise(cuts):
-        losses = model(images[begin:end], targets[begin:end])
-        share = (end - begin) / size
-        accelerator.backward(sum(losses.values()) * share)
-        # Read only now: a GPU has the backward pass to do while the numbers are fetched.
-        numbers = torch.stack(list(losses.values())).tolist()
-        for name, value in zip(losses, numbers, strict=True):
-            sums[name] = sums.get(name, 0.0) + value * share
-    return sums
+        found = attempt(model, images[begin:end], targets[begin:end])
+        weights = loss_weights(model, device, found is not None)
+        if found is not None:
+            losses = torch.stack([found[name] for name in LOSSES]) * weights * (end - begin) / size
+            attempt(accelerator.backward, losses.sum())
+            sums[:-1] += losses.detach()
+        found = losses = None  # or they would be held while the next part is computed
+    sums[-1] = attempt.full
+    # Read only now: a GPU has the backward pass to do while the numbers are fetched.
+    *values, full = summed(sums).div_(process_count()).tolist()
+    if full:
+        raise torch.OutOfMemoryError(
+            f"The GPU's memory does not suffice for a batch of {size} in {len(cuts) - 1} parts. "
+            "Lower crop, scale, rois or proposals, or choose a smaller backbone."
+        )
+    return dict(zip(LOSSES, values, strict=True))
 
 
 # %%
@@ -291,32 +357,31 @@ def train_epoch(
     """Trains for one pass over the loader, or until `after_step` says that it is enough.
 
     Args:
-        model, optimizer, schedule: `schedule` is stepped once a batch.
-        config: settings; bar: counts batches.
+        schedule: stepped once an update of the weights; bar: counts batches.
         after_step: called after each update of the weights; True ends the pass.
         guard: a `StepGuard` of the model, by default a new one.
 
     Returns:
-        The mean of each loss part, and their sum as `loss`.
-
-    Raises:
-        FloatingPointError, torch.OutOfMemoryError: see `StepGuard`.
+        The mean of each of `LOSSES`, and their sum as `loss`. Raises what `StepGuard` does.
     """
     means, guard = {}, guard or StepGuard(model)
     model.train()
     for images, targets in loader:
         with accelerator.accumulate(model):
             values = guard.tried(model, images, targets, accelerator, bar.write)
-            if any(weight.grad is not None for weight in guard.weights):
+            if grads := [w.grad for w in guard.weights if w.grad is not None]:
+                if accelerator.sync_gradients:
+                    make_equal(grads)
                 if config.clip_norm and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)  # unscales
+                    accelerator.clip_grad_norm_(guard.weights, config.clip_norm)  # unscales
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            schedule.step()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                schedule.step()
             enough = bool(after_step and accelerator.sync_gradients and after_step())
         bar.update()
         if values is not None:
-            for name, value in (values | {"loss": sum(values.values())}).items():
+            for name, value in [*values.items(), ("loss", sum(values.values()))]:
                 means.setdefault(name, MeanMetric()).update(value, len(images))
             parts = {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()}
             bar.set_postfix(parts | {"rate": f"{max(schedule.get_last_lr()):.1e}"}, refresh=False)
@@ -324,35 +389,59 @@ def train_epoch(
             break
     if not means:
         raise FloatingPointError("Every batch of the epoch was skipped: see the lines above.")
-    return {name: float(mean.to(accelerator.device).compute()) for name, mean in means.items()}
+    return {name: float(m.to(accelerator.device).compute()) for name, m in means.items()}
 
 
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields shown once, one `Instances` a sample, in order."""
     once = replace(config, tile=0, test_views="one", test_scales=(1.0,))
-    return [detect_together([(model, once)], sample.image, once) for sample in samples]
+    own = [samples[i].image for i in own_turns(len(samples))]
+    return gathered([detect_together([(model, once)], image, once) for image in own])
 
 
+def quarters(sample: CellSample) -> list[CellSample]:
+    """A field cut into four."""
+    image, layers, labels, name = sample
+    sides = [(slice(0, length // 2), slice(length // 2, length)) for length in sample.size]
+    places = [(..., rows, columns) for rows in sides[0] for columns in sides[1]]
+    return [CellSample(image[p], layers[p], labels, name) for p in places]
+
+
+def field_loss(model: nn.Module, sample: CellSample, config: Config) -> float:
+    """The loss on a field; the mean of its quarters' where the GPU's memory does not suffice."""
+    device = next(model.parameters()).device
+    precision = choose_precision(config, device)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    target = training_target(sample, config.min_area)
+    target = {key: value.to(device) for key, value in target.items()}
+    try:
+        with torch.autocast(device.type, dtype, enabled=precision != "no"):
+            parts = model([as_seen(sample.image, config).to(device)], [target])
+            return float(sum(parts.values()))
+    except torch.OutOfMemoryError:
+        if max(sample.size) < 2 * LEAST_TILE:
+            raise
+    return mean(field_loss(model, part, config) for part in quarters(sample))
+
+
+# %%
 @torch.no_grad()
 def validation_loss(model: nn.Module, samples: Sequence[CellSample], config: Config) -> float:
     """Mean loss on whole, unaugmented fields; norms as in prediction, equal sampling."""
-    device = next(model.parameters()).device
-    precision, losses = choose_precision(config, device), []
     model.eval()
     for part in (model, model.rpn, model.roi_heads):
         part.training = True  # these give losses; the layers within them stay as they are
+    losses = []
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        for sample in samples:
-            target = training_target(sample, config.min_area)
-            target = {key: value.to(device) for key, value in target.items()}
-            with torch.autocast(device.type, dtype, enabled=precision != "no"):
-                parts = model([as_seen(sample.image, config).to(device)], [target])
-            losses.append(float(sum(parts.values())))
+        for i in own_turns(len(samples)):
+            torch.manual_seed(config.seed + i)
+            size = samples[i].size
+            model.transform.fixed = magnification(size, config.scale, config.short_sides[-1])
+            losses.append(field_loss(model, samples[i], config))
+    model.transform.fixed = None
     model.eval()
-    return sum(losses) / len(losses)
+    return mean(gathered(losses))
 
 
 def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
@@ -369,6 +458,7 @@ def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
 NOT_TRAINED = (
     "cache_gb",
     "workers",
+    "gpus",
     "score_floor",
     "mask_threshold",
     "box_nms",
@@ -483,8 +573,8 @@ def check_same_settings(saved: dict, config: Config, path: Path) -> None:
 
 
 # %%
-def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
-    """Builds the model of a checkpoint with its weights, on the GPU if there is one.
+def read_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
+    """Builds the model of a checkpoint with its weights.
 
     Args:
         path: a `best.pt`.
@@ -497,7 +587,7 @@ def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Modu
     Raises:
         FileNotFoundError, BadInput, ValueError: no checkpoint, a broken one, other settings.
     """
-    state = load_checkpoint(path)
+    state = from_first(load_checkpoint, path)
     if same:
         check_same_settings(state["config"], config, path)
     known = {item.name for item in fields(Config)}
@@ -509,9 +599,16 @@ def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Modu
         )
     model = build_model(own, load_initial=False)
     load_model_state(model, state["model"])
-    return model.to(default_device()).eval(), own
+    return model.eval(), own
 
 
+def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
+    """`read_trained`, on the GPU if there is one."""
+    model, own = read_trained(path, config, same)
+    return model.to(default_device()), own
+
+
+# %%
 def write_history(history: list[dict], path: Path) -> None:
     """Writes one line an epoch as CSV; scores are empty in epochs without a validation."""
     names = list(dict.fromkeys(name for row in history for name in row))
@@ -566,11 +663,9 @@ class TrainingClock:
         """Adds the epoch to what is spent."""
         self.spent += time.perf_counter() - self.begun
 
-    def fitting_steps(self, step: int) -> float:
-        """How many steps fit into the limit, as fast as `step` of them went so far."""
-        share = (self.spent + time.perf_counter() - self.begun) / self.limit
-        self.is_over = share >= 1
-        return max(step / share, step) if share else math.inf
+    def share(self) -> float:
+        """How much of the limit is used, 0..1 and above."""
+        return (self.spent + time.perf_counter() - self.begun) / self.limit
 
 
 # %%
@@ -623,23 +718,31 @@ class TrainingRun:
         self.history = []
         self.clock = TrainingClock(config.train_hours)
         self.accelerator = build_accelerator(config)
-        state = latest_state(folder)
-        model = build_model(config, load_initial=state is None).to(self.accelerator.device)
+        if len(set(gathered([folder.name]))) > 1:
+            raise ValueError(f"{folder.name}: other processes have other settings or images.")
+        self.loader = self.accelerator.prepare(loader)
+        state = from_first(latest_state, folder)
+        model = build_model(config, load_initial=state is None and is_first())
+        model.load_state_dict(from_first(model.state_dict))
+        model.to(self.accelerator.device)
         optimizer = build_optimizer(model, config)
-        self.most_steps = config.epochs * math.ceil(len(loader) / config.accumulate)
+        self.most_steps = config.epochs * math.ceil(len(self.loader) / config.accumulate)
         self.total = self.most_steps  # the schedule's end: see `after_step`
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: scheduled(step, config, self.total, self.history)
         )
         self.parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        self.schedule = schedule
         if config.ema:
             self.parts["average"] = WeightMean(model, config.ema)
         if state is not None:
             check_same_settings(state["config"], config, folder / "last.pt")
             restore_run(self, state)
         self.guard = StepGuard(model, state["parts"] if state else 1)
-        prepared = self.accelerator.prepare(model, optimizer, schedule, loader)
-        self.model, self.optimizer, self.schedule, self.loader = prepared
+        # Not wrapped for several processes: `make_equal` is what it would do, and waits for none
+        # that ran out of memory.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare(optimizer)
 
     def after_step(self) -> bool:
         """Takes updated weights into their running mean; aims the schedule at the steps that fit.
@@ -650,12 +753,27 @@ class TrainingRun:
         step = self.parts["schedule"].last_epoch
         if "average" in self.parts:
             self.parts["average"].follow(self.parts["model"], step)
-        self.total = math.ceil(min(self.most_steps, self.clock.fitting_steps(step)))
-        return self.clock.is_over or self.session.is_over()
+        share, ends = highest(self.clock.share(), self.session.is_over())
+        self.clock.is_over = share >= 1
+        self.total = math.ceil(min(self.most_steps, max(step / share, step) if share else math.inf))
+        return self.clock.is_over or bool(ends)
 
     def answering(self) -> nn.Module:
         """The model that is measured and kept: the running mean where there is one."""
         return self.parts["average"].module if "average" in self.parts else self.parts["model"]
+
+
+# %%
+def session_ends(run: TrainingRun) -> bool:
+    """Whether the session of any process is over."""
+    return bool(highest(run.session.is_over())[0])
+
+
+def make_norms_equal(run: TrainingRun) -> None:
+    """Takes the mean over all processes of what norms have seen."""
+    models = [part for part in run.parts.values() if isinstance(part, nn.Module)]
+    make_equal([b for model in models for b in model.buffers() if b.is_floating_point()])
+    copy_values(run.guard.kept, run.guard.buffers)
 
 
 # %%
@@ -682,13 +800,16 @@ def save_epoch(run: TrainingRun, row: dict) -> None:
     # Through JSON, so that a run that was taken up pickles to the same bytes.
     rows = json.loads(json.dumps(run.history))
     notes = dict(config=asdict(run.config), history=rows, best=best)
-    write_history(run.history, run.folder / "history.csv")
-    if is_best:
+    if is_first():
+        write_history(run.history, run.folder / "history.csv")
+    if is_first() and is_best:
         save_best(run, notes)
     run.clock.end_epoch()
     whole = dict(scaler=scaler, spent=run.clock.spent, is_over=run.clock.is_over)
     whole |= dict(parts=run.guard.parts)
-    save_checkpoint({**state, **notes, **whole}, run.folder / "last.pt", run.folder / "before.pt")
+    last, before = run.folder / "last.pt", run.folder / "before.pt"
+    if is_first():
+        save_checkpoint({**state, **notes, **whole}, last, before)
 
 
 # %%
@@ -700,12 +821,14 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
     """
     config = run.config
     run.clock.start_epoch()
-    torch.manual_seed(config.seed + 1_000_003 * epoch)  # augmentation and sampling of this epoch
+    # Augmentation and sampling of this epoch, in each process others.
+    torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * process_index())
     run.loader.set_epoch(epoch)  # order of the images
     parts = (run.model, run.loader, run.optimizer, run.schedule, run.accelerator)
     losses = train_epoch(*parts, config, bar, run.after_step, run.guard)
-    if run.session.is_over():
-        if not (run.folder / "best.pt").exists():
+    make_norms_equal(run)
+    if session_ends(run):
+        if is_first() and not (run.folder / "best.pt").exists():
             save_best(run, dict(config=asdict(config), history=run.history, best=None))
         return
     row = dict(epoch=epoch, rate=max(run.schedule.get_last_lr()), **losses)
@@ -752,7 +875,7 @@ def fit(config: Config, train_samples, val_samples, folder: Path, session=None) 
     truth = coco_truth(val_samples, config.num_classes)
     steps = len(run.loader)
     options = dict(total=config.epochs * steps, initial=done * steps, unit="batch")
-    with tqdm(desc="training", **options) as bar:
+    with tqdm(desc="training", disable=not is_first(), **options) as bar:
         for epoch in range(done + 1, config.epochs + 1):
             if has_stalled(run.history, config):
                 bar.write(f"No better {config.best_by} in {config.patience} looks: training ends.")
@@ -761,7 +884,7 @@ def fit(config: Config, train_samples, val_samples, folder: Path, session=None) 
                 bar.write(f"train_hours={config.train_hours:g} are spent: training ends.")
                 break
             run_epoch(run, epoch, val_samples, truth, bar)
-            if run.session.is_over():
+            if session_ends(run):
                 bar.write(f"{run.session.why()}: training stops after epoch {len(run.history)}.")
                 bar.write("What is there answers; run again to go on.")
                 break

@@ -58,10 +58,11 @@ def test_a_gpu_that_cannot_compute_is_refused(capsys):
     )
     with pytest.raises(RuntimeError, match=r"P100.* \(sm_60\) cannot be used: no .*T4 x2"):
         check_gpu(p100)
-    check_gpu(dict(name="Tesla T4", works=True, error=""))
+    check_gpu(dict(name="Tesla T4", works=True, error="", count=1))
+    check_gpu(dict(name="Tesla T4", works=True, error="", count=2))
     check_gpu(dict(name="", works=True, error=""))
     out = capsys.readouterr().out.splitlines()
-    assert out == ["GPU: Tesla T4", "no GPU: training runs on the CPU"]
+    assert out == ["GPU: Tesla T4", "GPU: Tesla T4 x2", "no GPU: training runs on the CPU"]
 
 
 def test_the_gpu_is_asked_in_a_process_of_its_own(monkeypatch):

@@ -143,3 +143,52 @@ def test_wrong_settings_from_outside_stop_the_story_at_once(tmp_path, environ, m
     assert done.returncode == 1
     assert message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+TWO_GPUS = """
+import os
+import sys
+
+if "ipykernel" in " ".join(sys.orig_argv):
+    import torch
+
+    notebook = os.getpid()
+
+    def touched(*arguments):
+        with open({path!r}, "a") as file:
+            print("CUDA was initialised before the processes were forked", file=file)
+        raise RuntimeError("CUDA was initialised")
+
+    torch.cuda.is_available = lambda: os.getpid() == notebook
+    torch.cuda.device_count = lambda: 2
+    torch.cuda._lazy_init = touched
+"""
+
+
+def test_with_two_gpus_the_notebook_leaves_them_to_their_processes(tmp_path, demo_root):
+    """Two GPUs are claimed to be there; the forked processes find none and take the CPU."""
+    shutil.copy(ROOT / "hw3.ipynb", tmp_path)
+    touched = tmp_path / "touched"
+    (tmp_path / "sitecustomize.py").write_text(TWO_GPUS.format(path=str(touched)))
+    jupyter = str(Path(sys.executable).with_name("jupyter"))
+    command = [jupyter, "execute", "hw3.ipynb", "--output", "done.ipynb"]
+    environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", PYTHONPATH=str(tmp_path))
+    run(command, tmp_path, **environ, HW3_SETTINGS=json.dumps(QUICK | {"max_hours": 1}))
+    assert not touched.exists(), touched.read_text()
+    check_outputs(tmp_path / "results", demo_root)
+    said = (tmp_path / "done.ipynb").read_text()
+    assert said.count("Launching training on 2 CUDAs.") == 4  # how fast, train, measure, predict
+    assert said.count("epoch 1: loss") == 1  # the first process alone tells it
+
+
+def test_two_processes_of_a_launcher_work_together(tmp_path, demo_root):
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    options = "launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    options += " --mixed_precision no --dynamo_backend no -m src_snippets.notebook"
+    environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_OUT=str(tmp_path))
+    command = [accelerate, *options.split()]
+    said, _ = run(command, ROOT, **environ, HW3_SETTINGS=json.dumps(QUICK))
+    check_outputs(tmp_path, demo_root)
+    assert said.count("epoch 1: loss") == said.count("validation images, seed 0") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(json.loads((folder / "split.json").read_text())["val"]) > 0

@@ -14,10 +14,8 @@ from src_snippets.forms import truth_instances
 from src_snippets.fusion import fuse
 from src_snippets.model import build_model
 from src_snippets.predict import (
-    answer_held_out,
     answer_samples,
     answering_seconds,
-    answers_file,
     detect_together,
     detect_view,
     from_line,
@@ -28,7 +26,6 @@ from src_snippets.predict import (
     views_of,
 )
 from src_snippets.readers import BadInput, read_image
-from src_snippets.rle import mask_areas
 from src_snippets.stains import normal_matrix, restain
 from tests.conftest import detect, field_of_cells
 
@@ -61,19 +58,6 @@ def test_several_models_answer_together(demo_root, tiny_config):
     together = detect_together(members, image, tiny_config)
     assert together.rles == fuse(alone, tiny_config).rles
     assert detect_together(members[:1], image, tiny_config).rles == alone[0].rles
-
-
-def test_each_part_is_answered_by_its_own_model(tiny_config):
-    samples = [field_of_cells(0, 96), field_of_cells(1, 96)]
-    members = [(build_model(own), own) for own in (tiny_config, replace(tiny_config, seed=1))]
-    asked = [(members[0], samples[:1]), (members[1], samples[1:])]
-    answers = answer_held_out(asked, tiny_config)
-    for found, member, sample in zip(answers, members, samples, strict=True):
-        assert found.rles == answer_samples([member], [sample], tiny_config)[0].rles
-    lower = answer_held_out(asked, tiny_config, mask_threshold=(0.4,))
-    for larger, found in zip(lower, answers, strict=True):
-        assert mask_areas(larger.rles).sum() > mask_areas(found.rles).sum()
-    assert answer_held_out([], tiny_config) == []
 
 
 def test_stains_are_normalised_before_the_model_sees_them(tiny_config):
@@ -248,35 +232,6 @@ def test_answers_on_disk_are_the_same(tmp_path):
             assert np.array_equal(mine, own)
             assert mine.dtype == own.dtype
             assert mine.shape == own.shape
-
-
-def test_prediction_goes_on_where_it_was(demo_root, tiny_config, tmp_path, monkeypatch, capsys):
-    images, checkpoint = read_test_mapping(demo_root), tmp_path / "best.pt"
-    checkpoint.write_bytes(b"weights")
-    kept = answers_file([checkpoint], images, tiny_config)
-    assert kept.parent == tmp_path
-    member = (build_model(tiny_config), tiny_config)
-    wanted = predict_images([member], images, tiny_config, kept)
-    whole = kept.read_bytes()
-    assert whole.count(b"\n") == 3
-    kept.write_bytes(whole[: whole.index(b"\n") + 50])  # killed in the second line
-    asked, really = [], predict.detect_together
-    monkeypatch.setattr(predict, "detect_together", lambda *a: asked.append(a) or really(*a))
-    found = predict_images([member], images, tiny_config, kept)
-    assert len(asked) == 2
-    assert kept.read_bytes() == whole
-    assert "1 of 3 images are answered" in capsys.readouterr().out
-    assert [a.rles for a in found.values()] == [a.rles for a in wanted.values()]
-    predict_images([member], images, tiny_config, kept)
-    assert len(asked) == 2
-    kept.write_bytes(whole[:-1])  # killed before the end of the last line
-    predict_images([member], images, tiny_config, kept)
-    assert (len(asked), kept.read_bytes()) == (3, whole)
-    # Other weights, settings or images have a file of their own.
-    assert answers_file([checkpoint], images, replace(tiny_config, score_floor=0.9)) != kept
-    assert answers_file([checkpoint], images[:2], tiny_config) != kept
-    checkpoint.write_bytes(b"others")
-    assert answers_file([checkpoint], images, tiny_config) != kept
 
 
 def test_full_memory_shrinks_batches_then_tiles(tiny_config, monkeypatch, capsys):

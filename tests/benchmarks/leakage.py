@@ -14,10 +14,10 @@ import sys
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from src_snippets.answers import answer_held_out
 from src_snippets.datasets import CellSamples, choose_splits, pick
 from src_snippets.evaluate import ap_interval, ap_of_hits, hits_of
 from src_snippets.forms import with_crowds
-from src_snippets.predict import answer_held_out
 from src_snippets.train import fit, load_trained
 from tests.benchmarks.timed import (
     choose_clock,

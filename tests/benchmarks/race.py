@@ -31,7 +31,8 @@ from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
 from src_snippets.model import choose_precision, to_instances
 from src_snippets.predict import answer_samples
-from src_snippets.train import by_image_id, default_device, fit, load_trained, rate_factor
+from src_snippets.processes import default_device
+from src_snippets.train import by_image_id, fit, load_trained, rate_factor
 from src_snippets.transforms import collate
 from tests.benchmarks.cases import read_dense, stock_model
 from tests.benchmarks.timed import (
