@@ -9,6 +9,7 @@ import pycocotools.mask
 import pytest
 import torch
 
+from src_snippets import datasets
 from src_snippets.config import recipe
 from src_snippets.datasets import (
     CellDataset,
@@ -18,6 +19,7 @@ from src_snippets.datasets import (
     coco_pixels,
     describe_groups,
     fold_images,
+    free_memory_bytes,
     open_dataset,
     open_folders,
     pick,
@@ -57,6 +59,22 @@ def test_the_budget_bounds_what_is_kept(tmp_path):
     assert samples[2].labels.tolist() == [1]
     assert samples.counts.tolist() == [[0, 1, 0, 0, 0]] * 3
     assert [s.name for s in samples] == ["a/image.tif", "b/image.tif", "c/image.tif"]
+
+
+def test_half_of_the_free_memory_bounds_it_too(tmp_path, monkeypatch, capsys):
+    for name in "abc":
+        write_folder(tmp_path / "train" / name, {1: np.eye(12, 16)})
+    dataset = folders_dataset(tmp_path)
+    sample = dataset.read(dataset.names[0])
+    one = sample.image.nbytes + sample.layers.nbytes
+    monkeypatch.setattr(datasets, "free_memory_bytes", lambda: 4 * one)
+    assert len(CellSamples(dataset, cache_gb=1.0)._kept) == 2
+    assert "2 of 3 images stay in memory (0.0 GB)" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # as many processes share the machine
+    assert len(CellSamples(dataset, cache_gb=1.0)._kept) == 1
+    monkeypatch.undo()
+    assert 1e8 < free_memory_bytes() < 1e13
+    assert len(CellSamples(dataset, cache_gb=1.0)._kept) == 3
 
 
 def test_the_digest_changes_with_any_id(tmp_path):

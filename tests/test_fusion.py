@@ -201,3 +201,37 @@ def test_thousands_of_detections_are_joined_in_seconds():
     joined = fuse([found, shuffled], recipe("demo", score_floor=0.0, detections=20_000))
     assert len(joined) == 5000
     assert np.allclose(np.sort(joined.scores), np.sort(found.scores))
+
+
+def random_answers(rng, count=8, size=(14, 11)):
+    """What three models say of an image: some of the same rectangles, with scores of their own."""
+    masks = np.zeros((count, *size), bool)
+    for mask in masks:
+        y, x, h, w = (*rng.integers(0, 9, 2), *rng.integers(1, 6, 2))
+        mask[y : y + h, x : x + w] = True
+    labels = rng.integers(1, 4, count)
+    sides = [rng.permutation(count)[: rng.integers(0, count + 1)] for _ in range(3)]
+    return [make_answer(masks[s], rng.random(len(s)), labels[s]) for s in sides]
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.booleans(), strategies.sampled_from([0.3, 0.7]))
+def test_what_is_joined_keeps_what_all_outputs_rely_on(seed, vote, iou):
+    rng = np.random.default_rng(seed)
+    answers = random_answers(rng)
+    config = recipe("demo", fusion_iou=iou, vote=vote, score_floor=0.0, detections=20)
+    joined = fuse(answers, config)
+    masks = np.concatenate([decoded(a).reshape(-1, 14, 11) for a in answers])
+    found = decoded(joined).reshape(-1, 14, 11)
+    assert found.any((1, 2)).all()
+    assert not (found.any(0) & ~masks.any(0)).any()  # no pixel that nobody named
+    assert (np.diff(joined.scores) <= 0).all()
+    every = np.concatenate([a.scores for a in answers])
+    assert len(every) == 0 or (joined.scores <= every.max() + 1e-6).all()
+    assert {*joined.labels} == {*np.concatenate([a.labels for a in answers])}
+    for label in {*joined.labels}:  # no fewer than the model that found most of a class
+        most = max(int((a.labels == label).sum()) for a in answers)
+        assert (joined.labels == label).sum() >= most
+    # The order of the models changes nothing but the order of ties.
+    again = fuse(answers[::-1], config)
+    assert np.allclose(np.sort(again.scores), np.sort(joined.scores))

@@ -1,8 +1,12 @@
+import csv
 import json
 from pathlib import Path
+import tempfile
 import zipfile
 
+from hypothesis import given, settings, strategies
 import numpy as np
+import pycocotools.mask
 import pytest
 
 from src_snippets.datasets import ImageRecord
@@ -166,3 +170,40 @@ def test_folders_cannot_hold_overlaps_of_one_class(tmp_path):
     crowd = make_sample([[[1, 1]]], [-2])
     with pytest.raises(ValueError, match="a crowd"):
         write_cell_folder(crowd, tmp_path)
+
+
+def boxes_of(masks):
+    """(N, 4) XYXY of (N, H, W) masks."""
+    places = [np.argwhere(mask) for mask in masks]
+    return np.array([[*p.min(0)[::-1], *(p.max(0)[::-1] + 1)] for p in places]).reshape(-1, 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.integers(0, 9))
+def test_whatever_was_found_is_read_back_by_others(seed, count):
+    """Any masks, with holes and in pieces: by json and pycocotools, and from the table by hand."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((count, 20, 30)) < rng.uniform(0.01, 0.9)
+    masks = masks[masks.any((1, 2))]
+    rles = [pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
+    rles = [{"size": [20, 30], "counts": rle["counts"].decode()} for rle in rles]
+    scores = np.sort(rng.random(len(masks)))[::-1].astype(np.float32)
+    labels = rng.integers(1, 5, len(masks))
+    boxes = boxes_of(masks).astype(np.float32)
+    found = Instances(boxes, scores, labels, rles, (20, 30))
+    with tempfile.TemporaryDirectory() as folder:
+        results, _ = write_results({5: found}, IMAGES[:1], Path(folder), CLASSES)
+        rows = json.loads(results.read_text())
+        write_submissions({5: found}, IMAGES[:1], Path(folder))
+        with (Path(folder) / "submission.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+    assert [row["category_id"] for row in rows] == labels.tolist()
+    assert np.allclose([row["score"] for row in rows], scores)
+    read = np.array([pycocotools.mask.decode(row["segmentation"]) for row in rows], bool)
+    assert np.array_equal(read.reshape(-1, 20, 30), masks)
+    drawn = np.zeros(600, int)
+    for row in table:
+        pairs = np.array(row["predicted"].split(), int).reshape(-1, 2)
+        for start, length in pairs:
+            drawn[start - 1 : start - 1 + length] += 1
+    assert np.array_equal(drawn.reshape(20, 30), masks.any(0).astype(int))  # each pixel once
