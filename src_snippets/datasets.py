@@ -318,8 +318,9 @@ def read_table_sample(
 # %%
 def is_polygon(values) -> bool:
     """Whether it is a list of x, y, x, y, .. of three points or more, none absurdly far away."""
-    numbers = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-    return numbers and len(values) >= 6 and len(values) % 2 == 0 and max(map(abs, values)) < 1e5
+    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+        return False
+    return len(values) >= 6 and len(values) % 2 == 0 and all(abs(v) < 1e5 for v in values)
 
 
 def coco_pixels(segmentation, height: int, width: int) -> np.ndarray:
@@ -420,7 +421,7 @@ def read_coco_sample(
     for row in by_image[record.image_id]:
         try:
             places = coco_pixels(row["segmentation"], record.height, record.width)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:  # 1e400 is read as infinity
             raise BadInput(f"{path}: annotation {row.get('id')}: {error}. Correct it.") from error
         label = order.index(row["category_id"]) + 1
         label = -label if row.get("iscrowd") else label

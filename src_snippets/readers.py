@@ -91,6 +91,11 @@ def read_pixels(path: Path) -> Pixels:
             values = read_with_pillow(path, page, error)
         else:
             values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
+        if values.ndim not in (2, 3):
+            raise BadInput(
+                f"{path}: pixels of shape {values.shape}; expected rows and columns of one "
+                "picture. Copy or export it again."
+            )
         alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
         lossy = "JPEG" in page.compression.name or page.compression.name == "WEBP"
         palette = getattr(page, "colormap", None)

@@ -1,6 +1,7 @@
 from collections import Counter
 from dataclasses import replace
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -460,6 +461,18 @@ ROW = dict(id=5, image_id=9, category_id=3, segmentation=[[1, 1, 4, 1, 4, 4]])
         (
             dict(annotations=[dict(ROW, segmentation=[[1, 2, 3, 4, "x", 5]])]),
             "annotation 5: polygon",
+        ),
+        (
+            dict(annotations=[dict(ROW, segmentation=[[1, 2, 3, 4, math.nan, 5]])]),
+            "annotation 5: polygon",
+        ),
+        (
+            dict(annotations=[dict(ROW, segmentation=dict(size=[10, 14], counts=[math.inf]))]),
+            "annotation 5",
+        ),
+        (
+            dict(annotations=[dict(ROW, segmentation=dict(size=[10, 14], counts=[10**20]))]),
+            "annotation 5",
         ),
         (dict(annotations=[dict(ROW, segmentation=[])]), "annotation 5: no polygon"),
         (dict(annotations=[dict(ROW, segmentation=3)]), "expected polygons or size and counts"),
