@@ -6,7 +6,7 @@
 # defaults. `recipe("baseline", epochs=30)` checks names and ranges and says what is valid.
 
 # %%
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 import json
@@ -58,6 +58,8 @@ class DataSettings:
     seed: int = within(0, 0, 2**31 - 1)  # split, initial weights, order, augmentation
     # Data
     num_classes: int = within(4, 1, 255)  # K of the last classK.tif; CSV and COCO files tell it
+    class_names: tuple[str, ...] = ("",)  # of classes 1..K, and so K; empty: as the data say
+    um_per_px: float = within(0.0, 0.0, 1000.0)  # micrometres a pixel, for tables; 0: unknown
     val_fraction: float = within(0.2, 0.0, 0.9)  # share of the images that measures, never trains
     folds: int = within(1, 1, 100)  # k: k models, each measured on another k-th; 1: val_fraction
     split_by: str = one_of("look", "image")  # look: fields that look alike stay on one side
@@ -297,9 +299,18 @@ RECIPES = {
 
 # %%
 BY_CLASS = ("mask_threshold", "class_nms", "least_area", "show_floor")  # one value, or one a class
-ANY_NUMBER = ("anchor_sizes", "anchor_ratios", "pyramid", "short_sides", "test_scales", *BY_CLASS)
+ANY_NUMBER = (
+    "anchor_sizes",
+    "anchor_ratios",
+    "pyramid",
+    "short_sides",
+    "test_scales",
+    "class_names",
+    *BY_CLASS,
+)
 
 
+# %%
 def check_setting(config_field, value):
     """Checks one value against its field's type, range or choices.
 
@@ -339,6 +350,21 @@ def check_setting(config_field, value):
 
 
 # %%
+def checked_changes(changes: Mapping) -> dict:
+    """Changes to settings in the types of their fields.
+
+    Raises:
+        ValueError: unknown field, or a value of wrong type or out of range.
+    """
+    known = {f.name: f for f in fields(Config) if f.name != "recipe"}
+    if unknown := sorted(set(changes) - set(known)):
+        raise ValueError(
+            f"There is no setting {', '.join(unknown)}; there are: {', '.join(known)}."
+        )
+    return {key: check_setting(known[key], value) for key, value in changes.items()}
+
+
+# %%
 def recipe(name: str, /, **changes) -> Config:
     """The settings of a recipe with some fields changed.
 
@@ -354,14 +380,9 @@ def recipe(name: str, /, **changes) -> Config:
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe {name!r}; there are: {', '.join(RECIPES)}.")
-    known = {f.name: f for f in fields(Config) if f.name != "recipe"}
-    if unknown := sorted(set(changes) - set(known)):
-        raise ValueError(
-            f"There is no setting {', '.join(unknown)}; there are: {', '.join(known)}."
-        )
-    values = {**RECIPES[name], **changes}
-    checked = {key: check_setting(known[key], value) for key, value in values.items()}
-    config = Config(recipe=name, **checked)
+    config = Config(recipe=name, **checked_changes({**RECIPES[name], **changes}))
+    if config.class_names != ("",):
+        config = replace(config, num_classes=len(config.class_names))
     for name in ("zoom", "rpn_iou"):
         if (pair := getattr(config, name))[0] > pair[1]:
             raise ValueError(f"Setting {name}={pair}: expected the least before the most.")
@@ -397,23 +418,33 @@ def check_trunk(config: Config) -> None:
 
 
 # %%
-def with_classes(config: Config, count: int) -> Config:
-    """The settings for a dataset with so many classes.
+def with_classes(config: Config, names: Sequence[str]) -> Config:
+    """The settings for a dataset with classes of these names, unless they name them themselves.
 
     Raises:
         ValueError: a setting has a value for each of another number of classes.
     """
+    count = len(names)
+    if config.class_names != ("",) and len(config.class_names) != count:
+        raise ValueError(
+            f"Setting class_names={config.class_names}: expected {count} names; the data call the "
+            f"classes {', '.join(names)}."
+        )
     for name in BY_CLASS:
         if len(values := getattr(config, name)) not in (1, count):
             raise ValueError(
                 f"Setting {name}={values}: expected one value, or one for each of {count} classes."
             )
-    return replace(config, num_classes=count)
+    own = tuple(names) if config.class_names == ("",) else config.class_names
+    return replace(config, num_classes=count, class_names=own)
 
 
 # %%
-def settings_from(environ: Mapping[str, str]) -> dict:
-    """Reads the overrides in `HW3_SETTINGS`, a JSON object such as `{"epochs": 3}`.
+def settings_from(environ: Mapping[str, str], knobs: Mapping | None = None) -> dict:
+    """Changes to settings: the knobs that are not None, and over them those in `HW3_SETTINGS`.
+
+    Args:
+        environ: its `HW3_SETTINGS` is a JSON object such as `{"epochs": 3}`.
 
     Raises:
         ValueError: the text is not a JSON object.
@@ -425,19 +456,34 @@ def settings_from(environ: Mapping[str, str]) -> dict:
         raise ValueError(f"HW3_SETTINGS is not JSON ({error}): {text!r}") from error
     if not isinstance(changes, dict):
         raise ValueError(f'HW3_SETTINGS: expected an object such as {{"epochs": 3}}, not {text!r}')
-    return changes
+    return {name: value for name, value in (knobs or {}).items() if value is not None} | changes
 
 
 def checkpoints_from(environ: Mapping[str, str]) -> list[str]:
-    """The paths in `HW3_ENSEMBLE`, separated as in `PATH`."""
-    return [path for path in environ.get("HW3_ENSEMBLE", "").split(os.pathsep) if path]
+    """The paths in `HW3_CHECKPOINTS`, separated as in `PATH`."""
+    return [path for path in environ.get("HW3_CHECKPOINTS", "").split(os.pathsep) if path]
+
+
+# %%
+PARTS = {
+    "data and augmentation": DataSettings,
+    "trunk and pyramid": ModelSettings,
+    "proposals and heads": HeadSettings,
+    "training and prediction": Config,
+}
 
 
 def describe(config: Config) -> str:
-    """One line a field, `*` before those that differ from the defaults."""
-    rows = []
-    for item in fields(config):
-        value = getattr(config, item.name)
-        mark = " " if value == item.default else "*"
-        rows.append(f"{mark} {item.name:<16} {value}")
+    """One line a field, with a mark where the recipe or the user changed it."""
+    by_recipe = Config(recipe=config.recipe, **checked_changes(RECIPES[config.recipe]))
+    rows, told = ["* set by the recipe, > changed by you"], set()
+    for title, part in PARTS.items():
+        rows.append(f"{title}:")
+        for item in fields(part):
+            value = getattr(config, item.name)
+            mark = ">" if value != getattr(by_recipe, item.name) else "*"
+            mark = " " if value == item.default and mark == "*" else mark
+            if item.name not in told:
+                rows.append(f"  {mark} {item.name:<16} {value}")
+        told |= {item.name for item in fields(part)}
     return "\n".join(rows)

@@ -2,7 +2,7 @@
 
 # %% [markdown]
 # ## What lies on disk?
-# One of three layouts, told by the file that holds the truth:
+# One of three layouts, told by the file that holds the truth, or pictures alone:
 # - **folders**: `train/<name>/image.tif` with `class1.tif .. class4.tif` beside it (pixel = id of
 #   the cell; an absent class has no file), `test_release/` and a mapping from its images to ids;
 # - **table**: `train.csv` with an instance a row as run lengths, pictures in `train/` and `test/`;
@@ -30,7 +30,14 @@ from tqdm.auto import tqdm
 
 from src_snippets.config import Config
 from src_snippets.forms import CellSample, pack_parts
-from src_snippets.places import coco_file, MAPPING_NAME, written_whole
+from src_snippets.places import (
+    coco_file,
+    has_truth,
+    MAPPING_NAME,
+    PICTURES,
+    pictures_in,
+    written_whole,
+)
 from src_snippets.processes import is_first
 from src_snippets.readers import BadInput, read_cell_folder, read_image
 from src_snippets.rle import pixels_of_kaggle_text, row_major_pixels
@@ -53,8 +60,8 @@ class CellDataset:
 
     Attributes:
         root: its folder.
-        layout: `folders`, `table` or `coco`.
-        names: the training images, unique.
+        layout: `folders`, `table`, `coco` or `pictures`.
+        names: the training images, unique; none in `pictures`.
         read: name -> `CellSample`; raises BadInput.
         categories: names of the classes 1..C by the ids that results carry, ascending.
         test_images: those to answer.
@@ -72,7 +79,7 @@ class CellDataset:
 
 # %%
 def open_dataset(root: Path, config: Config) -> CellDataset:
-    """Lists a dataset; `num_classes` is read for folders alone, the others say it themselves.
+    """Lists a dataset; classes are those of the settings but where a file tells them.
 
     Raises:
         BadInput: a file is missing or not what it should be.
@@ -81,7 +88,9 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
         return open_folders(root, config)
     if (root / "train.csv").is_file():
         return open_table(root, config)
-    return open_coco(root, config)
+    if coco_file(root, "train"):
+        return open_coco(root, config)
+    return open_folders(root, config) if has_truth(root) else open_pictures(root, config)
 
 
 def read_text(path: Path) -> str:
@@ -118,9 +127,22 @@ def open_folders(root: Path, config: Config) -> CellDataset:
     """The layout of folders."""
     names = [folder.name for folder in training_folders(root)]
     read = partial(read_named_folder, root / "train", config.num_classes, config.overlaps)
-    categories = {k: f"class{k}" for k in range(1, config.num_classes + 1)}
-    images, groups = read_test_mapping(root), read_groups(root, names)
-    return CellDataset(root, "folders", names, read, categories, images, groups)
+    images = read_test_mapping(root) if (root / MAPPING_NAME).is_file() else []
+    groups = read_groups(root, names)
+    return CellDataset(root, "folders", names, read, class_ids(config), images, groups)
+
+
+def class_ids(config: Config) -> dict[int, str]:
+    """The names of classes by 1..C, those of the settings or class1, class2, .."""
+    known = config.class_names != ("",)
+    names = config.class_names if known else [f"class{k + 1}" for k in range(config.num_classes)]
+    return dict(enumerate(names, start=1))
+
+
+def open_pictures(root: Path, config: Config) -> CellDataset:
+    """A folder of pictures without truth: there is nothing to learn, all are to be answered."""
+    images = numbered_images(pictures_in(root))
+    return CellDataset(root, "pictures", [], picture_of, class_ids(config), images, {})
 
 
 def read_named_folder(parent: Path, num_classes: int, overlaps: bool, name: str) -> CellSample:
@@ -219,7 +241,6 @@ def check_image(image: ImageRecord, stated_in: Path) -> np.ndarray:
 # by row, the first pixel being 1), `width`, `height`, `cell_type`; as many rows as cells.
 
 # %%
-PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 
 
 def picture_of(folder: Path, name: str, listed_in: Path) -> Path:
@@ -278,8 +299,12 @@ def table_test_images(root: Path) -> list[ImageRecord]:
         names = dict.fromkeys(row["id"] for row in read_rows(path, {"id"}))
         paths = [picture_of(folder, name, path) for name in names]
     else:
-        there = sorted(folder.iterdir()) if folder.is_dir() else []
-        paths = [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
+        paths = pictures_in(folder)
+    return numbered_images(paths)
+
+
+def numbered_images(paths: Sequence[Path]) -> list[ImageRecord]:
+    """Pictures with ids from 1 on. Raises BadInput where one cannot be read."""
     sizes = [read_image(p).shape[1:] for p in paths]
     rows = enumerate(zip(paths, sizes, strict=True), start=1)
     return [ImageRecord(p, number, *size) for number, (p, size) in rows]
@@ -461,7 +486,7 @@ class CellSamples(Sequence):
         cache_gb: 1e9 bytes of decoded images that stay in memory; the rest is read on demand.
 
     Raises:
-        BadInput: on construction, which reads all of them: the first bad one, or no cells at all.
+        BadInput: on construction, which reads all of them: the first bad one, or no cells in any.
     """
 
     def __init__(self, dataset: CellDataset, cache_gb: float):
@@ -487,7 +512,7 @@ class CellSamples(Sequence):
             size = sum(s.image.nbytes + s.layers.nbytes for s in self._kept.values()) / 1e9
             print(f"{len(self._kept)} of {len(self.names)} images stay in memory ({size:.1f} GB),")
             print("the others are read again when needed: see cache_gb.")
-        if not self.counts.any():
+        if self.names and not self.counts.any():
             raise BadInput(f"{dataset.root}: no cells in any training image; expected some.")
 
     def __len__(self):
@@ -636,6 +661,18 @@ def choose_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, l
 
 
 # %%
+def sample_records(samples: Sequence[CellSample]) -> list[ImageRecord]:
+    """Samples as images with ids from 1 on, as `coco_truth` numbers them."""
+    numbered = enumerate(samples, start=1)
+    return [ImageRecord(Path(named_image(s.name)), k, *s.size) for k, s in numbered]
+
+
+def named_image(name: str) -> str:
+    """The file name of a sample; that of its folder where all files are called image."""
+    path = Path(name)
+    return f"{path.parent.name}{path.suffix}" if path.stem == "image" else path.name
+
+
 def pick(samples: CellSamples, names: Sequence[str]) -> Subset:
     """The samples of some names, in the order of the names."""
     return Subset(samples, [samples.places[name] for name in names])

@@ -274,9 +274,11 @@ def panoptic_quality(pairs, num_classes: int) -> dict[int, float | None]:
 
 
 # %%
-def format_scores(scores: dict, quality: dict[int, float | None] | None = None) -> str:
-    """The scores as a table to print; `-` where there was no cell to score."""
-    quality = quality or {}
+def format_scores(
+    scores: dict, quality: dict[int, float | None] | None = None, names: Sequence[str] = ()
+) -> str:
+    """The scores as a table to print, `names` those of classes; `-` where there is no cell."""
+    quality, called = quality or {}, dict(enumerate(names, start=1))
 
     def text(value):
         return "     -" if value is None else f"{value:6.3f}"
@@ -287,7 +289,7 @@ def format_scores(scores: dict, quality: dict[int, float | None] | None = None) 
     cells = sum(row["cells"] for row in scores["classes"].values())
     rows = [("all", scores, mean, cells)]
     for key, row in scores["classes"].items():
-        rows.append((f"class{key}", row, quality.get(key), row["cells"]))
+        rows.append((called.get(key, f"class{key}")[:10], row, quality.get(key), row["cells"]))
     for name, row, pq, cells in rows:
         numbers = " ".join(text(v) for v in (row["AP"], row["AP50"], row["AP75"], pq))
         lines.append(f"{name:<10} {numbers} {cells:7d}")

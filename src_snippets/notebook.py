@@ -28,7 +28,13 @@ import torch
 from src_snippets.config import checkpoints_from, describe, recipe, settings_from, with_classes
 
 # %%
-from src_snippets.processes import is_first, join_processes, on_all_gpus, private_folder
+from src_snippets.processes import (
+    gpu_count,
+    is_first,
+    join_processes,
+    on_all_gpus,
+    private_folder,
+)
 
 # %%
 join_processes()
@@ -36,21 +42,45 @@ check_gpu(ask_gpu())
 
 # %% [markdown]
 # ## Settings: change them here
-# Leave all empty for a first run. Fields that matter most: `epochs`, `batch_size` (lower when the
-# GPU's memory runs out), `scale` (2 finds smaller cells and costs four times the time), `crop`,
-# `lr`, `score_floor` (0.05 instead of 0.5 raises AP), `weights`.
+# Leave all as it is for a first run. `None` is the recipe's own value, which the list below this
+# cell shows. After a change run on from here; nothing above has to run again.
 
 # %%
+# What, and where to
 DATA = os.environ.get("HW3_DATA", "")  # the dataset's folder, or "demo"; empty: search for it
 OUT = os.environ.get("HW3_OUT", "")  # where results go; empty: /kaggle/working, else results
-RECIPE = os.environ.get("HW3_RECIPE", "")  # a name below; empty: baseline if there is a dataset
-ENSEMBLE = checkpoints_from(os.environ)  # ["../best.pt"] of other runs: they answer the test too
-CHANGES = {} | settings_from(os.environ)  # {"epochs": 30, "batch_size": 4} | settings_from(..)
+CHECKPOINTS = checkpoints_from(os.environ)  # ["../best.pt"] of other runs: they answer too
+RECIPE = os.environ.get("HW3_RECIPE", "")  # see the README; empty: baseline if there is a dataset
+
+KNOBS = dict(
+    # How long
+    epochs=None,  # 1 to 10,000 passes; more while the validation curve still rises
+    train_hours=None,  # h of training, such as 3.5; the rate falls to 0 by then, with cosine
+    max_hours=None,  # h of the session, such as 8.8 of Kaggle's 9: all is written in time
+    lr=None,  # 1e-7 to 1; lower if losses jump or become nan
+    # How large: seconds and memory grow with the square of crop and scale
+    batch_size=None,  # 1 to 256 crops a step and GPU; lower when memory runs out
+    crop=None,  # 32 to 8192 px; cells at its border are cut
+    scale=None,  # 0.25 to 8 network px per image px; 2 finds smaller cells
+    # What the model starts from and sees
+    weights=None,  # "imagenet", "coco" (data beyond ImageNet), "none", or a file
+    rare_crops=None,  # 0 to 1, share of crops around cells of rare classes; 0.5 gained
+    copy_paste=None,  # 0 to 1, share of crops with cells of other fields; 0.5 gained
+    # How it answers
+    detections=None,  # 1 to 20,000 cells an image; with fewer than there are AP falls
+    score_floor=None,  # 0 to 1; AP gains from a low one, 0.05
+    tile=None,  # px; 512 finds more in large fields, and takes several times as long
+    test_views=None,  # "one", "flips" or "all": symmetries shown; gains, takes 3 or 8 times as long
+    tune=None,  # True: thresholds by class, chosen on the validation part
+    um_per_px=None,  # micrometres a pixel, for lengths and areas in tables
+)
+CHANGES = settings_from(os.environ, KNOBS | dict())  # dict(folds=5): any other setting too
 
 # %%
 from src_snippets.places import (
     check_free,
     find_dataset,
+    has_truth,
     output_folder,
     SEARCHED_FOLDERS,
 )
@@ -69,7 +99,7 @@ if found_root is None:
     print("For your own, set DATA above to a folder with train/ and its truth (see below),")
     print(f"or put it below {', '.join(SEARCHED_FOLDERS)}; then run from the settings cell on.")
     print("=" * 78)
-print(f"dataset: {data_root}\nresults: {output}\nsettings (* differs from the default):")
+print(f"dataset: {data_root}\nresults: {output}")
 print(describe(chosen_settings))
 
 # %%
@@ -89,6 +119,9 @@ from src_snippets.forms import (
 from src_snippets.readers import read_image
 
 # %%
+from src_snippets.checkpoints import run_folder, saved_settings
+
+# %%
 from src_snippets.stains import as_seen
 
 # %%
@@ -99,46 +132,53 @@ from src_snippets.datasets import (
     describe_groups,
     open_dataset,
     pick,
+    sample_records,
     write_json,
 )
 
 # %% [markdown]
 # Everything is read and checked now; the validation part is chosen by image and never augmented.
+# Where `DATA` has pictures alone, nothing is trained: `CHECKPOINTS` answer, with their settings.
 
 # %%
-dataset = open_dataset(data_root, chosen_settings)
-config = with_classes(chosen_settings, len(dataset.categories))
+trains = has_truth(data_root)
+if not (trains or CHECKPOINTS):
+    raise ValueError(f"{data_root}: pictures without truth; set CHECKPOINTS to a best.pt for them")
+settings = chosen_settings if trains else saved_settings(CHECKPOINTS[0], CHANGES)
+dataset = open_dataset(data_root, settings)
+config = with_classes(settings, dataset.categories.values())
+names = config.class_names
 samples = CellSamples(dataset, config.cache_gb)
-splits = choose_splits(samples, config)
+splits = choose_splits(samples, config) if trains else {}
 for fold, split in splits.items():
     title = f"fold {fold}: " * (fold > 0)
     print(f"{title}{len(split['train'])} training, {len(split['val'])} validation images")
-groups = samples.groups(config.split_by)
-print(f"kept together in the split: {describe_groups(groups, dataset.names)}")
-print(f"{len(dataset.test_images)} test images")
-for label, (name, count) in enumerate(
-    zip(dataset.categories.values(), samples.counts.sum(0)[1:], strict=True), start=1
-):
-    print(f"class{label}: {count} cells" + f" ({name})" * (name != f"class{label}"))
-print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
-cap = config.detections if config.tile else min(config.detections, config.proposals)
-if crowded := int((samples.counts.sum(1) > cap).sum()):
-    print(f"WARNING: {crowded} images have more cells than can be found: {cap}. Raise detections")
-    print(f"(now {config.detections}) and proposals (now {config.proposals}).")
-first_split = next(iter(splits.values()))
-train_part = pick(samples, first_split["train"])
-print(f"to normalise by this dataset instead of ImageNet: {channel_statistics(train_part)}")
+print(f"{len(dataset.test_images)} images to answer")
+
+# %%
+if trains:
+    groups = samples.groups(config.split_by)
+    print(f"kept together in the split: {describe_groups(groups, dataset.names)}")
+    for name, count in zip(names, samples.counts.sum(0)[1:], strict=True):
+        print(f"{name}: {count} cells")
+    print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
+    cap = config.detections if config.tile else min(config.detections, config.proposals)
+    if crowded := int((samples.counts.sum(1) > cap).sum()):
+        print(f"WARNING: {crowded} images have more cells than can be found: {cap}. Raise")
+        print(f"detections (now {config.detections}) and proposals (now {config.proposals}).")
+    train_part = pick(samples, next(iter(splits.values()))["train"])
+    print(f"to normalise by this dataset instead of ImageNet: {channel_statistics(train_part)}")
 
 # %%
 from src_snippets.transforms import magnification, TrainingSet
 
 # %%
 from src_snippets.plots import (
+    LiveHistory,
     plot_anchors,
     plot_augmentations,
     plot_counts,
     plot_fields,
-    plot_history,
     plot_predictions,
     plot_schedule,
     plot_thresholds,
@@ -146,21 +186,24 @@ from src_snippets.plots import (
 )
 
 # %%
-shown = [train_part[i] for i in np.unique(np.linspace(0, len(train_part) - 1, 4).astype(int))]
-gallery = [(sample.image.numpy(), truth_instances(sample), sample.name) for sample in shown]
-show_figure(plot_fields(gallery, config.num_classes), output / "figures" / "samples.png")
+if trains:
+    spread = np.unique(np.linspace(0, len(train_part) - 1, 4).astype(int))
+    shown = [train_part[i] for i in spread]
+    gallery = [(sample.image.numpy(), truth_instances(sample), sample.name) for sample in shown]
+    show_figure(plot_fields(gallery, names), output / "figures" / "samples.png")
 
 # %% [markdown]
 # Every cell has an outline on its border, in the colour of its class. If outlines and cells are
 # apart, image and masks do not belong together.
 
 # %%
-torch.manual_seed(config.seed)
-most_cells = int(samples.counts.sum(1)[train_part.indices].argmax())
-seen = TrainingSet(train_part, config)
-variants = [seen.variant(most_cells) for _ in range(5)]
-augmented = plot_augmentations(train_part[most_cells], variants, config.num_classes)
-show_figure(augmented, output / "figures" / "augmentations.png")
+if trains:
+    torch.manual_seed(config.seed)
+    most_cells = int(samples.counts.sum(1)[train_part.indices].argmax())
+    seen = TrainingSet(train_part, config)
+    variants = [seen.variant(most_cells) for _ in range(5)]
+    augmented = plot_augmentations(train_part[most_cells], variants, names)
+    show_figure(augmented, output / "figures" / "augmentations.png")
 
 # %% [markdown]
 # The same field as training sees it: flipped, turned, magnified, cut and recoloured, with pieces of
@@ -191,22 +234,25 @@ from src_snippets.model import (
 )
 
 # %%
-print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
-first_model = build_model(config)
-print(parameter_table(first_model))
-room = checkpoint_bytes(first_model, config)
-del first_model
+if trains:
+    print(f"Mask R-CNN with {config.backbone}, start from weights: {config.weights}")
+    first_model = build_model(config)
+    print(parameter_table(first_model))
+    room = checkpoint_bytes(first_model, config)
+    del first_model
 
 # %%
-sides = []
-for sample in train_part:
-    cells = truth_instances(sample).boxes
-    factor = magnification(sample.size, config.scale, config.short_sides[-1])
-    sides.append((cells[:, 2:] - cells[:, :2]) * factor)
-sides = np.concatenate(sides)
-covered = cells_with_anchor(sides, config)
-print(describe_anchors(covered))
-show_figure(plot_anchors(sides, covered, anchor_shapes(config)), output / "figures" / "anchors.png")
+if trains:
+    sides = []
+    for sample in train_part:
+        cells = truth_instances(sample).boxes
+        factor = magnification(sample.size, config.scale, config.short_sides[-1])
+        sides.append((cells[:, 2:] - cells[:, :2]) * factor)
+    sides = np.concatenate(sides)
+    covered = cells_with_anchor(sides, config)
+    print(describe_anchors(covered))
+    anchors = plot_anchors(sides, covered, anchor_shapes(config))
+    show_figure(anchors, output / "figures" / "anchors.png")
 
 # %% [markdown]
 # The model learns a cell best when an anchor, a box of fixed size, overlaps it by half. Red dots
@@ -223,7 +269,7 @@ from src_snippets.evaluate import (
 )
 
 # %%
-from src_snippets.predict import answering_seconds
+from src_snippets.predict import SYMMETRIES
 
 # %%
 from src_snippets.train import (
@@ -231,29 +277,35 @@ from src_snippets.train import (
     fit,
     rate_factor,
     read_trained,
-    run_folder,
     Session,
 )
 
 # %%
-steps = config.epochs * -(-max(len(train_part) // config.batch_size, 1) // config.accumulate)
-rates = [config.lr * rate_factor(step, config, steps) for step in range(steps)]
-show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
+from src_snippets.costs import describe_costs, measure_costs
 
 # %%
-for path in ENSEMBLE:
+if trains:
+    batches = max(len(train_part) // config.batch_size // max(gpu_count(config), 1), 1)
+    steps = config.epochs * -(-batches // config.accumulate)
+    rates = [config.lr * rate_factor(step, config, steps) for step in range(steps)]
+    show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
+    held = [s.size for split in splits.values() for s in pick(samples, split["val"])]
+    held_mpx = sum(height * width for height, width in held) / 1e6
+    costs = on_all_gpus(config, measure_costs, config, train_part, most_cells)
+    looks = held_mpx * config.epochs / config.eval_every
+    print(describe_costs(costs, config, steps * len(splits), looks))
+
+# %%
+for path in CHECKPOINTS:
     read_trained(path, config, same=False)  # what is wrong with one shows now, not after training
 
 # %%
 reserve = 0.0
-if config.max_hours:  # time to answer validation and test images and to write what was found
-    held = [s.size for split in splits.values() for s in pick(samples, split["val"])]
+if trains and config.max_hours:  # time to answer all images and to write what was found
     asked_often = 10 if config.tune else 1  # by tuning, at most
-    pixels = asked_often * sum(h * w for h, w in held)
-    models = len(splits) + len(ENSEMBLE)
-    pixels += models * sum(image.height * image.width for image in dataset.test_images)
-    example = train_part[most_cells]
-    reserve = 120 + 1.5 * on_all_gpus(config, answering_seconds, config, example, pixels)
+    models = len(splits) + len(CHECKPOINTS)
+    test_mpx = sum(image.height * image.width for image in dataset.test_images) / 1e6
+    reserve = 120 + 1.5 * costs.answer * (asked_often * held_mpx + models * test_mpx)
     print(f"{reserve / 60:.0f} minutes of max_hours are kept for answering")
 session = Session(config.max_hours, reserve)
 session.listen()
@@ -266,21 +318,22 @@ for fold, split in splits.items():
         continue
     session.share(len(splits) - len(runs))
     run = run_folder(output, config, {"split": split, "images": samples.digest})
-    parts = {part: pick(samples, names) for part, names in split.items()}
+    parts = {part: pick(samples, own) for part, own in split.items()}
     write_json(split, run / "split.json")
     for part, picked in parts.items():
         part_truth = coco_truth(picked, config.num_classes)
         write_json(with_categories(part_truth, dataset.categories), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
     check_free(run, room - sum(path.stat().st_size for path in run.glob("*.pt")))
-    history = on_all_gpus(config, fit, config, parts["train"], parts["val"], run, session)
-    if history:
-        show_figure(plot_history(history), output / "figures" / f"history{fold or ''}.png")
+    live = LiveHistory(output / "figures" / f"history{fold or ''}.png")
+    on_all_gpus(config, fit, config, parts["train"], parts["val"], run, session, live)
     runs[fold] = run
 
 # %% [markdown]
-# Losses should fall and level off. A validation score that falls while losses go on falling means
-# too many epochs; one that still rises at the end means too few.
+# The picture is drawn anew after each epoch: losses, validation scores, rate, and the validation
+# field with most cells as it is answered now. Losses should fall and level off. A validation score
+# that falls while losses go on falling means too many epochs; one that still rises at the end means
+# too few.
 
 # %% [markdown]
 # ## How good is the best epoch?
@@ -295,11 +348,11 @@ from src_snippets.thresholds import threshold_lines
 from src_snippets.answers import answer_test, answer_validation, tune_on_validation
 
 # %%
-checkpoints = [run / "best.pt" for run in runs.values()]
+own_checkpoints = [run / "best.pt" for run in runs.values()]
 val_parts = [pick(samples, splits[fold]["val"]) for fold in runs]
 held_out = [sample for part in val_parts for sample in part]
-asked = list(zip(checkpoints, val_parts, strict=True))
-val_answers = on_all_gpus(config, answer_validation, asked, config)
+asked = list(zip(own_checkpoints, val_parts, strict=True))
+val_answers = on_all_gpus(config, answer_validation, asked, config) if held_out else []
 val_truths = [truth_instances(sample) for sample in held_out]
 if val_answers:
     val_truth = coco_truth(held_out, config.num_classes)
@@ -311,7 +364,7 @@ if val_answers:
     val_hits = hits_of(val_answers, crowded_truths, config.num_classes)
     interval = ap_interval(val_hits)
     print(f"{len(val_answers)} validation images, seed {config.seed}")
-    print(format_scores(scores, quality))
+    print(format_scores(scores, quality, names))
     if interval:
         low, high = interval
         print(f"with other images AP50 would be {low:.3f} to {high:.3f}, in 95 of 100 draws")
@@ -324,7 +377,7 @@ if val_answers:
     picture = plot_predictions(
         [held_out[i] for i in first],
         [counted[i] for i in first],
-        config.num_classes,
+        names,
     )
     show_figure(picture, output / "figures" / "predictions.png")
 
@@ -334,7 +387,7 @@ if val_answers:
 
 # %%
 if val_answers:
-    bars = plot_counts(val_truths, counted, config.num_classes)
+    bars = plot_counts(val_truths, counted, names)
     show_figure(bars, output / "figures" / "counts.png")
 
 # %% [markdown]
@@ -347,7 +400,7 @@ if config.tune and len(val_answers) > 1:
     known = (asked, crowded_truths, val_hits, config)
     tuned = on_all_gpus(config, tune_on_validation, *known)
     changed = tuned.changes
-    curves = plot_thresholds(threshold_lines(tuned, config), config.num_classes)
+    curves = plot_thresholds(threshold_lines(tuned, config), names)
     show_figure(curves, output / "figures" / "thresholds.png")
     write_json(changed, runs[min(runs)] / "thresholds.json")
     print(f"for the test images: {changed}")
@@ -360,30 +413,55 @@ test_config = replace(config, **changed)
 # that of a class with few cells is chance.
 
 # %%
-asking = (checkpoints, ENSEMBLE, dataset.test_images, test_config)
+asking = (own_checkpoints, CHECKPOINTS, dataset.test_images, test_config)
 test_answers = on_all_gpus(config, answer_test, *asking)
 
 # %%
-from src_snippets.writers import write_results, write_submissions
+from src_snippets.writers import offer_download, write_results, write_submissions
 
 # %%
 if dataset.test_images:
-    write_results(test_answers, dataset.test_images, output, dataset.categories)
+    _, archive = write_results(test_answers, dataset.test_images, output, dataset.categories)
 else:
     print("No test images: there is nothing to submit.")
+strong = {key: a.above(test_config.show_floor) for key, a in test_answers.items()}
 if dataset.test_images and dataset.layout == "table":
-    strong = {key: a.above(test_config.show_floor) for key, a in test_answers.items()}
     write_submissions(strong, dataset.test_images, output)
+
+# %%
+from src_snippets.exports import write_exports
+
+# %%
+called = dict(zip(dataset.categories, names, strict=True))
+if is_first():  # of the test images, or of the validation images where there are none
+    if dataset.test_images:
+        asked_for, answers, read = dataset.test_images, strong, lambda i: read_image(i.path)
+    else:
+        asked_for = sample_records(held_out)
+        answers, read = by_image_id(counted), lambda i: held_out[i.image_id - 1].image.numpy()
+    write_exports(answers, asked_for, read, output / "exports", called, config.um_per_px)
 
 # %%
 places = np.unique(np.linspace(0, len(dataset.test_images) - 1, 4).astype(int))
 chosen = [dataset.test_images[i] for i in places if dataset.test_images]
 answered = []
 for image in chosen:
-    found = test_answers[image.image_id].above(test_config.show_floor)
-    answered.append((read_image(image.path), found, image.path.stem))
+    answered.append((read_image(image.path), strong[image.image_id], image.path.stem))
 if answered:
-    show_figure(plot_fields(answered, config.num_classes), output / "figures" / "test.png")
+    show_figure(plot_fields(answered, names), output / "figures" / "test.png")
 
 # %% [markdown]
-# Test images above, the cells found in them below. `test-results.zip` is what you submit.
+# Test images above, the cells found in them below.
+
+# %% [markdown]
+# ## Take it with you
+# `test-results.zip` holds exactly `test-results.json`, checked entry by entry. Submit the zip where
+# your course or competition takes it. On Kaggle it also lies in the Output panel at the right.
+
+# %%
+if val_answers:
+    print(f"validation AP50 {scores['AP50'] or 0:.3f} on {len(val_answers)} images")
+if dataset.test_images:
+    total = sum(map(len, test_answers.values()))
+    print(f"{total} cells in {len(dataset.test_images)} images, settings {config.recipe}")
+    offer_download(archive)

@@ -2,9 +2,10 @@
 
 # %% [markdown]
 # ## Where is the data, and where do results go?
-# A dataset is a folder that holds `train/` and one of `test_image_name_to_ids.json`, `train.csv`
-# and a COCO file such as `train.json`. It is looked for in `DATA`, else where Kaggle and Colab put
-# uploads, then in `./data`; hidden folders are passed over.
+# A dataset is a folder that holds `train/` with class files in its folders, or with `train.csv` or
+# a COCO file such as `train.json` beside it. It is looked for in `DATA`, else where Kaggle and
+# Colab put uploads, then in `./data`; hidden folders are passed over. `DATA` may also name a folder
+# of pictures alone, to be answered by `CHECKPOINTS`.
 
 # %%
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import shutil
 
 # %%
 MAPPING_NAME = "test_image_name_to_ids.json"
+PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
 
 
@@ -35,11 +37,13 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
         return None
     if wanted:
         roots = list(dataset_roots(Path(wanted)))
+        if not roots and pictures_in(Path(wanted)):
+            return Path(wanted)
         if not roots:
             raise FileNotFoundError(
-                f"DATA={wanted!r}: expected a folder with train/ and one of {MAPPING_NAME}, "
-                "train.csv and train.json in it (at most four levels down). Correct the path, or "
-                "set it to 'demo'."
+                f"DATA={wanted!r}: expected a folder with train/ and its truth (class files, "
+                "train.csv or train.json; at most four levels down), or with pictures. Correct the "
+                "path, or set it to 'demo'."
             )
     else:
         roots = [root for folder in searched for root in dataset_roots(Path(folder))]
@@ -52,9 +56,7 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
 # %%
 def dataset_roots(folder: Path, depth: int = 4):
     """Yields the folders at or below `folder` that hold a dataset."""
-    marks = (folder / MAPPING_NAME, folder / "train.csv")
-    marked = any(mark.is_file() for mark in marks) or coco_file(folder, "train")
-    if marked and (folder / "train").is_dir():
+    if has_truth(folder):
         yield folder
     elif depth > 0 and folder.is_dir():
         for child in sorted(p for p in folder.iterdir() if p.is_dir()):
@@ -62,6 +64,21 @@ def dataset_roots(folder: Path, depth: int = 4):
                 yield from dataset_roots(child, depth - 1)
 
 
+def has_truth(folder: Path) -> bool:
+    """Whether a folder is a dataset to learn from."""
+    marks = (folder / MAPPING_NAME, folder / "train.csv")
+    marked = any(mark.is_file() for mark in marks) or coco_file(folder, "train")
+    classes = next((folder / "train").glob("*/class*.tif"), None)
+    return (folder / "train").is_dir() and bool(marked or classes)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures that lie directly in a folder, by name."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
+
+
+# %%
 def coco_file(root: Path, part: str) -> tuple[Path, Path] | None:
     """The COCO file of `train` or `test` and the folder of its images, None where there is none."""
     folder = root / part

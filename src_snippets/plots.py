@@ -8,6 +8,7 @@
 # %%
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+import time
 
 import IPython
 from matplotlib.figure import Figure
@@ -15,7 +16,9 @@ from matplotlib.lines import Line2D
 import numpy as np
 from scipy.ndimage import maximum_filter
 from skimage.segmentation import find_boundaries
+from tqdm.auto import tqdm
 
+from src_snippets.datasets import named_image
 from src_snippets.forms import CellSample, Instances, truth_instances
 from src_snippets.rle import paint
 
@@ -60,21 +63,19 @@ def enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 
 # %%
-def add_legend(figure: Figure, num_classes: int) -> None:
-    """Puts the class colours under a figure."""
+def add_legend(figure: Figure, names: Sequence[str]) -> None:
+    """Puts the class colours under a figure; `names` are those of classes 1..C."""
     handles = [
-        Line2D([], [], color=class_color(k), linewidth=4, label=f"class{k}")
-        for k in range(1, num_classes + 1)
+        Line2D([], [], color=class_color(k), linewidth=4, label=name)
+        for k, name in enumerate(names, start=1)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=num_classes, frameon=False)
+    columns = min(len(names), max(int(12 * figure.get_figwidth() / max(map(len, names))), 1))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def short_name(name: str) -> str:
-    """What tells a picture from others: the first letters of its file or, if all files are called
-    image.tif, of its folder.
-    """
-    path = Path(name)
-    return (path.parent.name if path.stem == "image" else path.stem)[:12]
+    """The first letters of what tells a picture from others, see `named_image`."""
+    return Path(named_image(name)).stem[:12]
 
 
 def show_row(axes, pictures: Sequence[np.ndarray], titles: Sequence[str]) -> None:
@@ -96,25 +97,27 @@ def show_figure(figure: Figure, path: Path) -> None:
 
 
 # %%
-def plot_fields(fields: Sequence[tuple[np.ndarray, Instances, str]], num_classes: int) -> Figure:
+def plot_fields(
+    fields: Sequence[tuple[np.ndarray, Instances, str]], names: Sequence[str]
+) -> Figure:
     """Fields above the same fields with cells outlined, one column a field.
 
     Args:
         fields: image (3, H, W) uint8, the cells to outline, and a name each.
-        num_classes: C.
+        names: of classes 1..C.
     """
     figure = Figure(figsize=(3.4 * len(fields), 7), layout="constrained")
     rows = figure.subplots(2, len(fields), squeeze=False)
-    names = [f"{short_name(name)}  {i.shape[1]} x {i.shape[2]} px" for i, _, name in fields]
-    show_row(rows[0], [np.moveaxis(image, 0, 2) for image, _, _ in fields], names)
+    titles = [f"{short_name(name)}  {i.shape[1]} x {i.shape[2]} px" for i, _, name in fields]
+    show_row(rows[0], [np.moveaxis(image, 0, 2) for image, _, _ in fields], titles)
     outlined = [outline_cells(image, cells) for image, cells, _ in fields]
     show_row(rows[1], outlined, [f"{len(cells)} cells" for _, cells, _ in fields])
-    add_legend(figure, num_classes)
+    add_legend(figure, names)
     return figure
 
 
 def plot_augmentations(
-    sample: CellSample, variants: Sequence[CellSample], num_classes: int
+    sample: CellSample, variants: Sequence[CellSample], names: Sequence[str]
 ) -> Figure:
     """A sample, and what augmentation makes of it, truth outlined on all."""
     shown = [sample, *variants]
@@ -123,7 +126,7 @@ def plot_augmentations(
     outlined = [outline_cells(s.image.numpy(), visible_truth(s)) for s in shown]
     titles = ["as it is", *(f"variant {k}" for k in range(1, len(shown)))]
     show_row(list(axes)[: len(shown)], outlined, titles)
-    add_legend(figure, num_classes)
+    add_legend(figure, names)
     return figure
 
 
@@ -143,10 +146,20 @@ LOSS_NAMES = {
 }
 
 
-def plot_history(history: Sequence[dict]) -> Figure:
-    """Loss parts, validation AP and learning rate over epochs."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    losses, scores, rate = figure.subplots(1, 3)
+def plot_history(history: Sequence[dict], shown=None) -> Figure:
+    """Loss parts, validation AP and learning rate over epochs.
+
+    Args:
+        history: as `fit` returns it.
+        shown: a validation `CellSample` and the `Instances` found in it now, drawn beside them.
+    """
+    figure = Figure(figsize=(15 if shown else 12, 3.4), layout="constrained")
+    losses, scores, rate, *field = figure.subplots(1, 4 if shown else 3)
+    if shown:
+        sample, found = shown
+        picture = outline_cells(sample.image.numpy(), found)
+        cells = int((sample.labels > 0).sum())
+        show_row(field, [picture], [f"found {len(found)}, there are {cells}"])
     epochs = [row["epoch"] for row in history]
     for key, label in LOSS_NAMES.items():
         losses.plot(epochs, [row[key] for row in history], label=label, marker=".")
@@ -164,7 +177,45 @@ def plot_history(history: Sequence[dict]) -> Figure:
 
 
 # %%
-def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int) -> Figure:
+def epoch_line(row: dict) -> str:
+    """An epoch of a history in a line of text."""
+    scores = [f"{name} {row[name]:.3f}" for name in ("AP50", "val_loss") if row.get(name)]
+    return f"epoch {row['epoch']}: " + ", ".join([f"loss {row['loss']:.3f}", *scores])
+
+
+class LiveHistory:
+    """Draws a training while it goes on, each picture in place of the one before.
+
+    Args:
+        path: of the PNG, written anew each time.
+        pause: seconds between two pictures, at least; the last of a training is always drawn.
+
+    Without a notebook each epoch is a line of text.
+    """
+
+    def __init__(self, path: Path, pause: float = 2.0):
+        self.path, self.pause, self.handle, self.drawn = path, pause, None, 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, history: Sequence[dict], shown=None, is_last: bool = False) -> None:
+        """Takes the history up to now and what `plot_history` shows beside it."""
+        in_notebook = IPython.get_ipython() is not None
+        if not in_notebook and not is_last:
+            tqdm.write(epoch_line(history[-1]))
+        if not is_last and time.monotonic() - self.drawn < self.pause:
+            return
+        plot_history(history, shown).savefig(self.path, dpi=80, bbox_inches="tight")
+        self.drawn = time.monotonic()
+        if in_notebook:
+            picture = IPython.display.Image(filename=str(self.path))
+            if self.handle is None:
+                self.handle = IPython.display.display(picture, display_id=True)
+            else:
+                self.handle.update(picture)
+
+
+# %%
+def plot_predictions(samples: Sequence[CellSample], answers, names: Sequence[str]) -> Figure:
     """Image, truth and prediction side by side, one row a sample.
 
     Args:
@@ -182,25 +233,25 @@ def plot_predictions(samples: Sequence[CellSample], answers, num_classes: int) -
             f"found: {len(found)} cells",
         ]
         show_row(row, pictures, titles)
-    add_legend(figure, num_classes)
+    add_legend(figure, names)
     return figure
 
 
 # %%
-def plot_counts(truths: Sequence[Instances], answers, num_classes: int) -> Figure:
+def plot_counts(truths: Sequence[Instances], answers, names: Sequence[str]) -> Figure:
     """Instances by class, true and predicted, as numbered bars."""
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
-    place = np.arange(1, num_classes + 1)
+    place = np.arange(1, len(names) + 1)
     for shift, side, label, color in (
         (-0.2, truths, "true", "#888888"),
         (0.2, answers, "found", "#0047ff"),
     ):
         labels = [c.labels for c in side]
-        counts = np.bincount(np.concatenate(labels) if labels else [], minlength=num_classes + 1)
+        counts = np.bincount(np.concatenate(labels) if labels else [], minlength=len(names) + 1)
         bars = axis.bar(place + shift, counts[1:], 0.38, label=label, color=color)
         axis.bar_label(bars, fontsize=8)
-    axis.set_xticks(place, [f"class{k}" for k in place])
+    axis.set_xticks(place, names, rotation=20 if max(map(len, names)) > 10 else 0)
     axis.set(ylabel="cells", title="Cells by class")
     axis.legend(frameon=False)
     return figure
@@ -217,7 +268,7 @@ def plot_schedule(rates: Sequence[float]) -> Figure:
     return figure
 
 
-def plot_thresholds(lines: Mapping[str, Sequence[tuple]], num_classes: int) -> Figure:
+def plot_thresholds(lines: Mapping[str, Sequence[tuple]], names: Sequence[str]) -> Figure:
     """A score against the values of settings, one line a class; what was chosen is a dot.
 
     Args:
@@ -234,7 +285,7 @@ def plot_thresholds(lines: Mapping[str, Sequence[tuple]], num_classes: int) -> F
                 axis.plot(chosen, dict(known)[chosen], "o", color=color, markeredgecolor="black")
         axis.set(xlabel=title, ylim=(0, 1))
         axis.grid(alpha=0.3)
-    add_legend(figure, num_classes)
+    add_legend(figure, names)
     return figure
 
 

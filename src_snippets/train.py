@@ -7,17 +7,16 @@
 # best epoch to `best.pt`; a stopped run goes on from there.
 
 # %%
+from collections import Counter
 from collections.abc import Sequence
 import csv
 from dataclasses import asdict, fields, replace
 import gc
-import hashlib
 from itertools import pairwise
 import json
 import math
 import os
 from pathlib import Path
-import shutil
 import signal
 from statistics import mean
 import time
@@ -34,11 +33,19 @@ from torchmetrics import MeanMetric
 from tqdm.auto import tqdm
 
 from src_snippets.backbones import stage_groups
+from src_snippets.checkpoints import (
+    check_same_settings,
+    latest_state,
+    load_checkpoint,
+    NOT_TRAINED,
+    save_checkpoint,
+)
 from src_snippets.config import Config
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.model import build_model, choose_precision, load_model_state
 from src_snippets.places import written_whole
+from src_snippets.plots import epoch_line
 from src_snippets.predict import detect_together, LEAST_TILE
 from src_snippets.processes import (
     default_device,
@@ -52,7 +59,6 @@ from src_snippets.processes import (
     process_index,
     summed,
 )
-from src_snippets.readers import BadInput
 from src_snippets.stains import as_seen
 from src_snippets.transforms import collate, magnification, training_target, TrainingSet
 
@@ -449,129 +455,6 @@ def by_image_id(answers: Sequence[Instances]) -> dict[int, Instances]:
     return dict(enumerate(answers, start=1))
 
 
-# %% [markdown]
-# A run has a folder of its own, named after its recipe and a fingerprint of settings and images:
-# changed settings never overwrite an earlier run, and the same ones continue it. The fingerprint is
-# free of the settings below; what `overlaps` does to the truth shows in the images'.
-
-# %%
-NOT_TRAINED = (
-    "cache_gb",
-    "workers",
-    "gpus",
-    "score_floor",
-    "mask_threshold",
-    "box_nms",
-    "class_nms",
-    "mask_nms",
-    "fusion_iou",
-    "least_area",
-    "rescore",
-    "tile",
-    "tile_batch",
-    "test_views",
-    "test_scales",
-    "vote",
-    "overlaps",
-    "fold",
-    "detections",
-    "show_floor",
-    "tune",
-    "max_hours",
-)
-
-
-def run_folder(out: Path, config: Config, data: dict) -> Path:
-    """The folder of a run: `out/runs/<recipe>-<fingerprint>`, made if absent.
-
-    Args:
-        data: anything JSON that tells the images apart, such as the split.
-    """
-    settings = {k: v for k, v in asdict(config).items() if k not in NOT_TRAINED}
-    text = json.dumps([settings, data], sort_keys=True)
-    name = f"{config.recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    folder = out / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-# %%
-def save_checkpoint(content: dict, path: Path, before: Path | None = None) -> None:
-    """Writes a checkpoint, whole or not at all; the one that is there moves to `before`.
-
-    Raises:
-        OSError: it cannot be written; what was there is kept.
-    """
-    with written_whole(path) as partial:
-        try:
-            torch.save(content, partial)
-        except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
-            free = shutil.disk_usage(path.parent).free / 1e9
-            raise OSError(
-                f"{path}: cannot be written ({error}); {free:.1f} GB are free. What was written "
-                "before is kept: make room and run again."
-            ) from error
-        if before and path.exists():
-            path.replace(before)
-
-
-# %%
-def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint without running any code from it.
-
-    Raises:
-        BadInput: it cannot be read.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path}: is not there. Run the training cell to its end, or correct the path."
-        ) from error
-    except Exception as error:  # the unpickler raises many types; each means a bad file
-        raise BadInput(f"{path}: not a checkpoint ({error}). Remove it to train anew.") from error
-    if not isinstance(state, dict) or not {"model", "config"} <= set(state):
-        raise BadInput(f"{path}: not a checkpoint of this notebook, such as its best.pt.")
-    return state
-
-
-# %%
-def latest_state(folder: Path) -> dict | None:
-    """The newest whole checkpoint of a run, None where there is none.
-
-    `last.pt`, or `before.pt`, the one before it, where that is damaged or missing: a session may
-    end, or a disk fill up, while it is written.
-
-    Raises:
-        BadInput: there is one, but none is whole.
-    """
-    last, before = folder / "last.pt", folder / "before.pt"
-    if last.exists():
-        try:
-            return load_checkpoint(last)
-        except BadInput as error:
-            if not before.exists():
-                raise
-            print(f"damaged, the checkpoint before it is taken: {error}")
-    if not before.exists():
-        return None
-    state = load_checkpoint(before)
-    last.unlink(missing_ok=True)  # or it would take the place of the good one
-    return state
-
-
-# %%
-def check_same_settings(saved: dict, config: Config, path: Path) -> None:
-    """Raises ValueError where a checkpoint was made with other settings that shape training."""
-    now = asdict(config)
-    if differ := [k for k in now if k not in NOT_TRAINED and saved.get(k) != now[k]]:
-        shown = ", ".join(f"{k}={saved.get(k)!r} (now {now[k]!r})" for k in differ)
-        raise ValueError(
-            f"{path}: made with other settings: {shown}. Run the cells from the settings on, so "
-            "that they get a run of their own."
-        )
-
-
 # %%
 def read_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
     """Builds the model of a checkpoint with its weights.
@@ -738,7 +621,7 @@ class TrainingRun:
         if state is not None:
             check_same_settings(state["config"], config, folder / "last.pt")
             restore_run(self, state)
-        self.guard = StepGuard(model, state["parts"] if state else 1)
+        self.guard, self.shown = StepGuard(model, state["parts"] if state else 1), None
         # Not wrapped for several processes: `make_equal` is what it would do, and waits for none
         # that ran out of memory.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
@@ -835,15 +718,22 @@ def run_epoch(run: TrainingRun, epoch: int, val_samples, truth: dict, bar) -> No
     last = epoch == config.epochs or run.clock.is_over
     if len(val_samples) and (epoch % config.eval_every == 0 or last):
         model = run.answering()
-        scores = average_precision(truth, by_image_id(validate(model, val_samples, config)))
+        answers = validate(model, val_samples, config)
+        scores = average_precision(truth, by_image_id(answers))
         row |= {name: scores[name] for name in ("AP", "AP50", "AP75")}
-        ap = "no cells to score" if row["AP50"] is None else f"AP50 {row['AP50']:.3f}"
         if config.best_by == "loss" or config.schedule == "plateau":
             row["val_loss"] = validation_loss(model, val_samples, config)
-            ap += f", loss {row['val_loss']:.3f}"
-        bar.write(f"epoch {epoch}: loss {row['loss']:.3f}, validation {ap}")
+        place = fullest_image(truth)
+        run.shown = val_samples[place], answers[place].above(config.show_floor)
     save_epoch(run, row)
     free_memory()  # crops differ in size; what the cache of a GPU holds may not fit the next
+
+
+# %%
+def fullest_image(truth: dict) -> int:
+    """The place of the image with most cells in a COCO truth, 0 where there are none."""
+    counts = Counter(row["image_id"] for row in truth["annotations"])
+    return max(counts, key=counts.get, default=1) - 1
 
 
 def free_memory() -> None:
@@ -853,15 +743,32 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def print_epoch(history: Sequence[dict], _=None, is_last: bool = False) -> None:
+    """Tells the last epoch of a history in a line."""
+    if not is_last:
+        tqdm.write(epoch_line(history[-1]))
+
+
 # %%
-def fit(config: Config, train_samples, val_samples, folder: Path, session=None) -> list[dict]:
+def why_over(run: TrainingRun) -> str:
+    """Why there is no epoch after the last, empty where there is one."""
+    config = run.config
+    if has_stalled(run.history, config):
+        return f"No better {config.best_by} in {config.patience} looks"
+    return f"train_hours={config.train_hours:g} are spent" if run.clock.is_over else ""
+
+
+# %%
+def fit(
+    config: Config, train_samples, val_samples, folder: Path, session=None, watch=print_epoch
+) -> list[dict]:
     """Trains a model, or goes on with the run that lies in `folder`.
 
     Args:
-        train_samples, val_samples: sequences of `CellSample`; without validation samples `best.pt`
-            is the last epoch's.
+        train_samples, val_samples: of `CellSample`; without the latter `best.pt` is the last's.
         folder: gets `best.pt`, `last.pt`, `before.pt` and `history.csv`.
         session: a `Session`; its end stops training, and the same call goes on later.
+        watch: called after each epoch, as `LiveHistory` is.
 
     Returns:
         One dictionary an epoch: epoch, rate, mean losses, and in epochs with a validation
@@ -874,21 +781,22 @@ def fit(config: Config, train_samples, val_samples, folder: Path, session=None) 
         print(f"{folder}: {done} of {config.epochs} epochs are done, going on from there.")
     truth = coco_truth(val_samples, config.num_classes)
     steps = len(run.loader)
-    options = dict(total=config.epochs * steps, initial=done * steps, unit="batch")
-    with tqdm(desc="training", disable=not is_first(), **options) as bar:
+    options = dict(total=config.epochs * steps, initial=done * steps, disable=not is_first())
+    with tqdm(desc="training", unit="batch", **options) as bar:
         for epoch in range(done + 1, config.epochs + 1):
-            if has_stalled(run.history, config):
-                bar.write(f"No better {config.best_by} in {config.patience} looks: training ends.")
-                break
-            if run.clock.is_over:
-                bar.write(f"train_hours={config.train_hours:g} are spent: training ends.")
+            if reason := why_over(run):
+                bar.write(f"{reason}: training ends.")
                 break
             run_epoch(run, epoch, val_samples, truth, bar)
+            if is_first() and len(run.history) == epoch:
+                watch(run.history, run.shown)
             if session_ends(run):
                 bar.write(f"{run.session.why()}: training stops after epoch {len(run.history)}.")
                 bar.write("What is there answers; run again to go on.")
                 break
     history = run.history
+    if is_first() and history:
+        watch(history, run.shown, is_last=True)
     del run  # the schedule refers to it: only a collection frees its model and optimiser
     free_memory()
     return history

@@ -11,8 +11,10 @@ import csv
 import json
 import math
 from pathlib import Path
+import sys
 import zipfile
 
+import IPython
 import numpy as np
 import pycocotools.mask
 import tifffile
@@ -158,6 +160,19 @@ def write_results(
     cells = sum(len(found) for found in answers.values())
     print(f"{results}: checked, {cells} cells in {len(images)} images ({len(empty)} without any).")
     return results, archive
+
+
+# %%
+def offer_download(path: Path) -> None:
+    """Shows a link to a file, or where it lies; on Colab the browser takes it at once."""
+    inside = path.resolve().is_relative_to(Path.cwd())
+    if "google.colab" in sys.modules:
+        sys.modules["google.colab"].files.download(str(path))
+    elif IPython.get_ipython() is not None and inside:
+        link = IPython.display.FileLink(path.resolve().relative_to(Path.cwd()))
+        IPython.display.display(link)
+    else:
+        print(f"to submit: {path}")
 
 
 # %% [markdown]

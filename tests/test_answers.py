@@ -11,6 +11,7 @@ from src_snippets.answers import (
     answers_file,
     tune_on_validation,
 )
+from src_snippets.checkpoints import save_checkpoint
 from src_snippets.datasets import read_test_mapping
 from src_snippets.evaluate import hits_of
 from src_snippets.forms import with_crowds
@@ -18,7 +19,7 @@ from src_snippets.model import build_model
 from src_snippets.predict import answer_samples, detect_together, predict_images
 from src_snippets.readers import read_image
 from src_snippets.rle import mask_areas
-from src_snippets.train import load_trained, save_checkpoint
+from src_snippets.train import load_trained
 from tests.conftest import field_of_cells
 
 

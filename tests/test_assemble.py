@@ -196,7 +196,7 @@ def test_sections_import_only_sections_that_stand_above():
         for node in imports_only(cell) or []:
             if isinstance(node, ast.ImportFrom) and node.module.startswith("src_snippets."):
                 order.append(node.module.split(".")[1])
-    assert len(set(order)) == len(order) == 23
+    assert len(set(order)) == len(order) == 26
     for place, name in enumerate(order):
         tree = ast.parse((ROOT / "src_snippets" / f"{name}.py").read_text())
         modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

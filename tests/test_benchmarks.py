@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from src_snippets import train
+from src_snippets.checkpoints import NOT_TRAINED
 from src_snippets.config import recipe
 from src_snippets.rle import mask_areas
-from src_snippets.train import NOT_TRAINED
 from tests.benchmarks import ablate, leakage, race
 from tests.benchmarks.cases import (
     benchmark_config,

@@ -9,6 +9,7 @@ from src_snippets.config import (
     checkpoints_from,
     Config,
     describe,
+    PARTS,
     recipe,
     RECIPES,
     settings_from,
@@ -91,19 +92,39 @@ def test_settings_from_environment():
 def test_checkpoints_from_environment():
     assert checkpoints_from({}) == []
     paths = ["/content/drive/My Drive/best.pt", "b.pt"]
-    assert checkpoints_from({"HW3_ENSEMBLE": os.pathsep.join(paths)}) == paths
+    assert checkpoints_from({"HW3_CHECKPOINTS": os.pathsep.join(paths)}) == paths
 
 
 def test_values_by_class_fit_the_classes():
     config = recipe("demo", least_area=[5, 6, 7], mask_threshold=0.4)
     assert config.mask_threshold == (0.4,)
-    assert with_classes(config, 3) == replace(config, num_classes=3)
+    names = ("a", "b", "c")
+    assert with_classes(config, names) == replace(config, num_classes=3, class_names=names)
     with pytest.raises(ValueError, match=r"least_area=\(5, 6, 7\): expected one value, or one for"):
-        with_classes(config, 2)
+        with_classes(config, ["a", "b"])
+
+
+def test_classes_have_names():
+    named = recipe("demo", class_names=["round", "long"])
+    assert (named.num_classes, named.class_names) == (2, ("round", "long"))
+    assert with_classes(named, ["class1", "class2"]) == named  # the user's go over the data's
+    with pytest.raises(ValueError, match="expected 3 names; the data call the classes a, b, c"):
+        with_classes(named, ["a", "b", "c"])
+    assert with_classes(recipe("demo"), ["cell"]).class_names == ("cell",)
+    with pytest.raises(ValueError, match="class_names=3: expected values of type str"):
+        recipe("demo", class_names=3)
+
+
+def test_knobs_that_are_none_change_nothing():
+    knobs = dict(epochs=5, lr=None)
+    assert settings_from({}, knobs) == {"epochs": 5}
+    assert settings_from({"HW3_SETTINGS": '{"epochs": 3}'}, knobs) == {"epochs": 3}
 
 
 def test_describe_marks_what_differs():
-    lines = describe(recipe("baseline", seed=5)).splitlines()
-    assert "* seed             5" in lines
-    assert "  epochs           50" in lines
-    assert len(lines) == len(fields(Config))
+    lines = describe(recipe("baseline", seed=5, score_floor=0.05)).splitlines()
+    assert "  > seed             5" in lines
+    assert "  * scale            2.0" in lines
+    assert "    epochs           50" in lines
+    assert "  > score_floor      0.05" in lines  # as the default, but not as the recipe
+    assert len(lines) == len(fields(Config)) + 1 + len(PARTS)

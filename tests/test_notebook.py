@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from src_snippets.checkpoints import load_checkpoint
 from src_snippets.datasets import read_test_mapping
-from src_snippets.train import load_checkpoint
 from src_snippets.writers import check_results, check_zip
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,10 @@ from src_snippets.places import (
     check_free,
     dataset_roots,
     find_dataset,
+    has_truth,
     MAPPING_NAME,
     output_folder,
+    pictures_in,
     written_whole,
 )
 
@@ -16,6 +18,23 @@ def make_root(folder: Path) -> Path:
     (folder / "train").mkdir(parents=True)
     (folder / MAPPING_NAME).write_text("[]")
     return folder
+
+
+def test_class_files_alone_are_a_dataset_and_pictures_alone_may_be_answered(tmp_path):
+    own = tmp_path / "own"
+    (own / "train" / "a").mkdir(parents=True)
+    assert not has_truth(own)
+    (own / "train" / "a" / "class2.tif").touch()
+    assert has_truth(own)
+    assert find_dataset("", [str(tmp_path)]) == own
+    alone = tmp_path / "pictures"
+    alone.mkdir()
+    for name in ("b.JPG", "a.tif", ".hidden.png", "notes.txt"):
+        (alone / name).touch()
+    assert find_dataset(str(alone)) == alone
+    assert [path.name for path in pictures_in(alone)] == ["a.tif", "b.JPG"]
+    assert find_dataset("", [str(alone)]) is None  # what was not asked for is not taken
+    assert pictures_in(tmp_path / "absent") == []
 
 
 def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):
@@ -30,9 +49,7 @@ def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):
 
 def test_wrong_folder_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match=f"expected a folder with train/ and one of {MAPPING_NAME}"
-    ):
+    with pytest.raises(FileNotFoundError, match="expected a folder with train/ and its truth"):
         find_dataset(str(tmp_path))
 
 

@@ -1,3 +1,6 @@
+import io
+
+import IPython
 import numpy as np
 from PIL import Image
 import pytest
@@ -6,6 +9,8 @@ from src_snippets.forms import truth_instances
 from src_snippets.plots import (
     class_color,
     enlarge,
+    epoch_line,
+    LiveHistory,
     outline_cells,
     plot_anchors,
     plot_augmentations,
@@ -18,6 +23,8 @@ from src_snippets.plots import (
     visible_truth,
 )
 from tests.conftest import empty_sample, make_sample
+
+NAMES = ["epithelial", "lymphocyte", "macrophage", "neutrophil"]
 
 
 @pytest.fixture
@@ -74,15 +81,13 @@ def titles(figure):
 
 def test_figures_say_what_they_show(sample, tmp_path):
     truth = truth_instances(sample)
-    figure = plot_fields([(sample.image.numpy(), truth, "0123456789abcdef/image.tif")] * 2, 4)
+    figure = plot_fields([(sample.image.numpy(), truth, "0123456789abcdef/image.tif")] * 2, NAMES)
     assert titles(figure) == ["0123456789ab  40 x 60 px"] * 2 + ["2 cells"] * 2
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == [
-        f"class{k}" for k in (1, 2, 3, 4)
-    ]
-    figure = plot_predictions([sample, sample], [truth, truth.select([])], 4)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == NAMES
+    figure = plot_predictions([sample, sample], [truth, truth.select([])], NAMES)
     assert titles(figure)[1:3] == ["truth: 2 cells", "found: 2 cells"]
     assert titles(figure)[5] == "found: 0 cells"
-    figure = plot_augmentations(sample, [sample] * 5, 4)
+    figure = plot_augmentations(sample, [sample] * 5, NAMES)
     assert titles(figure) == ["as it is", *(f"variant {k}" for k in range(1, 6))]
     show_figure(figure, tmp_path / "deep" / "figure.png")
     assert min(Image.open(tmp_path / "deep" / "figure.png").size) > 400
@@ -90,10 +95,10 @@ def test_figures_say_what_they_show(sample, tmp_path):
 
 def test_counts_by_class(sample):
     truth = truth_instances(sample)
-    figure = plot_counts([truth, truth], [truth], 3)
+    figure = plot_counts([truth, truth], [truth], NAMES[:3])
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == [2, 2, 0, 1, 1, 0]
-    assert [bar.get_height() for bar in plot_counts([], [], 2).axes[0].patches] == [0] * 4
+    assert [bar.get_height() for bar in plot_counts([], [], NAMES[:2]).axes[0].patches] == [0] * 4
 
 
 def test_history_curves():
@@ -111,6 +116,70 @@ def test_history_curves():
         "AP": 0.1,
         "AP50": 0.3,
     }
+
+
+def test_many_long_names_take_several_rows(sample):
+    truth, names = truth_instances(sample), [f"a long name of a class {k}" for k in range(9)]
+    figure = plot_fields([(sample.image.numpy(), truth, "a")], names)
+    legend, figure_box = figure.legends[0], figure.bbox
+    figure.savefig(io.BytesIO())  # places are known once it is drawn
+    box = legend.get_window_extent()
+    assert figure_box.x0 <= box.x0
+    assert box.x1 <= figure_box.x1
+
+
+ROW = dict.fromkeys(
+    ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask"), 1.0
+) | dict(rate=0.1, loss=5.0)
+
+
+def test_an_epoch_in_a_line():
+    assert epoch_line(dict(epoch=3, **ROW)) == "epoch 3: loss 5.000"
+    told = epoch_line(dict(epoch=4, AP50=0.25, val_loss=0.5, **ROW))
+    assert told == "epoch 4: loss 5.000, AP50 0.250, val_loss 0.500"
+    assert epoch_line(dict(epoch=4, AP50=None, **ROW)) == "epoch 4: loss 5.000"
+
+
+def test_a_script_tells_epochs_and_keeps_the_last_picture(sample, tmp_path, capsys):
+    live = LiveHistory(tmp_path / "figures" / "history.png", pause=1000)
+    history = [dict(epoch=1, **ROW)]
+    live(history)
+    first = live.path.read_bytes()
+    history.append(dict(epoch=2, AP50=0.5, AP=0.2, AP75=0.1, **ROW))
+    live(history)  # too soon for another picture
+    assert live.path.read_bytes() == first
+    live(history, (sample, truth_instances(sample)), is_last=True)
+    assert live.path.read_bytes() != first
+    assert capsys.readouterr().out.count("epoch") == 2
+
+
+class Handle:
+    """Stands for what `display` gives."""
+
+    def __init__(self):
+        self.updated = []
+
+    def update(self, picture):
+        self.updated.append(picture)
+
+
+def test_a_notebook_shows_one_picture_anew(tmp_path, monkeypatch, capsys):
+    shown, handle = [], Handle()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: True)
+    monkeypatch.setattr(
+        IPython.display, "display", lambda picture, display_id: shown.append(picture) or handle
+    )
+    live = LiveHistory(tmp_path / "history.png", pause=0)
+    for _ in range(3):
+        live([dict(epoch=1, **ROW)])
+    assert (len(shown), len(handle.updated)) == (1, 2)
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_history_with_a_field(sample):
+    rows = [dict(epoch=1, **ROW)]
+    figure = plot_history(rows, (sample, truth_instances(sample)))
+    assert titles(figure)[3] == "found 2, there are 2"
 
 
 def test_schedule_and_anchors():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from src_snippets import predict, processes, train
+from src_snippets.checkpoints import load_checkpoint
 from src_snippets.config import recipe
 from src_snippets.datasets import read_test_mapping
 from src_snippets.model import build_model
@@ -28,15 +29,7 @@ from src_snippets.processes import (
     summed,
 )
 from src_snippets.readers import BadInput
-from src_snippets.train import (
-    fit,
-    load_checkpoint,
-    Session,
-    training_loader,
-    TrainingRun,
-    validate,
-    validation_loss,
-)
+from src_snippets.train import fit, Session, training_loader, TrainingRun, validate, validation_loss
 from tests.conftest import field_of_cells
 
 CPU = torch.device("cpu")

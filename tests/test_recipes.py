@@ -5,13 +5,14 @@ import json
 import pytest
 from torch.utils.data import Subset
 
+from src_snippets.checkpoints import run_folder
 from src_snippets.config import recipe, RECIPES
 from src_snippets.datasets import CellSamples, choose_splits, open_dataset, pick
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
 from src_snippets.places import MAPPING_NAME
 from src_snippets.predict import predict_images
-from src_snippets.train import by_image_id, fit, load_trained, run_epoch, run_folder, validate
+from src_snippets.train import by_image_id, fit, load_trained, run_epoch, validate
 from src_snippets.writers import write_results, write_submissions
 from tests.conftest import SHARED_DATA
 

@@ -124,7 +124,7 @@ def test_curves_with_the_chosen_values():
     values, scores, chosen = lines["mask_threshold: AP50"][0]
     assert (values, chosen) == ([0.3, 0.4, 0.5, 0.6, 0.7], 0.7)
     assert scores == [0, 0, 0, 0, 1]
-    figure = plot_thresholds(lines, 2)
+    figure = plot_thresholds(lines, ["a", "b"])
     assert [axis.get_xlabel() for axis in figure.axes] == list(lines)
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert [dot.get_xydata().tolist() for dot in dots] == [[[0.7, 1.0]], [[0.5, 0.5]]]
@@ -135,4 +135,4 @@ def test_without_cells_the_settings_stay():
     tuned = tuned_from(lambda **_: [empty, empty], [empty, empty])
     assert tuned.changes["mask_threshold"] == (0.5, 0.5)
     assert (tuned.before, tuned.after) == (0.0, 0.0)
-    plot_thresholds(threshold_lines(tuned, CONFIG), 2)
+    plot_thresholds(threshold_lines(tuned, CONFIG), ["a", "b"])

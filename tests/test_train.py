@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from src_snippets import predict, train
+from src_snippets.checkpoints import load_checkpoint, run_folder, save_checkpoint
 from src_snippets.config import recipe
 from src_snippets.evaluate import average_precision
 from src_snippets.forms import coco_truth
@@ -24,14 +25,11 @@ from src_snippets.train import (
     epoch_scores,
     fit,
     has_stalled,
-    load_checkpoint,
     load_trained,
     LOSSES,
     plateau_factor,
     rate_factor,
     restore_run,
-    run_folder,
-    save_checkpoint,
     save_epoch,
     Session,
     StepGuard,
