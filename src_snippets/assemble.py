@@ -1,17 +1,27 @@
 """Builds `hw3.ipynb` from the story, and the README's table of settings from `config.py`.
 
-`python -m src_snippets.assemble [--check]`
+`python -m src_snippets.assemble [--check] [--run]`. With `--run` the notebook is executed on the
+drawn demo and keeps what it printed and drew; later builds keep that while no cell changes, and
+drop it all when one does.
 """
 
 import argparse
 import ast
-from dataclasses import dataclass, fields
+import base64
+import copy
+from dataclasses import dataclass, fields, replace
 import difflib
+import io
+import os
 from pathlib import Path
 import re
 import sys
+import tempfile
+from urllib.parse import quote
 
+import nbclient
 import nbformat
+from PIL import Image
 
 from src_snippets.config import Config
 
@@ -20,6 +30,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 TABLE_BEGIN, TABLE_END = "<!-- settings: built from config.py -->\n", "<!-- end of settings -->\n"
 COMMAND = f"python -m {PACKAGE}.assemble"
+# Owner and name on GitHub: badges then open the notebook itself. Empty: pages to upload it to.
+REPOSITORY = ""
 METADATA = {
     # A GPU is chosen by itself where the notebook is uploaded.
     "accelerator": "GPU",
@@ -138,8 +150,44 @@ def inline_sections(story: list[Cell]) -> tuple[list[Cell], int, set[tuple[str, 
     return cells, place, gathered - early
 
 
-def build_notebook(story: Path = FOLDER / "notebook.py") -> str:
-    """The notebook as text; the same sources give the same bytes.
+def number_titles(cells: list[Cell]) -> list[Cell]:
+    """Numbers the titles, and puts badges and a table of contents behind the first cell."""
+    numbered, titles = [], []
+    for cell in cells:
+        title = re.match(r"## (.*)", cell.source) if cell.kind == "markdown" else None
+        if title:
+            titles.append(f"{len(titles) + 1}. {title[1]}")
+            # Jupyter links to titles, Colab to names.
+            name = f'<a name="{titles[-1].replace(" ", "-")}"></a>'
+            source = f"{name}\n\n## {titles[-1]}{cell.source[title.end() :]}"
+            cell = replace(cell, source=source)
+        numbered.append(cell)
+    links = [f"[{title}](#{quote(title.replace(' ', '-'), safe='?,:')})  " for title in titles]
+    numbered.insert(1, Cell("markdown", "\n".join([badges(), "", *links]), "contents"))
+    return numbered
+
+
+def badges() -> str:
+    """Two pictures with links: to the notebook in Colab and in Kaggle, or to where to upload it."""
+    colab, kaggle = "https://colab.research.google.com/", "https://www.kaggle.com/code/new"
+    if REPOSITORY:
+        colab += f"github/{REPOSITORY}/blob/main/hw3.ipynb"
+        raw = f"https://github.com/{REPOSITORY}/blob/main/hw3.ipynb"
+        kaggle = f"https://kaggle.com/kernels/welcome?src={raw}"
+    pictures = (
+        "https://colab.research.google.com/assets/colab-badge.svg",
+        ("https://kaggle.com/static/images/open-in-kaggle.svg"),
+    )
+    return f"[![Colab]({pictures[0]})]({colab}) [![Kaggle]({pictures[1]})]({kaggle})"
+
+
+# Definitions are folded on Kaggle, on Colab and in Jupyter; what the story does is open.
+FOLDED = {"_kg_hide-input": True, "cellView": "form", "jupyter": {"source_hidden": True}}
+OPEN = ("notebook", "contents")
+
+
+def build_notebook(story: Path = FOLDER / "notebook.py") -> nbformat.NotebookNode:
+    """The notebook without outputs; the same sources give the same one.
 
     Raises:
         ValueError: a marker or import that cannot be placed, or the package's name in a cell.
@@ -148,16 +196,66 @@ def build_notebook(story: Path = FOLDER / "notebook.py") -> str:
     imports = [Cell("code", text, "imports") for text in format_imports(gathered)]
     cells[place : place + 1] = imports
     numbers, out = {}, []
-    for cell in cells:
+    for cell in number_titles(cells):
         if PACKAGE in cell.source:
             raise ValueError(f"{cell.section}: {PACKAGE} in a cell: {cell.source[:80]!r}")
         numbers[cell.section] = numbers.get(cell.section, 0) + 1
         make = nbformat.v4.new_code_cell if cell.kind == "code" else nbformat.v4.new_markdown_cell
-        out.append(make(cell.source, id=f"{cell.section}-{numbers[cell.section]:02d}"))
+        folded = cell.kind == "code" and cell.section not in OPEN
+        metadata = copy.deepcopy(FOLDED) if folded else {}
+        name = f"{cell.section}-{numbers[cell.section]:02d}"
+        out.append(make(cell.source, id=name, metadata=metadata))
     notebook = nbformat.v4.new_notebook(cells=out, metadata=METADATA)
     notebook.nbformat_minor = 5
     nbformat.validate(notebook)
+    return notebook
+
+
+def as_text(notebook: nbformat.NotebookNode) -> str:
+    """A notebook as the text of its file."""
     return nbformat.writes(notebook) + "\n"
+
+
+def keep_outputs(notebook: nbformat.NotebookNode, path: Path) -> nbformat.NotebookNode:
+    """Takes over the outputs of the file that is there, if it has the very same cells."""
+    if not path.exists():
+        return notebook
+    there = nbformat.read(path, as_version=4)
+    same = [(c.id, c.source) for c in there.cells] == [(c.id, c.source) for c in notebook.cells]
+    for cell, old in zip(notebook.cells, there.cells, strict=True) if same else ():
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = old.outputs, old.execution_count
+    return notebook
+
+
+def smaller_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """An output with its picture as JPEG, a fraction of the PNG's size."""
+    if png := output.get("data", {}).pop("image/png", None):
+        buffer = io.BytesIO()
+        with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+            picture.convert("RGB").save(buffer, "JPEG", quality=75, optimize=True)
+        output["data"]["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
+    return output
+
+
+def run_demo(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Executes the notebook on the drawn demo in an empty folder; bars are left out.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HW3_")}
+    with tempfile.TemporaryDirectory() as folder:
+        client = nbclient.NotebookClient(
+            notebook, timeout=None, resources={"metadata": {"path": folder}}
+        )
+        client.execute(env=kept | {"HW3_DATA": "demo"})
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            shown = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [smaller_output(output) for output in shown]
+    return notebook
 
 
 def settings_table(source: Path = FOLDER / "config.py") -> str:
@@ -192,11 +290,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="fail with a diff if anything is stale"
     )
+    parser.add_argument("--run", action="store_true", help="execute it on the drawn demo")
     parser.add_argument("--folder", type=Path, default=ROOT, help="of hw3.ipynb and README.md")
     options = parser.parse_args(arguments)
     notebook, readme = options.folder / "hw3.ipynb", options.folder / "README.md"
-    status = 0
-    for path, built in ((notebook, build_notebook()), (readme, build_readme(readme.read_text()))):
+    status, fresh = 0, keep_outputs(build_notebook(), notebook)
+    text = as_text(run_demo(fresh) if options.run else fresh)
+    for path, built in ((notebook, text), (readme, build_readme(readme.read_text()))):
         there = path.read_text() if path.exists() else ""
         if there == built:
             continue

@@ -1,29 +1,39 @@
 import ast
+import base64
 from collections import Counter
 from dataclasses import fields
+import io
+import re
 import shutil
+from urllib.parse import unquote
 
 import nbformat
+from PIL import Image
 import pytest
 
+from src_snippets import assemble
 from src_snippets.assemble import (
+    as_text,
+    badges,
     build_notebook,
     build_readme,
     foreign_imports,
     format_imports,
     imports_only,
     inline_sections,
+    keep_outputs,
     main,
     read_cells,
     ROOT,
     settings_table,
+    smaller_output,
 )
 from src_snippets.config import Config
 
 
 @pytest.fixture(scope="module")
 def notebook():
-    return nbformat.reads(build_notebook(), as_version=4)
+    return build_notebook()
 
 
 def code_cells(notebook):
@@ -35,7 +45,7 @@ def test_the_committed_notebook_is_fresh():
 
 
 def test_two_builds_are_byte_equal():
-    assert build_notebook() == build_notebook()
+    assert as_text(build_notebook()) == as_text(build_notebook())
 
 
 def test_ids_are_unique_and_name_their_section(notebook):
@@ -47,7 +57,6 @@ def test_ids_are_unique_and_name_their_section(notebook):
 
 def test_the_notebook_stands_alone(notebook):
     assert not [cell.id for cell in notebook.cells if "src_snippets" in cell.source]
-    assert not [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count]
 
 
 def test_imports_stand_in_two_places_at_the_top(notebook):
@@ -57,6 +66,73 @@ def test_imports_stand_in_two_places_at_the_top(notebook):
 
     cells = [cell.id for cell in code_cells(notebook) if has_import(cell)]
     assert cells == ["install-02", "imports-01", "imports-02"]
+
+
+def test_titles_are_numbered_and_the_contents_lead_to_them(notebook):
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    titles = [re.search(r"^## (.*)$", source, re.MULTILINE) for source in prose]
+    titles = [title[1] for title in titles if title]
+    assert [title.split(". ")[0] for title in titles] == [str(k + 1) for k in range(len(titles))]
+    contents = next(cell.source for cell in notebook.cells if cell.id == "contents-01")
+    links = re.findall(r"\[(\d+\. .*?)\]\(#(.*?)\)  $", contents, re.MULTILINE)
+    assert [text for text, _ in links] == titles
+    for text, target in links:
+        name = text.replace(" ", "-")
+        assert unquote(target) == name
+        assert f'<a name="{name}"></a>' in "".join(prose)
+
+
+def test_definitions_are_folded_and_the_story_is_open(notebook):
+    folded = {cell.id for cell in notebook.cells if cell.metadata.get("_kg_hide-input")}
+    assert {"config-02", "train-03", "imports-01"} <= folded
+    assert not [name for name in folded if name.startswith("notebook")]
+    for cell in notebook.cells:
+        if cell.id in folded:
+            assert cell.metadata["cellView"] == "form"
+            assert cell.metadata["jupyter"] == {"source_hidden": True}
+
+
+def test_badges(monkeypatch):
+    assert "(https://colab.research.google.com/)" in badges()
+    monkeypatch.setattr(assemble, "REPOSITORY", "owner/cells")
+    assert "(https://colab.research.google.com/github/owner/cells/blob/main/hw3.ipynb)" in badges()
+    assert "welcome?src=https://github.com/owner/cells/blob/main/hw3.ipynb)" in badges()
+
+
+def test_outputs_stay_while_no_cell_changes(tmp_path):
+    path, built = tmp_path / "hw3.ipynb", build_notebook()
+    cell = code_cells(built)[3]
+    cell.outputs = [nbformat.v4.new_output("stream", text="said")]
+    cell.execution_count = 4
+    path.write_text(as_text(built))
+    again = code_cells(keep_outputs(build_notebook(), path))[3]
+    assert (again.outputs[0].text, again.execution_count) == ("said", 4)
+    built.cells[-1].source += " "
+    path.write_text(as_text(built))
+    assert not code_cells(keep_outputs(build_notebook(), path))[3].outputs
+    assert not code_cells(keep_outputs(build_notebook(), tmp_path / "absent"))[3].outputs
+
+
+def test_pictures_are_kept_as_jpeg():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (40, 30), "red").save(buffer, "PNG")
+    png = base64.b64encode(buffer.getvalue()).decode()
+    output = nbformat.v4.new_output("display_data", data={"image/png": png, "text/plain": "a"})
+    data = smaller_output(output)["data"]
+    assert set(data) == {"image/jpeg", "text/plain"}
+    with Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))) as picture:
+        assert picture.size == (40, 30)
+    plain = nbformat.v4.new_output("stream", text="said")
+    assert smaller_output(plain) == plain
+
+
+def test_committed_outputs_are_all_of_one_run_or_none():
+    committed = nbformat.read(ROOT / "hw3.ipynb", as_version=4)
+    counts = [cell.execution_count for cell in code_cells(committed)]
+    assert counts in ([None] * len(counts), list(range(1, len(counts) + 1)))
+    assert (ROOT / "hw3.ipynb").stat().st_size < 2_000_000
+    said = "".join(o.get("text", "") for cell in code_cells(committed) for o in cell.outputs)
+    assert not re.search(r"/(home|root|work|tmp|Users)/", said)  # nobody's folders
 
 
 def bound_names(tree):
