@@ -776,8 +776,7 @@ def fit(
     """
     loader = training_loader(train_samples, config, default_device())
     run = TrainingRun(config, folder, loader, session)
-    done = len(run.history)
-    if done:
+    if done := len(run.history):
         print(f"{folder}: {done} of {config.epochs} epochs are done, going on from there.")
     truth = coco_truth(val_samples, config.num_classes)
     steps = len(run.loader)
