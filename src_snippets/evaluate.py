@@ -274,25 +274,35 @@ def panoptic_quality(pairs, num_classes: int) -> dict[int, float | None]:
 
 
 # %%
-def format_scores(
+def score_rows(
     scores: dict, quality: dict[int, float | None] | None = None, names: Sequence[str] = ()
-) -> str:
-    """The scores as a table to print, `names` those of classes; `-` where there is no cell."""
+) -> list[tuple[str, ...]]:
+    """The scores as rows of text, the first their header; `-` where there is no cell.
+
+    Args:
+        scores: as from `average_precision`; quality: PQ by class; names: of classes 1..C.
+    """
     quality, called = quality or {}, dict(enumerate(names, start=1))
 
-    def text(value):
-        return "     -" if value is None else f"{value:6.3f}"
+    def texts(row, keys=("AP", "AP50", "AP75")):
+        return tuple("-" if row[key] is None else f"{row[key]:.3f}" for key in keys)
 
-    lines = ["               AP   AP50   AP75     PQ   cells"]
     known = [value for value in quality.values() if value is not None]
-    mean = sum(known) / len(known) if known else None
+    pq = {"PQ": sum(known) / len(known) if known else None}
     cells = sum(row["cells"] for row in scores["classes"].values())
-    rows = [("all", scores, mean, cells)]
+    rows = [("", "AP", "AP50", "AP75", "PQ", "cells")]
+    rows.append(("all", *texts(scores), *texts(pq, ["PQ"]), str(cells)))
+    rows.append(("best 100", *texts(scores, ("AP_100", "AP50_100", "AP75_100")), "", ""))
     for key, row in scores["classes"].items():
-        rows.append((called.get(key, f"class{key}")[:10], row, quality.get(key), row["cells"]))
-    for name, row, pq, cells in rows:
-        numbers = " ".join(text(v) for v in (row["AP"], row["AP50"], row["AP75"], pq))
-        lines.append(f"{name:<10} {numbers} {cells:7d}")
-    capped = " ".join(text(scores[key]) for key in ("AP_100", "AP50_100", "AP75_100"))
-    lines.insert(2, f"{'best 100':<10} {capped}")
-    return "\n".join(lines)
+        pq = {"PQ": quality.get(key)}
+        name = called.get(key, f"class{key}")
+        rows.append((name, *texts(row), *texts(pq, ["PQ"]), str(row["cells"])))
+    return rows
+
+
+def format_scores(rows: Sequence[Sequence[str]]) -> str:
+    """`score_rows` as a table to print."""
+    width = max(10, *(len(row[0]) for row in rows))
+    return "\n".join(
+        f"{row[0]:<{width}}" + "".join(f"{text:>7}" for text in row[1:]) for row in rows
+    )

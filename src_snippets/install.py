@@ -23,6 +23,7 @@ PACKAGES = (
     ("safetensors", "safetensors>=0.4", None),
     ("accelerate", "accelerate>=1.0", None),
     ("psutil", "psutil>=5.9", None),
+    ("jinja2", "jinja2>=3.1", None),
     ("pycocotools", "pycocotools>=2.0.8", None),
     ("scipy", "scipy>=1.11", None),
     ("skimage", "scikit-image>=0.22", None),

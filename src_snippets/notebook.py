@@ -38,7 +38,8 @@ from src_snippets.processes import (
 
 # %%
 join_processes()
-check_gpu(ask_gpu())
+gpu = ask_gpu()
+check_gpu(gpu)
 
 # %% [markdown]
 # ## Settings: change them here
@@ -266,6 +267,7 @@ from src_snippets.evaluate import (
     hits_of,
     outside_crowds,
     panoptic_quality,
+    score_rows,
 )
 
 # %%
@@ -364,7 +366,8 @@ if val_answers:
     val_hits = hits_of(val_answers, crowded_truths, config.num_classes)
     interval = ap_interval(val_hits)
     print(f"{len(val_answers)} validation images, seed {config.seed}")
-    print(format_scores(scores, quality, names))
+    score_table = score_rows(scores, quality, names)
+    print(format_scores(score_table))
     if interval:
         low, high = interval
         print(f"with other images AP50 would be {low:.3f} to {high:.3f}, in 95 of 100 draws")
@@ -393,6 +396,66 @@ if val_answers:
 # %% [markdown]
 # Grey and blue bars of about the same height: nothing is systematically missed or invented. Scores
 # below `show_floor` are not counted.
+
+# %%
+from src_snippets.looks import (
+    calibrate,
+    count_by_class,
+    count_confusions,
+    find_mistakes,
+    floor_curves,
+    match_cells,
+    plot_calibration,
+    plot_confusions,
+    plot_count_errors,
+    plot_floors,
+    plot_mistakes,
+    plot_precision,
+    precision_curves,
+)
+
+# %%
+if val_answers:
+    precision = precision_curves(val_truth, by_image_id(val_answers))
+    show_figure(plot_precision(precision, names), output / "figures" / "precision.png")
+
+# %% [markdown]
+# A curve that drops to zero early: cells that are never found. One that starts low: confident
+# mistakes. A large gap from IoU 0.5 to 0.75: loose masks.
+
+# %%
+if val_answers:
+    floors = plot_floors(*floor_curves(val_hits, config), config, names)
+    show_figure(floors, output / "figures" / "floors.png")
+    bins = plot_calibration(*calibrate(val_hits))
+    show_figure(bins, output / "figures" / "calibration.png")
+
+# %% [markdown]
+# AP50 that still rises at its left end asks for a lower `score_floor`, an F1 dot beside its peak
+# for another `show_floor`. Calibration bars below the line are scores that promise too much.
+
+# %%
+if val_answers:
+    matchings = [match_cells(*pair) for pair in zip(counted, val_truths, strict=True)]
+    confusions = count_confusions(matchings, config.num_classes)
+    show_figure(plot_confusions(confusions, names), output / "figures" / "confusions.png")
+    both = (count_by_class(side, config.num_classes) for side in (val_truths, counted))
+    show_figure(plot_count_errors(*both, names), output / "figures" / "count_errors.png")
+
+# %% [markdown]
+# Dark off the diagonal: two classes are taken for one another; the last column is missed cells, the
+# last row what finds no cell. Dots below the line are images with too few cells found; a small
+# bias with a large MAE is errors that cancel over images.
+
+# %%
+if val_answers:
+    pictures = [sample.image.numpy() for sample in held_out]
+    worst = plot_mistakes(find_mistakes(matchings), matchings, pictures, names)
+    show_figure(worst, output / "figures" / "mistakes.png")
+
+# %% [markdown]
+# Solid outlines are true cells, dashed ones what was found, the worst first. A confident false
+# positive on what looks like a cell may be a gap in the truth.
 
 # %%
 changed = {}
@@ -452,6 +515,22 @@ if answered:
 
 # %% [markdown]
 # Test images above, the cells found in them below.
+
+# %%
+from src_snippets.report import environment, write_report
+
+# %%
+facts = {"folder": data_root, "layout": dataset.layout, "fingerprint": samples.digest[:16]}
+facts |= {"images": len(samples), "to answer": len(dataset.test_images)}
+facts |= {f"cells: {n}": k for n, k in zip(names, samples.counts.sum(0)[1:], strict=True)}
+told = [f"Recipe {config.recipe}, seed {config.seed}, {config.backbone}."]
+told.append(f"{len(held_out)} validation images, {len(dataset.test_images)} to answer.")
+if val_answers and interval:
+    told.append("Validation AP50 {:.3f}, {:.3f} to {:.3f}.".format(scores["AP50"], *interval))
+chapters = {"Data": facts, "Environment": environment(gpu["name"])}
+shown_scores = score_table if val_answers else []
+page = (told, shown_scores, chapters, describe(test_config))
+write_report(output / "report.html", f"Cells in {data_root.name}", *page)
 
 # %% [markdown]
 # ## Take it with you

@@ -44,6 +44,9 @@ def check_outputs(out: Path, data: Path) -> None:
     results = out / "test-results.json"
     check_results(results, read_test_mapping(data), range(1, 5))
     check_zip(out / "test-results.zip", results)
+    assert (out / "report.html").stat().st_size > 100_000
+    labels = {path.stem for path in (out / "exports" / "labels").glob("*.tif")}
+    assert labels == {image.path.stem for image in read_test_mapping(data)}
     names = {path.stem for path in (out / "figures").glob("*.png")}
     assert names == {
         "samples",
@@ -53,6 +56,12 @@ def check_outputs(out: Path, data: Path) -> None:
         "history",
         "predictions",
         "counts",
+        "precision",
+        "floors",
+        "calibration",
+        "confusions",
+        "count_errors",
+        "mistakes",
         "test",
     }
 

@@ -1,0 +1,220 @@
+"""The committed notebook in a real JupyterLab, clicked in headless Chromium.
+
+`python -m tests.client`
+
+Needs Chromium (on Debian `apt-get install chromium`); JupyterLab and Playwright are installed into
+`.environments/client`, the notebook's kernel is this Python. In an empty folder the notebook is
+opened, a link of its contents followed, a folded cell opened, Run All clicked; the bar and the live
+picture are watched, and at the end the download link gives the submission and the report opens
+without errors or requests. Screenshots go to `--out`.
+"""
+
+import argparse
+import io
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = ROOT / ".environments" / "client"
+PACKAGES = ("jupyterlab>=4.4", "playwright>=1.50")
+TOKEN = "client"
+
+
+def build() -> Path:
+    """Makes the environment; its Python."""
+    python = ENVIRONMENT / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+    kernel = [sys.executable, "-m", "ipykernel", "install", "--name", "python3"]
+    subprocess.run([*kernel, "--prefix", ENVIRONMENT], check=True, capture_output=True)
+    return python
+
+
+def serve(folder: Path) -> tuple[subprocess.Popen, str]:
+    """Starts JupyterLab in a folder; the process, and its address."""
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={TOKEN}"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")}
+    server = subprocess.Popen(command, cwd=folder, env=kept, stderr=subprocess.PIPE, text=True)
+    for line in server.stderr:
+        if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+            return server, found[0]
+    raise RuntimeError("JupyterLab did not start")
+
+
+class Client:
+    """A page of JupyterLab with the notebook open.
+
+    Args:
+        page: of Playwright; address: of the server; out: folder of the screenshots.
+    """
+
+    def __init__(self, page, address: str, out: Path):
+        self.page, self.out, self.errors = page, out, []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(f"{address}lab/tree/hw3.ipynb?token={TOKEN}")
+        page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        page.wait_for_timeout(3000)
+        for name in ("No", "Dismiss"):  # news, build proposals
+            if page.get_by_role("button", name=name, exact=True).count():
+                page.get_by_role("button", name=name, exact=True).first.click()
+
+    def shoot(self, name: str) -> None:
+        """Keeps what is seen now."""
+        self.page.screenshot(path=self.out / f"{name}.png")
+
+    def follow_contents(self) -> None:
+        """A link of the contents brings its title into view.
+
+        The second time: JupyterLab guesses the heights of cells that it has not drawn yet.
+        """
+        title = "Settings: change them here"
+        for _ in range(2):
+            self.page.locator(".jp-WindowedPanel-outer").first.evaluate("e => e.scrollTop = 0")
+            self.page.wait_for_timeout(1500)
+            self.page.locator(".jp-MarkdownOutput a", has_text=title).first.click()
+            self.page.wait_for_timeout(2500)
+        box = self.page.locator("h2", has_text=title).first.bounding_box()
+        assert box, "the title that the contents lead to is not there"
+        assert 0 <= box["y"] < 900, box
+        self.shoot("1-contents")
+
+    def unfold(self) -> None:
+        """A definition is folded, and opens when it is clicked."""
+        folded = self.page.locator(".jp-CodeCell .jp-Placeholder").first
+        folded.scroll_into_view_if_needed()
+        count = self.page.locator(".jp-CodeCell .jp-Placeholder").count()
+        self.shoot("2-folded")
+        folded.locator(".jp-Placeholder-content, .jp-MoreHorizIcon").first.click()
+        self.page.wait_for_timeout(1000)
+        assert self.page.locator(".jp-CodeCell .jp-Placeholder").count() == count - 1
+        self.shoot("3-unfolded")
+
+    def run_all(self) -> None:
+        """Clicks Run All and asks the kernel to confirm where JupyterLab does."""
+        self.page.get_by_role("menuitem", name="Run", exact=True).click()
+        self.page.get_by_text("Run All Cells", exact=True).click()
+
+    def cell(self, text: str):
+        """The code cell with a text in its source."""
+        return self.page.locator(".jp-CodeCell", has_text=text).first
+
+    def watch(self, folder: Path, minutes: float) -> dict[str, int]:
+        """Watches the run to its end; how many states of bar and picture were seen.
+
+        Raises:
+            RuntimeError: a cell failed, or it took too long.
+        """
+        bars, pictures, end = set(), set(), time.monotonic() + 60 * minutes
+        results = folder / "results"
+        while time.monotonic() < end:
+            self.page.wait_for_timeout(700)
+            training = self.page.locator(".jp-OutputArea-output", has_text="training:").first
+            if training.count():
+                training.scroll_into_view_if_needed()
+                bars.add(training.inner_text()[-200:])
+                cell = training.locator("xpath=ancestor::div[contains(@class, 'jp-CodeCell')]")
+                image = cell.locator("img")
+                if image.count():
+                    pictures.add(image.first.get_attribute("src")[-3000:])
+                    if len(pictures) == 3:
+                        self.shoot("4-training")
+            if self.page.locator(".jp-RenderedText[data-mime-type*='error']").count():
+                self.shoot("failed")
+                raise RuntimeError("a cell failed: see failed.png")
+            busy = self.page.locator(".jp-InputPrompt", has_text="[*]").count()
+            if (results / "report.html").exists() and not busy:
+                return dict(bars=len(bars), pictures=len(pictures))
+        self.shoot("late")
+        raise RuntimeError("it did not come to its end in time: see late.png")
+
+    def download(self) -> bytes:
+        """Clicks the link of the last cell; the file that the browser then saves."""
+        link = self.page.locator(".jp-OutputArea-output a", has_text="test-results.zip").last
+        link.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(500)
+        self.shoot("5-link")
+        saved = []
+        self.page.context.on("page", lambda page: page.on("download", saved.append))
+        self.page.on("download", saved.append)
+        link.click()
+        for _ in range(20):
+            self.page.wait_for_timeout(500)
+            if saved:
+                return Path(saved[0].path()).read_bytes()
+        raise RuntimeError("the link gave no file")
+
+
+def open_report(browser, path: Path, out: Path) -> None:
+    """Opens the report in a browser without any connection."""
+    context = browser.new_context(offline=True, viewport={"width": 1100, "height": 900})
+    page, asked, errors = context.new_page(), [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto(path.as_uri())
+    others = [url for url in asked if not url.startswith(("data:", path.as_uri()))]
+    assert not others, others
+    assert not errors, errors
+    widths = page.eval_on_selector_all("img", "all => all.map(i => i.naturalWidth)")
+    assert len(widths) > 5
+    assert min(widths) > 0
+    page.screenshot(path=out / "6-report.png", full_page=True)
+
+
+def drive(folder: Path, out: Path, minutes: float) -> None:
+    """Everything, in the environment that has JupyterLab and Playwright."""
+    from playwright.sync_api import sync_playwright
+
+    out.mkdir(parents=True, exist_ok=True)
+    server, address = serve(folder)
+    try:
+        with sync_playwright() as playwright:
+            chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+            options = dict(executable_path=chromium, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(**options)
+            page = browser.new_page(viewport={"width": 1400, "height": 950})
+            client = Client(page, address, out)
+            client.follow_contents()
+            client.unfold()
+            client.run_all()
+            seen = client.watch(folder, minutes)
+            archive = client.download()
+            with zipfile.ZipFile(io.BytesIO(archive)) as file:
+                answers = json.loads(file.read("test-results.json"))
+            assert seen["bars"] > 5, seen
+            assert seen["pictures"] > 3, seen
+            assert not client.errors, client.errors
+            open_report(browser, folder / "results" / "report.html", out)
+            print(f"run to its end; states seen: {seen}; {len(answers)} cells downloaded")
+    finally:
+        server.terminate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "client")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for the notebook, at most")
+    parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.drive:
+        drive(options.drive, options.out.resolve(), options.minutes)
+        return
+    python = build()
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(ROOT / "hw3.ipynb", folder)
+        command = [python, __file__, "--drive", folder, "--out", options.out.resolve()]
+        subprocess.run([*command, "--minutes", str(options.minutes)], check=True)
+
+
+if __name__ == "__main__":
+    main()
