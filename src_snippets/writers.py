@@ -12,6 +12,7 @@ import json
 import math
 from pathlib import Path
 import sys
+from urllib.parse import quote
 import zipfile
 
 import IPython
@@ -169,8 +170,10 @@ def offer_download(path: Path) -> None:
     if "google.colab" in sys.modules:
         sys.modules["google.colab"].files.download(str(path))
     elif IPython.get_ipython() is not None and inside:
-        link = IPython.display.FileLink(path.resolve().relative_to(Path.cwd()))
-        IPython.display.display(link)
+        relative = quote(path.resolve().relative_to(Path.cwd()).as_posix())
+        # Without `download` JupyterLab would try to open it.
+        link = f'<a href="{relative}" download="{path.name}">download {path.name}</a>'
+        IPython.display.display(IPython.display.HTML(link))
     else:
         print(f"to submit: {path}")
 

@@ -4,9 +4,9 @@
 
 Needs Chromium (on Debian `apt-get install chromium`); JupyterLab and Playwright are installed into
 `.environments/client`, the notebook's kernel is this Python. In an empty folder the notebook is
-opened, a link of its contents followed, a folded cell opened, Run All clicked; the bar and the live
-picture are watched, and at the end the download link gives the submission and the report opens
-without errors or requests. Screenshots go to `--out`.
+opened, links of its contents followed, a cell folded and opened, Run All clicked; the bar and the
+live picture are watched, and at the end the download link gives the submission and the report
+opens without errors or requests. Screenshots go to `--out`.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Client:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(f"{address}lab/tree/hw3.ipynb?token={TOKEN}")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.wait_for_timeout(3000)
+        page.wait_for_timeout(10_000)  # titles can be jumped to once they are drawn
         for name in ("No", "Dismiss"):  # news, build proposals
             if page.get_by_role("button", name=name, exact=True).count():
                 page.get_by_role("button", name=name, exact=True).first.click()
@@ -73,40 +73,34 @@ class Client:
         self.page.screenshot(path=self.out / f"{name}.png")
 
     def follow_contents(self) -> None:
-        """A link of the contents brings its title into view.
-
-        The second time: JupyterLab guesses the heights of cells that it has not drawn yet.
-        """
-        title = "Settings: change them here"
-        for _ in range(2):
+        """Links of the contents bring their titles into view."""
+        for title in ("How does it learn?", "Settings: change them here"):
             self.page.locator(".jp-WindowedPanel-outer").first.evaluate("e => e.scrollTop = 0")
             self.page.wait_for_timeout(1500)
             self.page.locator(".jp-MarkdownOutput a", has_text=title).first.click()
             self.page.wait_for_timeout(2500)
-        box = self.page.locator("h2", has_text=title).first.bounding_box()
-        assert box, "the title that the contents lead to is not there"
-        assert 0 <= box["y"] < 900, box
+            box = self.page.locator("h2", has_text=title).first.bounding_box()
+            assert box, f"{title}: the title that the contents lead to is not there"
+            assert 0 <= box["y"] < 900, box
         self.shoot("1-contents")
 
-    def unfold(self) -> None:
-        """A definition is folded, and opens when it is clicked."""
-        folded = self.page.locator(".jp-CodeCell .jp-Placeholder").first
-        folded.scroll_into_view_if_needed()
-        count = self.page.locator(".jp-CodeCell .jp-Placeholder").count()
+    def fold(self) -> None:
+        """A cell folds by a click on its bar, and opens by another."""
+        self.page.locator(".jp-MarkdownOutput h2", has_text="Settings: change").first.click()
+        cell = self.page.locator(".jp-CodeCell", has_text="KNOBS = dict(").first
+        cell.locator(".jp-InputCollapser .jp-Collapser-child").first.click()
+        folded = self.page.locator(".jp-CodeCell .jp-Placeholder")
+        folded.first.wait_for(timeout=5000)
         self.shoot("2-folded")
-        folded.locator(".jp-Placeholder-content, .jp-MoreHorizIcon").first.click()
-        self.page.wait_for_timeout(1000)
-        assert self.page.locator(".jp-CodeCell .jp-Placeholder").count() == count - 1
-        self.shoot("3-unfolded")
+        folded.first.click()
+        cell.wait_for(timeout=5000)
+        assert folded.count() == 0
+        self.shoot("3-settings")
 
     def run_all(self) -> None:
         """Clicks Run All and asks the kernel to confirm where JupyterLab does."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
-
-    def cell(self, text: str):
-        """The code cell with a text in its source."""
-        return self.page.locator(".jp-CodeCell", has_text=text).first
 
     def watch(self, folder: Path, minutes: float) -> dict[str, int]:
         """Watches the run to its end; how many states of bar and picture were seen.
@@ -118,10 +112,11 @@ class Client:
         results = folder / "results"
         while time.monotonic() < end:
             self.page.wait_for_timeout(700)
-            training = self.page.locator(".jp-OutputArea-output", has_text="training:").first
-            if training.count():
+            bar = self.page.locator(".jp-OutputArea-output", has_text="training:")
+            if bar.count():
+                training = bar.first
                 training.scroll_into_view_if_needed()
-                bars.add(training.inner_text()[-200:])
+                bars.add("".join(bar.all_inner_texts()))
                 cell = training.locator("xpath=ancestor::div[contains(@class, 'jp-CodeCell')]")
                 image = cell.locator("img")
                 if image.count():
@@ -144,10 +139,14 @@ class Client:
         self.page.wait_for_timeout(500)
         self.shoot("5-link")
         saved = []
-        self.page.context.on("page", lambda page: page.on("download", saved.append))
-        self.page.on("download", saved.append)
+
+        def keep(download) -> None:
+            saved.append(download)
+
+        self.page.on("download", keep)
+        self.page.context.on("page", lambda page: page.on("download", keep))
         link.click()
-        for _ in range(20):
+        for _ in range(40):
             self.page.wait_for_timeout(500)
             if saved:
                 return Path(saved[0].path()).read_bytes()
@@ -185,7 +184,7 @@ def drive(folder: Path, out: Path, minutes: float) -> None:
             page = browser.new_page(viewport={"width": 1400, "height": 950})
             client = Client(page, address, out)
             client.follow_contents()
-            client.unfold()
+            client.fold()
             client.run_all()
             seen = client.watch(folder, minutes)
             archive = client.download()

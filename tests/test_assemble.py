@@ -88,8 +88,7 @@ def test_definitions_are_folded_and_the_story_is_open(notebook):
     assert not [name for name in folded if name.startswith("notebook")]
     for cell in notebook.cells:
         if cell.id in folded:
-            assert cell.metadata["cellView"] == "form"
-            assert cell.metadata["jupyter"] == {"source_hidden": True}
+            assert cell.metadata == {"_kg_hide-input": True, "cellView": "form"}
 
 
 def test_badges(monkeypatch):

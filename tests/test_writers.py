@@ -1,10 +1,13 @@
 import csv
 import json
 from pathlib import Path
+import sys
 import tempfile
+from types import SimpleNamespace
 import zipfile
 
 from hypothesis import given, settings, strategies
+import IPython
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -19,6 +22,7 @@ from src_snippets.writers import (
     check_results,
     check_rle,
     check_zip,
+    offer_download,
     write_cell_folder,
     write_results,
     write_submissions,
@@ -207,3 +211,23 @@ def test_whatever_was_found_is_read_back_by_others(seed, count):
         for start, length in pairs:
             drawn[start - 1 : start - 1 + length] += 1
     assert np.array_equal(drawn.reshape(20, 30), masks.any(0).astype(int))  # each pixel once
+
+
+def test_a_link_to_download_where_there_is_a_notebook(tmp_path, monkeypatch, capsys):
+    path, shown = tmp_path / "my results" / "test-results.zip", []
+    path.parent.mkdir()
+    path.touch()
+    offer_download(path)
+    assert capsys.readouterr().out == f"to submit: {path}\n"
+    monkeypatch.setattr(IPython, "get_ipython", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    offer_download(path)  # outside of where the notebook is: no link would lead there
+    assert shown == []
+    monkeypatch.chdir(tmp_path)
+    offer_download(path)
+    assert 'href="my%20results/test-results.zip" download="test-results.zip"' in shown[0].data
+    taken = []
+    colab = SimpleNamespace(files=SimpleNamespace(download=taken.append))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    offer_download(path)
+    assert taken == [str(path)]
