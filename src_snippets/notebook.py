@@ -101,7 +101,9 @@ if found_root is None:
     print(f"or put it below {', '.join(SEARCHED_FOLDERS)}; then run from the settings cell on.")
     print("=" * 78)
 print(f"dataset: {data_root}\nresults: {output}")
-print(describe(chosen_settings))
+trains = has_truth(data_root)
+if trains:
+    print(describe(chosen_settings))
 
 # %%
 from src_snippets.rle import encode_crop, encode_layers, paint
@@ -142,13 +144,14 @@ from src_snippets.datasets import (
 # Where `DATA` has pictures alone, nothing is trained: `CHECKPOINTS` answer, with their settings.
 
 # %%
-trains = has_truth(data_root)
 if not (trains or CHECKPOINTS):
     raise ValueError(f"{data_root}: pictures without truth; set CHECKPOINTS to a best.pt for them")
 settings = chosen_settings if trains else saved_settings(CHECKPOINTS[0], CHANGES)
 dataset = open_dataset(data_root, settings)
 config = with_classes(settings, dataset.categories.values())
 names = config.class_names
+if not trains:
+    print(f"settings of {CHECKPOINTS[0]}:\n{describe(config)}")
 samples = CellSamples(dataset, config.cache_gb)
 splits = choose_splits(samples, config) if trains else {}
 for fold, split in splits.items():

@@ -201,3 +201,57 @@ def test_two_processes_of_a_launcher_work_together(tmp_path, demo_root):
     assert said.count("epoch 1: loss") == said.count("validation images, seed 0") == 1
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(json.loads((folder / "split.json").read_text())["val"]) > 0
+
+
+def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, demo_root):
+    """Other class names; micrometres; no truth in the second run, which trains nothing."""
+    data, pictures = tmp_path / "data", tmp_path / "my pictures"
+    shutil.copytree(demo_root / "train", data / "train")
+    names = ["round", "dark", "grainy", "spiky"]
+    settings = QUICK | {"class_names": names, "um_per_px": 0.25, "score_floor": 0.0}
+    environ = dict(HW3_RECIPE="demo", HW3_SETTINGS=json.dumps(settings))
+    first = tmp_path / "first"
+    story = ["-m", "src_snippets.notebook"]
+    said, _ = run(story, ROOT, HW3_DATA=str(data), HW3_OUT=str(first), **environ)
+    assert "No test images: there is nothing to submit." in said
+    assert not (first / "test-results.json").exists()
+    (folder,) = (first / "runs").iterdir()
+    held_out = json.loads((folder / "split.json").read_text())["val"]
+    labels = {path.stem for path in (first / "exports" / "labels").glob("*.tif")}
+    assert labels == set(held_out)
+    header = (first / "exports" / "counts.csv").read_text().splitlines()[0]
+    assert header.startswith("image,round,dark,grainy,spiky,all,area_mm2,round_per_mm2")
+    truth = json.loads((folder / "train_gt.json").read_text())
+    assert [category["name"] for category in truth["categories"]] == names
+
+    pictures.mkdir()
+    for name, image in zip("abc", sorted(demo_root.glob("test_release/*.tif")), strict=False):
+        shutil.copy(image, pictures / f"{name}.tif")
+    second = tmp_path / "second"
+    environ = dict(HW3_CHECKPOINTS=str(folder / "best.pt"))
+    answer = dict(HW3_DATA=str(pictures), HW3_OUT=str(second))
+    said, _ = run(story, ROOT, **answer, **environ, HW3_SETTINGS='{"detections": 5}')
+    assert "epoch 1" not in said
+    assert "  > detections       5" in said
+    assert not (second / "runs").exists()
+    assert len(list((second / "exports" / "labels").iterdir())) == 3
+    table = (second / "exports" / "counts.csv").read_text().splitlines()
+    assert table[0] == header  # names and pixel size are the checkpoint's
+    assert [row.split(",")[0] for row in table[1:]] == ["a", "b", "c"]
+    assert (second / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "pictures without truth; set CHECKPOINTS to a best.pt"),
+        ({"epochs": 3}, "pictures without truth; set CHECKPOINTS to a best.pt"),
+    ],
+)
+def test_pictures_without_a_checkpoint_are_refused(tmp_path, demo_root, settings, message):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")}
+    environ = dict(HW3_DATA=str(demo_root / "test_release"), HW3_OUT=str(tmp_path))
+    environ |= dict(HW3_SETTINGS=json.dumps(settings))
+    command = [sys.executable, "-m", "src_snippets.notebook"]
+    done = subprocess.run(command, cwd=ROOT, env=kept | environ, capture_output=True, text=True)
+    assert message in done.stderr
