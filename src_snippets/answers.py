@@ -65,23 +65,30 @@ def tune_on_validation(
 
 
 # %%
-def answers_file(checkpoints: Sequence[Path], images: Sequence[ImageRecord], config: Config):
+def answers_file(
+    folder: Path, checkpoints: Sequence[Path], images: Sequence[ImageRecord], config: Config
+) -> Path:
     """Where answers are kept while they are made: a name for these models, images and settings."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())
     for image in images:
         digest.update(f"{image} {image.path.stat().st_mtime_ns}".encode())
-    return Path(checkpoints[0]).with_name(f"answers-{digest.hexdigest()[:8]}.jsonl")
+    return folder / f"answers-{digest.hexdigest()[:8]}.jsonl"
 
 
 def answer_test(
-    own: Sequence[Path], others: Sequence[Path], images: Sequence[ImageRecord], config: Config
+    own: Sequence[Path],
+    others: Sequence[Path],
+    images: Sequence[ImageRecord],
+    folder: Path,
+    config: Config,
 ) -> Mapping[int, Instances]:
     """Finds the cells of test images, all models together; goes on where it was stopped.
 
     Args:
         own: checkpoints of these settings; others: of any recipe.
+        folder: keeps the answers while they are made.
         config: answers with its settings for prediction.
 
     Returns:
@@ -93,5 +100,5 @@ def answer_test(
     members = [load_trained(path, config) for path in own]
     members += [load_trained(path, config, same=False) for path in others]
     print(f"{len(members)} models answer together" if len(members) > 1 else "one model answers")
-    kept = from_first(answers_file, [*own, *others], images, config)
+    kept = from_first(answers_file, folder, [*own, *others], images, config)
     return predict_images(members, images, config, kept)

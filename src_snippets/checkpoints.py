@@ -50,6 +50,7 @@ NOT_TRAINED = (
 )
 
 
+# %%
 def run_folder(out: Path, config: Config, data: dict) -> Path:
     """The folder of a run: `out/runs/<recipe>-<fingerprint>`, made if absent.
 
@@ -62,6 +63,12 @@ def run_folder(out: Path, config: Config, data: dict) -> Path:
     folder = out / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def epochs_done(folder: Path) -> int:
+    """How many epochs of a run its `history.csv` has."""
+    path = folder / "history.csv"
+    return max(len(path.read_text().splitlines()) - 1, 0) if path.is_file() else 0
 
 
 # %%

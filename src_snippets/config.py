@@ -382,6 +382,7 @@ def recipe(name: str, /, **changes) -> Config:
         raise ValueError(f"There is no recipe {name!r}; there are: {', '.join(RECIPES)}.")
     config = Config(recipe=name, **checked_changes({**RECIPES[name], **changes}))
     if config.class_names != ("",):
+        check_names(config.class_names)
         config = replace(config, num_classes=len(config.class_names))
     for name in ("zoom", "rpn_iou"):
         if (pair := getattr(config, name))[0] > pair[1]:
@@ -393,6 +394,12 @@ def recipe(name: str, /, **changes) -> Config:
 
 
 # %%
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError unless each class has a name of its own."""
+    if not names or "" in names or len(set(names)) < len(names) or len(names) > 255:
+        raise ValueError(f"Setting class_names={names}: expected a name a class, each once.")
+
+
 def check_trunk(config: Config) -> None:
     """Raises ValueError where backbone, pyramid and anchor sizes do not go together."""
     if config.backbone not in TRUNKS and not config.backbone.startswith("timm:"):
@@ -476,7 +483,7 @@ PARTS = {
 def describe(config: Config) -> str:
     """One line a field, with a mark where the recipe or the user changed it."""
     by_recipe = Config(recipe=config.recipe, **checked_changes(RECIPES[config.recipe]))
-    rows, told = ["* set by the recipe, > changed by you"], set()
+    rows, told = ["* the recipe's own, > other than the recipe's"], set()
     for title, part in PARTS.items():
         rows.append(f"{title}:")
         for item in fields(part):

@@ -1,4 +1,4 @@
-"""What a training will take: one measured step, and what follows from it."""
+"""What a training will take: some measured steps, and what follows from them."""
 
 # %% [markdown]
 # ## How long will it take, and how much memory?
@@ -8,16 +8,18 @@
 
 # %%
 from collections.abc import Sequence
+import math
 import time
 from typing import NamedTuple
 
+from accelerate.utils import send_to_device
 import torch
 
 from src_snippets.config import Config
 from src_snippets.forms import CellSample
 from src_snippets.model import build_model
-from src_snippets.predict import answering_seconds
-from src_snippets.processes import default_device, process_count
+from src_snippets.predict import answering_seconds, seen_once
+from src_snippets.processes import default_device, highest, process_count
 from src_snippets.train import add_gradients, build_accelerator, build_optimizer
 from src_snippets.transforms import collate, TrainingSet
 
@@ -29,7 +31,8 @@ class Costs(NamedTuple):
     Attributes:
         step: seconds of one update of the weights, without the time to read and augment.
         memory, room: GB that a step takes at most of the GPU, and that the GPU has; 0 on a CPU.
-        answer: seconds for a megapixel of images to answer, by all processes together.
+        answer, look: seconds for a megapixel to answer, and to look at in training, by all
+            processes together.
         processes: how many work together.
     """
 
@@ -37,6 +40,7 @@ class Costs(NamedTuple):
     memory: float
     room: float
     answer: float
+    look: float
     processes: int
 
 
@@ -47,33 +51,38 @@ def measure_costs(config: Config, samples: Sequence[CellSample], fullest: int) -
         samples: the training part; fullest: the place of the one with most cells.
 
     Raises:
-        torch.OutOfMemoryError: never: a step that does not fit is `inf` GB.
+        torch.OutOfMemoryError: not even one field can be answered; a step that does not fit is
+            `inf` GB.
     """
     device, crops = default_device(), TrainingSet(samples, config)
-    images, targets = collate([crops[fullest] for _ in range(config.batch_size)])
+    batch = collate([crops[fullest] for _ in range(config.batch_size)])
+    images, targets = send_to_device(batch, device)
     accelerator = build_accelerator(config)
     model = build_model(config, load_initial=False)
     optimizer = accelerator.prepare(build_optimizer(model, config))
     model = accelerator.prepare_model(model, evaluation_mode=True).train()
-    gpu, spent, memory, room = device.type == "cuda", [], 0.0, 0.0
-    try:
-        for _ in range(3):  # the first is slow for other reasons
-            begin = time.perf_counter()
+    gpu, spent, memory = device.type == "cuda", [], 0.0
+    for _ in range(3):  # the first is slow for other reasons
+        begin = time.perf_counter()
+        try:
             add_gradients(model, images, targets, accelerator, 1)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if gpu:
-                torch.cuda.synchronize()
-            spent.append(time.perf_counter() - begin)
-    except torch.OutOfMemoryError:
-        memory = float("inf")
-    if gpu:
-        memory = max(memory, torch.cuda.max_memory_allocated() / 1e9)
-        room = torch.cuda.get_device_properties(device).total_memory / 1e9
+        except torch.OutOfMemoryError:
+            memory = math.inf
+        optimizer.zero_grad(set_to_none=True)
+        if gpu:
+            torch.cuda.synchronize()
+        (memory,) = highest(memory)  # a step that one of them cannot do is done by none
+        if memory == math.inf:
+            break
+        spent.append(time.perf_counter() - begin)
+    room = torch.cuda.get_device_properties(device).total_memory / 1e9 if gpu else 0.0
+    memory = max(memory, torch.cuda.max_memory_allocated() / 1e9) if gpu else memory
     del model, optimizer
-    answer = answering_seconds(config, samples[fullest], 1_000_000)
-    step = min(spent[1:], default=float("inf")) * config.accumulate
-    return Costs(step, memory, room, answer, process_count())
+    once = seen_once(config)
+    answer, look = (answering_seconds(c, samples[fullest], 1_000_000) for c in (config, once))
+    step = min(spent[1:], default=math.inf) * config.accumulate
+    return Costs(step, memory, room, answer, look, process_count())
 
 
 # %%
@@ -88,15 +97,17 @@ def describe_costs(costs: Costs, config: Config, steps: int, looks: float) -> st
     """Steps, time and memory of a training in a few lines.
 
     Args:
-        steps: updates of the weights in all epochs.
-        looks: megapixels that are answered in all looks at the validation part.
+        steps: updates of the weights that are left.
+        looks: megapixels in all looks at the validation part that are left.
     """
-    alone = f"{costs.processes} GPUs" if costs.processes > 1 else "here"
-    lines = [f"{steps:,} steps of {1000 * costs.step:.0f} ms {alone}: {span(steps * costs.step)}"]
-    lines[0] += f", and {span(looks * costs.answer)} for looks at the validation part"
+    where = f"in {costs.processes} processes" if costs.processes > 1 else "here"
+    lines = [f"{steps:,} steps"]
+    if math.isfinite(costs.step):
+        lines[0] += f" of {1000 * costs.step:.0f} ms {where}: {span(steps * costs.step)}"
+    lines[0] += f", and {span(looks * costs.look)} for looks at the validation part"
     if config.train_hours:
         lines.append(f"ends after {config.train_hours:g} h of training at the latest")
-    if costs.memory == float("inf"):
+    if costs.memory == math.inf:
         lines.append("A batch does not fit into the GPU's memory: it will be computed in parts,")
         lines.append("which is slower. Lower batch_size, crop or scale.")
     elif costs.room:

@@ -142,7 +142,8 @@ def class_ids(config: Config) -> dict[int, str]:
 def open_pictures(root: Path, config: Config) -> CellDataset:
     """A folder of pictures without truth: there is nothing to learn, all are to be answered."""
     images = numbered_images(pictures_in(root))
-    return CellDataset(root, "pictures", [], picture_of, class_ids(config), images, {})
+    read = partial(read_named_folder, root, config.num_classes, config.overlaps)
+    return CellDataset(root, "pictures", [], read, class_ids(config), images, {})
 
 
 def read_named_folder(parent: Path, num_classes: int, overlaps: bool, name: str) -> CellSample:

@@ -264,7 +264,9 @@ def panoptic_quality(pairs, num_classes: int) -> dict[int, float | None]:
     Returns:
         PQ by class, 0..1; None for a class that is in neither truth nor answers.
     """
-    metric = PanopticQuality(set(range(1, num_classes + 1)), {0}, return_per_class=True)
+    # Each of several processes has all pairs: there is nothing to put together.
+    options = dict(return_per_class=True, sync_on_compute=False)
+    metric = PanopticQuality(set(range(1, num_classes + 1)), {0}, **options)
     seen = set()
     for truth, found in pairs:
         seen |= {*truth.labels.tolist(), *found.labels.tolist()}

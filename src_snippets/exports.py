@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 import csv
 import math
+import os
 from pathlib import Path
 import uuid
 
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from src_snippets.datasets import ImageRecord, write_json
 from src_snippets.evaluate import coco_results, label_image
 from src_snippets.forms import Instances, with_categories
-from src_snippets.places import written_whole
+from src_snippets.places import fresh_folder, written_whole
 from src_snippets.plots import class_color
 from src_snippets.rle import decode_runs, mask_areas, run_pixels
 from src_snippets.stains import DENSITIES
@@ -278,8 +279,11 @@ def coco_dataset(
         if problem := check_entry(row, sizes, range(1, len(categories) + 1)):
             raise BadResults(f"{paths[row['image_id']]}, entry {number}: {problem}.")
         row.update(id=number, area=area, iscrowd=0)
+    above = Path(os.path.commonpath([i.path.parent for i in images])) if images else Path()
+    names = [i.path.relative_to(above).as_posix() for i in images]
     records = [
-        dict(id=i.image_id, file_name=i.path.name, height=i.height, width=i.width) for i in images
+        dict(id=i.image_id, file_name=name, height=i.height, width=i.width)
+        for i, name in zip(images, names, strict=True)
     ]
     return with_categories(dict(images=records, annotations=rows), categories)
 
@@ -370,8 +374,8 @@ def write_exports(
     if not 0 <= um_per_px < math.inf:
         raise ValueError(f"um_per_px={um_per_px}: expected micrometres a pixel, 0 if not known.")
     coco, kinds = coco_dataset(answers, images, categories), list(categories.values())
-    for part in ("labels", "qupath"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    for part, suffix in (("labels", ".tif"), ("qupath", ".geojson")):
+        fresh_folder(folder / part, suffix)
     paths = export_images(answers, images, read, folder, kinds, um_per_px)
     write_json(coco, folder / "cells.coco.json")
     print(f"{folder}: {len(coco['annotations'])} cells of {len(images)} images exported.")

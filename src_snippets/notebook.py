@@ -29,7 +29,6 @@ from src_snippets.config import checkpoints_from, describe, recipe, settings_fro
 
 # %%
 from src_snippets.processes import (
-    gpu_count,
     is_first,
     join_processes,
     on_all_gpus,
@@ -81,6 +80,7 @@ CHANGES = settings_from(os.environ, KNOBS | dict())  # dict(folds=5): any other 
 from src_snippets.places import (
     check_free,
     find_dataset,
+    fresh_folder,
     has_truth,
     output_folder,
     SEARCHED_FOLDERS,
@@ -91,6 +91,7 @@ from src_snippets.demo import make_demo
 
 # %%
 output = output_folder(OUT) if is_first() else private_folder()
+fresh_folder(output / "figures", ".png")  # those of another run would enter the report
 found_root = find_dataset(DATA)
 chosen_settings = recipe(RECIPE or ("baseline" if found_root else "demo"), **CHANGES)
 data_root = found_root or make_demo(output / ".demo-dataset")
@@ -122,7 +123,7 @@ from src_snippets.forms import (
 from src_snippets.readers import read_image
 
 # %%
-from src_snippets.checkpoints import run_folder, saved_settings
+from src_snippets.checkpoints import epochs_done, run_folder, saved_settings
 
 # %%
 from src_snippets.stains import as_seen
@@ -151,7 +152,7 @@ dataset = open_dataset(data_root, settings)
 config = with_classes(settings, dataset.categories.values())
 names = config.class_names
 if not trains:
-    print(f"settings of {CHECKPOINTS[0]}:\n{describe(config)}")
+    print(f"RECIPE is not used; settings of {CHECKPOINTS[0]}:\n{describe(config)}")
 samples = CellSamples(dataset, config.cache_gb)
 splits = choose_splits(samples, config) if trains else {}
 for fold, split in splits.items():
@@ -289,16 +290,20 @@ from src_snippets.train import (
 from src_snippets.costs import describe_costs, measure_costs
 
 # %%
-if trains:
-    batches = max(len(train_part) // config.batch_size // max(gpu_count(config), 1), 1)
-    steps = config.epochs * -(-batches // config.accumulate)
-    rates = [config.lr * rate_factor(step, config, steps) for step in range(steps)]
-    show_figure(plot_schedule(rates), output / "figures" / "schedule.png")
+about = {fold: {"split": split, "images": samples.digest} for fold, split in splits.items()}
+folders = {fold: run_folder(output, config, data) for fold, data in about.items()}
+epochs_left = sum(config.epochs - epochs_done(folder) for folder in folders.values())
+if epochs_left > 0:  # nothing is measured for a run that has ended
+    costs = on_all_gpus(config, measure_costs, config, train_part, most_cells)
+    batches = max(len(train_part) // config.batch_size // costs.processes, 1)
+    steps = -(-batches // config.accumulate)
+    rates = [rate_factor(k, config, steps * config.epochs) for k in range(steps * config.epochs)]
+    plan = plot_schedule([config.lr * factor for factor in rates])
+    show_figure(plan, output / "figures" / "schedule.png")
     held = [s.size for split in splits.values() for s in pick(samples, split["val"])]
     held_mpx = sum(height * width for height, width in held) / 1e6
-    costs = on_all_gpus(config, measure_costs, config, train_part, most_cells)
-    looks = held_mpx * config.epochs / config.eval_every
-    print(describe_costs(costs, config, steps * len(splits), looks))
+    looks = held_mpx / len(splits) * epochs_left / config.eval_every
+    print(describe_costs(costs, config, steps * epochs_left, looks))
 
 # %%
 for path in CHECKPOINTS:
@@ -306,7 +311,7 @@ for path in CHECKPOINTS:
 
 # %%
 reserve = 0.0
-if trains and config.max_hours:  # time to answer all images and to write what was found
+if epochs_left > 0 and config.max_hours:  # time to answer all images and to write what was found
     asked_often = 10 if config.tune else 1  # by tuning, at most
     models = len(splits) + len(CHECKPOINTS)
     test_mpx = sum(image.height * image.width for image in dataset.test_images) / 1e6
@@ -322,7 +327,7 @@ for fold, split in splits.items():
         print(f"fold {fold} is not trained: the session ends")
         continue
     session.share(len(splits) - len(runs))
-    run = run_folder(output, config, {"split": split, "images": samples.digest})
+    run = folders[fold]
     parts = {part: pick(samples, own) for part, own in split.items()}
     write_json(split, run / "split.json")
     for part, picked in parts.items():
@@ -358,7 +363,7 @@ val_parts = [pick(samples, splits[fold]["val"]) for fold in runs]
 held_out = [sample for part in val_parts for sample in part]
 asked = list(zip(own_checkpoints, val_parts, strict=True))
 val_answers = on_all_gpus(config, answer_validation, asked, config) if held_out else []
-val_truths = [truth_instances(sample) for sample in held_out]
+val_truths, counted = [truth_instances(sample) for sample in held_out], []
 if val_answers:
     val_truth = coco_truth(held_out, config.num_classes)
     scores = average_precision(val_truth, by_image_id(val_answers))
@@ -479,19 +484,21 @@ test_config = replace(config, **changed)
 # that of a class with few cells is chance.
 
 # %%
-asking = (own_checkpoints, CHECKPOINTS, dataset.test_images, test_config)
+kept_in = own_checkpoints[0].parent if own_checkpoints else output
+asking = (own_checkpoints, CHECKPOINTS, dataset.test_images, kept_in, test_config)
 test_answers = on_all_gpus(config, answer_test, *asking)
 
 # %%
 from src_snippets.writers import offer_download, write_results, write_submissions
 
 # %%
-if dataset.test_images:
+submits = dataset.test_images and dataset.layout != "pictures"
+if submits:
     _, archive = write_results(test_answers, dataset.test_images, output, dataset.categories)
 else:
-    print("No test images: there is nothing to submit.")
+    print("No test images of a dataset: there is nothing to submit.")
 strong = {key: a.above(test_config.show_floor) for key, a in test_answers.items()}
-if dataset.test_images and dataset.layout == "table":
+if submits and dataset.layout == "table":
     write_submissions(strong, dataset.test_images, output)
 
 # %%
@@ -499,7 +506,7 @@ from src_snippets.exports import write_exports
 
 # %%
 called = dict(zip(dataset.categories, names, strict=True))
-if is_first():  # of the test images, or of the validation images where there are none
+if is_first() and (dataset.test_images or held_out):  # else of the validation images
     if dataset.test_images:
         asked_for, answers, read = dataset.test_images, strong, lambda i: read_image(i.path)
     else:
@@ -523,7 +530,8 @@ if answered:
 from src_snippets.report import environment, write_report
 
 # %%
-facts = {"folder": data_root, "layout": dataset.layout, "fingerprint": samples.digest[:16]}
+facts = {"folder": data_root, "layout": dataset.layout}
+facts |= {"fingerprint": samples.digest[:16]} if trains else {}
 facts |= {"images": len(samples), "to answer": len(dataset.test_images)}
 facts |= {f"cells: {n}": k for n, k in zip(names, samples.counts.sum(0)[1:], strict=True)}
 told = [f"Recipe {config.recipe}, seed {config.seed}, {config.backbone}."]
@@ -546,4 +554,5 @@ if val_answers:
 if dataset.test_images:
     total = sum(map(len, test_answers.values()))
     print(f"{total} cells in {len(dataset.test_images)} images, settings {config.recipe}")
+if submits:
     offer_download(archive)

@@ -110,6 +110,14 @@ def output_folder(wanted: str) -> Path:
     return folder
 
 
+def fresh_folder(folder: Path, suffix: str) -> Path:
+    """A folder without the files of that suffix that an earlier run left in it, made if absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"*{suffix}"):
+        path.unlink()
+    return folder
+
+
 def check_free(folder: Path, needed: int) -> None:
     """Raises OSError where the disk of a folder has less than `needed` bytes left."""
     free = shutil.disk_usage(folder).free

@@ -87,6 +87,11 @@ def views_of(config: Config) -> list[View]:
     ]
 
 
+def seen_once(config: Config) -> Config:
+    """The settings for a look in training: whole images, shown once."""
+    return replace(config, tile=0, test_views="one", test_scales=(1.0,))
+
+
 def tile_corners(length: int, tile: int) -> list[int]:
     """Where tiles begin along a side: evenly, overlapping by half or more."""
     if not tile or length <= tile:

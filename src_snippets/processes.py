@@ -23,6 +23,7 @@ import traceback
 
 from accelerate import notebook_launcher, PartialState
 from accelerate.state import AcceleratorState
+import IPython
 import torch
 from torch import distributed, Tensor
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -169,11 +170,15 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch's launcher
+
+
 def fork_processes(count: int, work, arguments):
     """As `on_all_gpus`, in so many processes."""
     AcceleratorState._reset_state(reset_partial_state=True)  # of work that was done here before
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+    stop = before[signal.SIGTERM] or signal.SIG_DFL
     with tempfile.TemporaryDirectory() as folder:
-        stop = signal.getsignal(signal.SIGTERM)
         own = (Path(folder), stop, work, arguments)
         try:
             notebook_launcher(work_in_process, own, num_processes=count, use_port=free_port())
@@ -186,15 +191,19 @@ def fork_processes(count: int, work, arguments):
         except ChildFailedError as error:
             raise first_error(Path(folder), error) from None
         finally:
-            signal.signal(signal.SIGTERM, stop)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
         kept = Path(folder) / "result"
         if not kept.exists():
-            raise first_error(Path(folder), "It was told to end and did not.")
+            raise RuntimeError(
+                "The processes for the GPUs were told to end (SIGTERM) and had not after 30 s. "
+                "What they finished is kept: run again to go on."
+            )
         return pickle.loads(kept.read_bytes())
 
 
 # %%
-def first_error(folder: Path, error: ChildFailedError | str) -> Exception:
+def first_error(folder: Path, error: ChildFailedError) -> Exception:
     """What went wrong first in the processes that wrote their errors into a folder."""
     written = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
     if not written:
@@ -227,6 +236,8 @@ def work_in_process(folder: Path, stop, work, arguments) -> None:
     PartialState(cpu=not torch.cuda.is_available())
     if not is_first():
         sys.stdout = Silence()
+    if kernel := getattr(IPython.get_ipython(), "kernel", None):
+        kernel.session.check_pid = False  # or bars and pictures of a fork would be dropped
     try:
         found = work(*arguments)
     except Exception as error:

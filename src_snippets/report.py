@@ -22,7 +22,7 @@ from src_snippets.places import written_whole
 # %%
 # Figures by file name, in the order of the report, with what to see in them.
 CAPTIONS = {
-    "history": "Losses, validation scores and rate by epoch; the validation field with most cells.",
+    "history": "Losses, validation scores and rate by epoch.",
     "predictions": "Validation fields: as they are, their truth, and what was found.",
     "precision": "Precision over recall on the validation part: area is AP.",
     "confusions": "True against found classes; the last column is missed, the last row invented.",

@@ -46,7 +46,7 @@ from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.model import build_model, choose_precision, load_model_state
 from src_snippets.places import written_whole
 from src_snippets.plots import epoch_line
-from src_snippets.predict import detect_together, LEAST_TILE
+from src_snippets.predict import detect_together, LEAST_TILE, seen_once
 from src_snippets.processes import (
     default_device,
     from_first,
@@ -208,9 +208,14 @@ def loss_weights(model: nn.Module, device: torch.device, computed: bool) -> Tens
 
 
 class Attempt:
-    """Does one thing after the other until memory does not suffice; then nothing more."""
+    """Does one thing after the other until memory does not suffice; then nothing more.
 
-    full = False
+    With norms over all processes there is no other try: they wait for each other inside.
+    """
+
+    def __init__(self, model: nn.Module):
+        waits = any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+        self.full, self.once = False, waits and process_count() > 1
 
     def __call__(self, work, *arguments):
         """The result of the work; None where memory is full."""
@@ -218,6 +223,8 @@ class Attempt:
             try:
                 return work(*arguments)
             except torch.OutOfMemoryError:
+                if self.once:
+                    raise
                 self.full = True
         return None
 
@@ -231,7 +238,7 @@ def add_gradients(model, images, targets, accelerator, parts: int) -> dict[str, 
     Raises:
         torch.OutOfMemoryError: memory does not suffice here or in another process.
     """
-    size, attempt = len(images), Attempt()
+    size, attempt = len(images), Attempt(model)
     device = accelerator.device
     sums = torch.zeros(len(LOSSES) + 1, device=device)
     cuts = [size * k // min(parts, size) for k in range(min(parts, size) + 1)]
@@ -260,7 +267,8 @@ MOST_BAD = 10  # batches in a row whose loss is not finite
 
 def skip_batch(values: dict, targets: list[dict], times: int, tell) -> None:
     """Tells that a batch is skipped; raises FloatingPointError where it is the tenth in a row."""
-    found = f"Losses {values} on images {', '.join(target['name'] for target in targets)}"
+    every = gathered([", ".join(target["name"] for target in targets)])  # of all processes
+    found = f"Losses {values} on images {', '.join(every)}"
     tell(f"{found}: this batch is skipped.")
     if times >= MOST_BAD:
         raise FloatingPointError(
@@ -401,7 +409,7 @@ def train_epoch(
 # %%
 def validate(model, samples: Sequence[CellSample], config: Config) -> list[Instances]:
     """Detections on whole, unaugmented fields shown once, one `Instances` a sample, in order."""
-    once = replace(config, tile=0, test_views="one", test_scales=(1.0,))
+    once = seen_once(config)
     own = [samples[i].image for i in own_turns(len(samples))]
     return gathered([detect_together([(model, once)], image, once) for image in own])
 
@@ -439,7 +447,8 @@ def validation_loss(model: nn.Module, samples: Sequence[CellSample], config: Con
     for part in (model, model.rpn, model.roi_heads):
         part.training = True  # these give losses; the layers within them stay as they are
     losses = []
-    with torch.random.fork_rng():
+    here = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(here):
         for i in own_turns(len(samples)):
             torch.manual_seed(config.seed + i)
             size = samples[i].size

@@ -101,7 +101,7 @@ def read_pickle(path: Path) -> dict:
 
 # %%
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict without running any code from the file.
+    """Reads a state dict without running any code from the file, and tells which it is.
 
     Returns:
         Names to tensors; of a checkpoint of this notebook or of detectron2, its model.
@@ -117,8 +117,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        if Path(path).suffix == ".pkl":
+            content = load_file(path)
+        elif Path(path).suffix == ".pkl":
             content = read_pickle(Path(path))
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,6 +127,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     state = content.get("model", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: expected a state dict, names to tensors.")
+    print(f"first weights: {path}")
     return state
 
 

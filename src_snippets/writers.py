@@ -134,7 +134,7 @@ def write_results(
     Args:
         answers: `Instances` by image id, one for every image, without detections too.
         images: the test images; folder: where the two files go.
-        known: the ids that results carry for the classes 1..C, as `Dataset.categories`.
+        known: the ids that results carry for the classes 1..C, as `CellDataset.categories`.
 
     Returns:
         The paths of both.

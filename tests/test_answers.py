@@ -39,7 +39,7 @@ def test_each_part_is_answered_by_its_own_model(tiny_config):
 def test_prediction_goes_on_where_it_was(demo_root, tiny_config, tmp_path, monkeypatch, capsys):
     images, checkpoint = read_test_mapping(demo_root), tmp_path / "best.pt"
     checkpoint.write_bytes(b"weights")
-    kept = answers_file([checkpoint], images, tiny_config)
+    kept = answers_file(tmp_path, [checkpoint], images, tiny_config)
     assert kept.parent == tmp_path
     member = (build_model(tiny_config), tiny_config)
     wanted = predict_images([member], images, tiny_config, kept)
@@ -59,10 +59,12 @@ def test_prediction_goes_on_where_it_was(demo_root, tiny_config, tmp_path, monke
     predict_images([member], images, tiny_config, kept)
     assert (len(asked), kept.read_bytes()) == (3, whole)
     # Other weights, settings or images have a file of their own.
-    assert answers_file([checkpoint], images, replace(tiny_config, score_floor=0.9)) != kept
-    assert answers_file([checkpoint], images[:2], tiny_config) != kept
+    assert (
+        answers_file(tmp_path, [checkpoint], images, replace(tiny_config, score_floor=0.9)) != kept
+    )
+    assert answers_file(tmp_path, [checkpoint], images[:2], tiny_config) != kept
     checkpoint.write_bytes(b"others")
-    assert answers_file([checkpoint], images, tiny_config) != kept
+    assert answers_file(tmp_path, [checkpoint], images, tiny_config) != kept
 
 
 @pytest.fixture
@@ -88,8 +90,9 @@ def test_checkpoints_answer_validation_and_test(checkpoints, demo_root, tiny_con
     tuned = tune_on_validation(asked, truths, hits, tiny_config)
     assert len(tuned.changes["mask_threshold"]) == tiny_config.num_classes
     images = read_test_mapping(demo_root)
-    found = answer_test(checkpoints[:1], checkpoints[1:], images, tiny_config)
+    folder = checkpoints[0].parent
+    found = answer_test(checkpoints[:1], checkpoints[1:], images, folder, tiny_config)
     image = torch.from_numpy(read_image(images[0].path))
     assert found[1].rles == detect_together(members, image, tiny_config).rles
-    assert checkpoints[0].parent.glob("answers-*.jsonl")
-    assert answer_test(checkpoints, [], [], tiny_config) == {}
+    assert len(list(folder.glob("answers-*.jsonl"))) == 1
+    assert answer_test(checkpoints, [], [], folder, tiny_config) == {}

@@ -180,6 +180,16 @@ def test_rows_of_the_ablation():
         "| base | 0.250 | - | 0.071 | 0.125 | 10 | 0.50 |",
         "| more | 0.280 | +0.030 | 0.028 | 0.140 | 10 | 0.50 |",
     ]
+    results["more"]["1"]["AP"] = None
+    assert list(ablate.as_rows(results))[3] == "| more | 0.280 | +0.030 | 0.028 | - | 10 | 0.50 |"
+
+
+def test_tuned_thresholds_are_measured_on_the_other_half(options, demo_samples):
+    names = ["base", "thresholds by class from the other half"]
+    found = [ablate.measure(options, name, 0, demo_samples) for name in names]
+    assert 0 <= found[1]["AP50"] <= 1
+    assert found[1]["AP"] is None
+    assert len(list((options.out / "runs").iterdir())) == 1  # answered by the base
 
 
 @pytest.mark.parametrize("name", ablate.TRAINED | ablate.ANSWERED)

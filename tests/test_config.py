@@ -113,6 +113,9 @@ def test_classes_have_names():
     assert with_classes(recipe("demo"), ["cell"]).class_names == ("cell",)
     with pytest.raises(ValueError, match="class_names=3: expected values of type str"):
         recipe("demo", class_names=3)
+    for names in ([], ["a", ""], ["a", "a"]):
+        with pytest.raises(ValueError, match="expected a name a class, each once"):
+            recipe("demo", class_names=names)
 
 
 def test_knobs_that_are_none_change_nothing():

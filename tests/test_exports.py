@@ -359,7 +359,7 @@ def test_pycocotools_opens_the_dataset(answers, tmp_path, capsys):
         {"id": 3, "name": "T cell, CD8+"},
         {"id": 7, "name": "Zelle µ"},
     ]
-    assert coco.loadImgs(9) == [{"id": 9, "file_name": "two.png", "height": 4, "width": 5}]
+    assert coco.loadImgs(9) == [{"id": 9, "file_name": "b/two.png", "height": 4, "width": 5}]
     rows = coco.loadAnns(coco.getAnnIds(imgIds=5))
     assert [row["category_id"] for row in rows] == [7, 3, 7]
     assert [row["area"] for row in rows] == [8, 1, 2]

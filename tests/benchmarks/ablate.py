@@ -17,11 +17,13 @@ import sys
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src_snippets import train
+from src_snippets.answers import answer_held_out
 from src_snippets.config import Config
 from src_snippets.datasets import CellSamples, choose_splits, pick
-from src_snippets.evaluate import average_precision
-from src_snippets.forms import coco_truth
+from src_snippets.evaluate import average_precision, hits_of
+from src_snippets.forms import coco_truth, with_crowds
 from src_snippets.predict import answer_samples
+from src_snippets.thresholds import tune_thresholds
 from src_snippets.train import by_image_id, fit, load_trained
 from tests.benchmarks.timed import (
     choose_clock,
@@ -62,6 +64,9 @@ ANSWERED = {
     "score floor 0.5": dict(score_floor=0.5),
     "box NMS 0.3": dict(box_nms=0.3),
     "mask NMS 0.5": dict(mask_nms=0.5),
+    "mask NMS by class 0.5": dict(class_nms=0.5),
+    "cells from 32 px on": dict(least_area=32),
+    "thresholds by class from the other half": dict(tune=True),
     "scores times mask probability": dict(rescore=True),
     "tiles of 256 px": dict(tile=256),
     "three flips": dict(test_views="flips"),
@@ -87,10 +92,17 @@ def measure(options, name: str, seed: int, samples: CellSamples) -> dict:
     history = fit(config, pick(samples, split["train"]), [], folder)
     held_out = pick(samples, split["val"])
     start = train.time.perf_counter()
-    answers = answer_samples([load_trained(folder / "best.pt", config)], held_out, config)
+    model, own = load_trained(folder / "best.pt", config)
+    answers = answer_samples([(model, own)], held_out, config)
     spent = (train.time.perf_counter() - start) / len(held_out)
     scores = average_precision(coco_truth(held_out, config.num_classes), by_image_id(answers))
     named = {name: scores[name] for name in ("AP50", "AP", "AP50_100")}
+    if config.tune:
+        ask = partial(answer_held_out, [((model, own), held_out)], config)
+        truths = [with_crowds(sample) for sample in held_out]
+        before = hits_of(answers, truths, config.num_classes)
+        after = tune_thresholds(ask, truths, before, config).after
+        named = dict(AP50=after, AP=None, AP50_100=None)  # the others are not measured so
     return named | dict(
         seconds_a_field=round(spent, 3),
         epochs=len(history),
@@ -105,13 +117,15 @@ def as_rows(results: dict[str, dict[str, dict]]) -> Iterator[str]:
     base = results.get(BASE, {})
     for name, seeds in results.items():
         gains = [seeds[k]["AP50"] - base[k]["AP50"] for k in seeds if k in base]
-        means = [mean(run[key] for run in seeds.values()) for key in ("AP50", "AP", "epochs")]
+        keys = ("AP50", "AP", "epochs")
+        means = [mean(run[key] or 0.0 for run in seeds.values()) for key in keys]
         means.append(mean(run["seconds_a_field"] for run in seeds.values()))
         gain = f"{mean(gains):+.3f}" if name != BASE and gains else "-"
         values = gains if name != BASE else [run["AP50"] for run in seeds.values()]
         spread = f"{stdev(values):.3f}" if len(values) > 1 else "-"
         shown = [name, f"{means[0]:.3f}", gain, spread]
-        shown += [f"{means[1]:.3f}", f"{means[2]:.0f}", f"{means[3]:.2f}"]
+        shown += ["-" if any(run["AP"] is None for run in seeds.values()) else f"{means[1]:.3f}"]
+        shown += [f"{means[2]:.0f}", f"{means[3]:.2f}"]
         yield "| " + " | ".join(shown) + " |"
 
 
