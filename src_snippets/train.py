@@ -416,10 +416,10 @@ def validate(model, samples: Sequence[CellSample], config: Config) -> list[Insta
 
 def quarters(sample: CellSample) -> list[CellSample]:
     """A field cut into four."""
-    image, layers, labels, name = sample
+    image, layers = sample.image, sample.layers
     sides = [(slice(0, length // 2), slice(length // 2, length)) for length in sample.size]
     places = [(..., rows, columns) for rows in sides[0] for columns in sides[1]]
-    return [CellSample(image[p], layers[p], labels, name) for p in places]
+    return [replace(sample, image=image[place], layers=layers[place]) for place in places]
 
 
 def field_loss(model: nn.Module, sample: CellSample, config: Config) -> float:
@@ -448,14 +448,16 @@ def validation_loss(model: nn.Module, samples: Sequence[CellSample], config: Con
         part.training = True  # these give losses; the layers within them stay as they are
     losses = []
     here = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(here):
-        for i in own_turns(len(samples)):
-            torch.manual_seed(config.seed + i)
-            size = samples[i].size
-            model.transform.fixed = magnification(size, config.scale, config.short_sides[-1])
-            losses.append(field_loss(model, samples[i], config))
-    model.transform.fixed = None
-    model.eval()
+    try:
+        with torch.random.fork_rng(here):
+            for i in own_turns(len(samples)):
+                torch.manual_seed(config.seed + i)
+                size = samples[i].size
+                model.transform.fixed = magnification(size, config.scale, config.short_sides[-1])
+                losses.append(field_loss(model, samples[i], config))
+    finally:
+        model.transform.fixed = None
+        model.eval()
     return mean(gathered(losses))
 
 

@@ -313,6 +313,18 @@ def make_table(root: Path, text: str) -> Path:
     return root
 
 
+def test_tables_with_the_line_ends_of_windows(tmp_path):
+    rows = "a,1 1,14,10,long\nb,3 3,14,10,round\n"
+    root = make_table(tmp_path, "")
+    text = (HEADER + rows).replace("\n", "\r\n")
+    (root / "train.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (root / "groups.csv").write_bytes(b"name,group\r\na,slide 1\r\nb,slide 2\r\n")
+    dataset = open_dataset(root, CONFIG)
+    assert (dataset.names, dataset.categories) == (["a", "b"], {1: "long", 2: "round"})
+    assert dataset.groups == {"a": "slide 1", "b": "slide 2"}
+    assert dataset.read("b").labels.tolist() == [2]
+
+
 def test_a_table(tmp_path):
     rows = "b,2 2 16 1,14,10,round\na,1 1,14,10,long\nb,3 3,14,10,long\nb,,14,10,long\n"
     dataset = open_dataset(make_table(tmp_path, HEADER + rows), CONFIG)

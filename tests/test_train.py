@@ -28,6 +28,7 @@ from src_snippets.train import (
     load_trained,
     LOSSES,
     plateau_factor,
+    quarters,
     rate_factor,
     restore_run,
     save_epoch,
@@ -40,7 +41,8 @@ from src_snippets.train import (
     validation_loss,
     write_history,
 )
-from tests.conftest import empty_sample
+from src_snippets.transforms import training_target
+from tests.conftest import empty_sample, field_of_cells
 
 CPU = torch.device("cpu")
 
@@ -181,6 +183,37 @@ def test_validation_loss_is_repeatable_and_changes_nothing(tiny_model, parts, ti
     assert not any(module.training for module in tiny_model.modules())
     empty = validation_loss(tiny_model, [empty_sample(64, 64)], tiny_config)
     assert math.isfinite(empty)
+
+
+def test_a_field_that_does_not_fit_is_judged_by_its_quarters(
+    tiny_model, parts, tiny_config, monkeypatch
+):
+    """As on a GPU whose memory is full: the loss is the mean of the quarters' losses."""
+    sample, really = field_of_cells(0, 320), tiny_model.forward
+    sizes = []
+
+    def little_room(images, targets):
+        sizes.append(tuple(images[0].shape[-2:]))
+        if max(sizes[-1]) > 200:
+            raise torch.OutOfMemoryError("no room")
+        return really(images, targets)
+
+    monkeypatch.setattr(tiny_model, "forward", little_room)
+    assert math.isfinite(validation_loss(tiny_model, [sample], tiny_config))
+    assert sizes == [(320, 320), *[(160, 160)] * 4]
+    assert not tiny_model.training
+    counts = [len(training_target(part, 1)["labels"]) for part in quarters(sample)]
+    whole = len(training_target(sample, 1)["labels"])
+    assert whole <= sum(counts) < 2 * whole  # cells on the cuts are in both parts
+
+    def no_room(images, targets):
+        raise torch.OutOfMemoryError("none at all")
+
+    monkeypatch.setattr(tiny_model, "forward", no_room)
+    with pytest.raises(torch.OutOfMemoryError, match="none at all"):
+        validation_loss(tiny_model, [sample], tiny_config)
+    assert not tiny_model.training
+    assert tiny_model.transform.fixed is None
 
 
 def test_history_and_files(finished, tiny_config):
