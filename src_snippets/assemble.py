@@ -274,11 +274,12 @@ def settings_table(source: Path = FOLDER / "config.py") -> str:
 
 
 def build_readme(text: str) -> str:
-    """The README with its table of settings made anew.
+    """The README with its badges and its table of settings made anew.
 
     Raises:
         ValueError: the two lines that enclose the table are not there.
     """
+    text = re.sub(r"^\[!\[Colab\].*$", lambda _: badges(), text, count=1, flags=re.MULTILINE)
     before, begin, rest = text.partition(TABLE_BEGIN)
     _, end, after = rest.partition(TABLE_END)
     if not (begin and end):

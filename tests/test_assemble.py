@@ -96,6 +96,8 @@ def test_badges(monkeypatch):
     monkeypatch.setattr(assemble, "REPOSITORY", "owner/cells")
     assert "(https://colab.research.google.com/github/owner/cells/blob/main/hw3.ipynb)" in badges()
     assert "welcome?src=https://github.com/owner/cells/blob/main/hw3.ipynb)" in badges()
+    readme = build_readme((ROOT / "README.md").read_text())
+    assert badges() in readme.splitlines()
 
 
 def test_outputs_stay_while_no_cell_changes(tmp_path):
