@@ -89,7 +89,8 @@ def check_gpu(found: dict) -> None:
     if found["name"]:
         print(f"GPU: {found['name']}" + f" x{found['count']}" * (found["count"] > 1))
     else:
-        print("no GPU: training runs on the CPU")
+        print("no GPU: all but the recipe demo would take days. On Kaggle: Settings > Accelerator;")
+        print("on Colab: Runtime > Change runtime type.")
 
 
 # %%

@@ -3,7 +3,7 @@
 # Run all cells. The notebook finds the dataset, shows it, trains a Mask R-CNN, measures it on
 # images it never learned from, and leaves `test-results.json` and its zip ready to download.
 #
-# - **Kaggle**: File > Import notebook, add the dataset as input, choose GPU T4, Run All.
+# - **Kaggle**: File > Import notebook, add the dataset as input, choose GPU T4 x2, Run All.
 # - **Colab**: upload the notebook, choose a GPU runtime, upload the dataset to `/content`, Run all.
 # - **No dataset**: a small one is drawn, and everything runs in a few minutes on a CPU.
 
@@ -42,14 +42,15 @@ check_gpu(gpu)
 
 # %% [markdown]
 # ## Settings: change them here
-# Leave all as it is for a first run. `None` is the recipe's own value, which the list below this
-# cell shows. After a change run on from here; nothing above has to run again.
+# Leave all as it is for a first run. For a score set `RECIPE = "best"` and `train_hours`. `None` is
+# the recipe's own value, which the list below this cell shows. After a change run on from here;
+# nothing above has to run again.
 
 # %%
 # What, and where to
-DATA = os.environ.get("HW3_DATA", "")  # the dataset's folder, or "demo"; empty: search for it
+DATA = os.environ.get("HW3_DATA", "")  # "/content/my_data" or "demo"; empty: search for it
 OUT = os.environ.get("HW3_OUT", "")  # where results go; empty: /kaggle/working, else results
-CHECKPOINTS = checkpoints_from(os.environ)  # ["../best.pt"] of other runs: they answer too
+CHECKPOINTS = checkpoints_from(os.environ)  # ["/content/best.pt"] of other runs: answer too
 RECIPE = os.environ.get("HW3_RECIPE", "")  # see the README; empty: baseline if there is a dataset
 
 KNOBS = dict(
@@ -62,7 +63,9 @@ KNOBS = dict(
     batch_size=None,  # 1 to 256 crops a step and GPU; lower when memory runs out
     crop=None,  # 32 to 8192 px; cells at its border are cut
     scale=None,  # 0.25 to 8 network px per image px; 2 finds smaller cells
+    gpus=None,  # 1: one GPU alone, should two make trouble
     # What the model starts from and sees
+    class_names=None,  # ["tumour", "other"]: of class1.tif, class2.tif, and so how many
     weights=None,  # "imagenet", "coco" (data beyond ImageNet), "none", or a file
     rare_crops=None,  # 0 to 1, share of crops around cells of rare classes; 0.5 gained
     copy_paste=None,  # 0 to 1, share of crops with cells of other fields; 0.5 gained
@@ -90,6 +93,8 @@ from src_snippets.places import (
 from src_snippets.demo import make_demo
 
 # %%
+if isinstance(CHECKPOINTS, str):
+    raise ValueError(f"CHECKPOINTS={CHECKPOINTS!r}: expected a list, such as [{CHECKPOINTS!r}]")
 output = output_folder(OUT) if is_first() else private_folder()
 fresh_folder(output / "figures", ".png")  # those of another run would enter the report
 found_root = find_dataset(DATA)
@@ -165,7 +170,7 @@ if trains:
     groups = samples.groups(config.split_by)
     print(f"kept together in the split: {describe_groups(groups, dataset.names)}")
     for name, count in zip(names, samples.counts.sum(0)[1:], strict=True):
-        print(f"{name}: {count} cells")
+        print(f"{name}: {count} cells" + " WARNING: nothing to learn from" * (count == 0))
     print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
     cap = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts.sum(1) > cap).sum()):
@@ -343,7 +348,7 @@ for fold, split in splits.items():
 # The picture is drawn anew after each epoch: losses, validation scores, rate, and the validation
 # field with most cells as it is answered now. Losses should fall and level off. A validation score
 # that falls while losses go on falling means too many epochs; one that still rises at the end means
-# too few.
+# too few. The box loss may rise first, when more cells are found.
 
 # %% [markdown]
 # ## How good is the best epoch?
@@ -554,5 +559,7 @@ if val_answers:
 if dataset.test_images:
     total = sum(map(len, test_answers.values()))
     print(f"{total} cells in {len(dataset.test_images)} images, settings {config.recipe}")
+if submits and found_root is None:
+    print("DEMO: these cells were drawn. Do not submit them.")
 if submits:
     offer_download(archive)

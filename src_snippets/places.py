@@ -18,6 +18,7 @@ import shutil
 MAPPING_NAME = "test_image_name_to_ids.json"
 PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
+NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else lies there on Colab
 
 
 def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Path | None:
@@ -25,13 +26,13 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
 
     Args:
         wanted: the root or a folder above it; `demo` for the drawn dataset; empty to search.
-        searched: folders looked through, four levels deep, when `wanted` is empty.
+        searched: folders looked through, six levels deep, when `wanted` is empty.
 
     Returns:
-        The root, or None where the demo is asked for or nothing was found.
+        The root, or None where the demo is asked for or nothing was uploaded.
 
     Raises:
-        FileNotFoundError: no dataset is in `wanted`.
+        FileNotFoundError: no dataset is in `wanted`, or in what was uploaded.
     """
     if wanted == "demo":
         return None
@@ -41,12 +42,12 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
             return Path(wanted)
         if not roots:
             raise FileNotFoundError(
-                f"DATA={wanted!r}: expected a folder with train/ and its truth (class files, "
-                "train.csv or train.json; at most four levels down), or with pictures. Correct the "
-                "path, or set it to 'demo'."
+                f"DATA={wanted!r}: {listed(Path(wanted))}; expected a folder with train/ and its "
+                "truth (class files, train.csv or train.json; at most six levels down), or with "
+                f"pictures ({', '.join(PICTURES)}). Correct the path, or set it to 'demo'."
             )
     else:
-        roots = [root for folder in searched for root in dataset_roots(Path(folder))]
+        roots = search_uploads(searched)
     if len(roots) > 1:
         others = ", ".join(map(str, roots[1:]))
         print(f"Several datasets found, the first is used; set DATA for another: {others}")
@@ -54,7 +55,36 @@ def find_dataset(wanted: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Pat
 
 
 # %%
-def dataset_roots(folder: Path, depth: int = 4):
+def uploads(folder: Path) -> list[str]:
+    """The names in a folder that somebody may have put there."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if name[0] != "." and name not in NO_UPLOADS]
+
+
+def listed(folder: Path) -> str:
+    """What a folder holds, in a few words."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    return f"it holds {', '.join(uploads(folder)[:5]) or 'nothing'}"
+
+
+def search_uploads(searched: Sequence[str]) -> list[Path]:
+    """All datasets below some folders. Raises FileNotFoundError where other things were uploaded.
+
+    The demo in their place would look like an answer to them.
+    """
+    roots = [root for folder in searched for root in dataset_roots(Path(folder))]
+    others = [Path(folder) for folder in searched if uploads(Path(folder))]
+    if others and not roots:
+        raise FileNotFoundError(
+            f"No dataset found below {others[0]}: {listed(others[0])}. Unpack archives, and set "
+            "DATA to the folder that holds train/; or set DATA to 'demo'."
+        )
+    return roots
+
+
+# %%
+def dataset_roots(folder: Path, depth: int = 6):
     """Yields the folders at or below `folder` that hold a dataset."""
     if has_truth(folder):
         yield folder

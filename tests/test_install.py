@@ -62,7 +62,9 @@ def test_a_gpu_that_cannot_compute_is_refused(capsys):
     check_gpu(dict(name="Tesla T4", works=True, error="", count=2))
     check_gpu(dict(name="", works=True, error=""))
     out = capsys.readouterr().out.splitlines()
-    assert out == ["GPU: Tesla T4", "GPU: Tesla T4 x2", "no GPU: training runs on the CPU"]
+    assert out.pop() == "on Colab: Runtime > Change runtime type."
+    assert out.pop().startswith("no GPU: all but the recipe demo would take days")
+    assert out == ["GPU: Tesla T4", "GPU: Tesla T4 x2"]
 
 
 def test_the_gpu_is_asked_in_a_process_of_its_own(monkeypatch):

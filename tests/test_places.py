@@ -33,8 +33,23 @@ def test_class_files_alone_are_a_dataset_and_pictures_alone_may_be_answered(tmp_
         (alone / name).touch()
     assert find_dataset(str(alone)) == alone
     assert [path.name for path in pictures_in(alone)] == ["a.tif", "b.JPG"]
-    assert find_dataset("", [str(alone)]) is None  # what was not asked for is not taken
+    with pytest.raises(FileNotFoundError, match=r"it holds a\.tif, b\.JPG, notes\.txt"):
+        find_dataset("", [str(alone)])  # what was not asked for is not taken
     assert pictures_in(tmp_path / "absent") == []
+
+
+def test_uploads_that_are_no_dataset_are_told(tmp_path):
+    """The demo in place of a dataset that was not recognised would look like an answer."""
+    for name in ("sample_data", "results", ".config", "drive"):
+        (tmp_path / name).mkdir()
+    assert find_dataset("", [str(tmp_path)]) is None
+    (tmp_path / "data.zip").touch()
+    with pytest.raises(FileNotFoundError, match=r"it holds data\.zip\. Unpack archives"):
+        find_dataset("", [str(tmp_path)])
+    deep = make_root(tmp_path / "datasets" / "owner" / "slug" / "top" / "top")
+    assert find_dataset("", [str(tmp_path)]) == deep
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        find_dataset(str(tmp_path / "absent"))
 
 
 def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):
@@ -64,10 +79,10 @@ def test_the_drawn_demo_is_not_taken_for_a_dataset(tmp_path):
     assert find_dataset("", [str(tmp_path)]) is None
 
 
-def test_search_stops_four_levels_down(tmp_path):
-    make_root(tmp_path / "1/2/3/4/5")
+def test_search_stops_six_levels_down(tmp_path):
+    make_root(tmp_path / "1/2/3/4/5/6/7")
     assert list(dataset_roots(tmp_path)) == []
-    assert list(dataset_roots(tmp_path / "1")) == [tmp_path / "1/2/3/4/5"]
+    assert list(dataset_roots(tmp_path / "1")) == [tmp_path / "1/2/3/4/5/6/7"]
 
 
 def test_output_folder(tmp_path, monkeypatch):
