@@ -169,7 +169,7 @@ print(f"{len(dataset.test_images)} images to answer")
 if trains:
     groups = samples.groups(config.split_by)
     print(f"kept together in the split: {describe_groups(groups, dataset.names)}")
-    for name, count in zip(names, samples.counts.sum(0)[1:], strict=True):
+    for name, count in zip(names, samples.counts.sum(0)[1:].tolist(), strict=True):
         print(f"{name}: {count} cells" + " WARNING: nothing to learn from" * (count == 0))
     print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
     cap = config.detections if config.tile else min(config.detections, config.proposals)
