@@ -148,6 +148,12 @@ def check_same_settings(saved: dict, config: Config, path: Path) -> None:
         )
 
 
+def as_config(saved: Mapping) -> Config:
+    """The settings in a checkpoint; those that are no more are left out, new ones as by default."""
+    known = {item.name for item in fields(Config)}
+    return Config(**{name: value for name, value in saved.items() if name in known})
+
+
 def saved_settings(path: Path, changes: Mapping) -> Config:
     """The settings that a checkpoint was made with, those of prediction changed.
 
@@ -160,7 +166,5 @@ def saved_settings(path: Path, changes: Mapping) -> Config:
             f"Setting {shaped[0]}: {path} was trained with another; without training only settings "
             f"of prediction can be changed: {', '.join(NOT_TRAINED)}."
         )
-    saved = from_first(load_checkpoint, path)["config"]
-    known = {item.name for item in fields(Config)}
-    own = Config(**{name: value for name, value in saved.items() if name in known})
+    own = as_config(from_first(load_checkpoint, path)["config"])
     return replace(own, **checked_changes(changes))

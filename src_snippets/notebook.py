@@ -62,7 +62,7 @@ KNOBS = dict(
     # How large: seconds and memory grow with the square of crop and scale
     batch_size=None,  # 1 to 256 crops a step and GPU; lower when memory runs out
     crop=None,  # 32 to 8192 px; cells at its border are cut
-    scale=None,  # 0.25 to 8 network px per image px; 2 finds smaller cells
+    scale=None,  # 0.25 to 8 network px per image px; 2 shows cells twice as large
     gpus=None,  # 1: one GPU alone, should two make trouble
     # What the model starts from and sees
     class_names=None,  # ["tumour", "other"]: of class1.tif, class2.tif, and so how many
@@ -72,7 +72,7 @@ KNOBS = dict(
     # How it answers
     detections=None,  # 1 to 20,000 cells an image; with fewer than there are AP falls
     score_floor=None,  # 0 to 1; AP gains from a low one, 0.05
-    tile=None,  # px; 512 finds more in large fields, and takes several times as long
+    tile=None,  # px, side of tiles; 256 gained on fields of 1000, takes several times as long
     test_views=None,  # "one", "flips" or "all": symmetries shown; gains, takes 3 or 8 times as long
     tune=None,  # True: thresholds by class, chosen on the validation part
     um_per_px=None,  # micrometres a pixel, for lengths and areas in tables

@@ -10,7 +10,7 @@
 from collections import Counter
 from collections.abc import Sequence
 import csv
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 import gc
 from itertools import pairwise
 import json
@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from src_snippets.backbones import stage_groups
 from src_snippets.checkpoints import (
+    as_config,
     check_same_settings,
     latest_state,
     load_checkpoint,
@@ -484,9 +485,8 @@ def read_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Modu
     state = from_first(load_checkpoint, path)
     if same:
         check_same_settings(state["config"], config, path)
-    known = {item.name for item in fields(Config)}
-    saved = {name: value for name, value in state["config"].items() if name in known}
-    own = replace(Config(**saved), **{name: getattr(config, name) for name in NOT_TRAINED})
+    answering = {name: getattr(config, name) for name in NOT_TRAINED}
+    own = replace(as_config(state["config"]), **answering)
     if own.num_classes != config.num_classes:
         raise ValueError(
             f"{path}: {own.num_classes} classes; the dataset has {config.num_classes}."

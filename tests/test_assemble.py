@@ -57,6 +57,7 @@ def test_ids_are_unique_and_name_their_section(notebook):
 
 def test_the_notebook_stands_alone(notebook):
     assert not [cell.id for cell in notebook.cells if "src_snippets" in cell.source]
+    assert not [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count]
 
 
 def test_imports_stand_in_two_places_at_the_top(notebook):
