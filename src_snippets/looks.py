@@ -219,15 +219,16 @@ def count_confusions(matchings: Sequence[Matching], num_classes: int) -> np.ndar
 
 
 def plot_confusions(table: np.ndarray, names: Sequence[str]) -> Figure:
-    """The counts of `count_confusions`; the colour is their part of the row."""
+    """The counts of `count_confusions`; the colour is their part of the true cells of the row."""
     side = 1.9 + 0.62 * len(table)
     figure = Figure(figsize=(side + 0.7, side), layout="constrained")
     axis = figure.subplots()
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    shares[-1] = 0  # no true cells to be a part of
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in list(np.ndenumerate(table))[:-1]:  # the last has no meaning
         color = "white" if shares[row, column] > 0.6 else "black"
-        text = f"{count:,}\n{shares[row, column]:.0%}" if count else "0"
+        text = f"{count:,}\n{shares[row, column]:.0%}" if shares[row, column] else f"{count:,}"
         axis.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     place = range(len(table))
     axis.set_xticks(place, [*names, "missed"], rotation=45, ha="right", rotation_mode="anchor")
@@ -479,10 +480,13 @@ def list_classes(cells: Instances, names: Sequence[str]) -> str:
 def mistake_title(mistake: Mistake, match: Matching, names: Sequence[str]) -> str:
     """What was found, with scores, and what is there, in lines of at most 30 letters."""
     found, truth = match.found.select(mistake.found), match.truth.select(mistake.cells)
-    more = f" {len(truth)} cells" if len(truth) > 1 else ""
+    more, said = f" {len(truth)} cells" if len(truth) > 1 else "", "found"
     if len(found) == len(truth) == 1:
-        more = f" IoU {pycocotools.mask.iou(found.rles, truth.rles, [0])[0, 0]:.2f}"
-    said = " ".join(["found", *(f"{score:.2f}" for score in found.scores[:3])])
+        iou = pycocotools.mask.iou(found.rles, truth.rles, [0])[0, 0]
+        more, alike = f" IoU {iou:.2f}", found.labels[0] == truth.labels[0]
+        if alike and iou >= FOUND_IOU and not match.right[mistake.found[0]]:
+            said = "found again"  # the cell is a better one's
+    said = " ".join([said, *(f"{score:.2f}" for score in found.scores[:3])])
     lines = f"{said}: {list_classes(found, names)}", f"true{more}: {list_classes(truth, names)}"
     return "\n".join(fill(line, 30) for line in lines)
 

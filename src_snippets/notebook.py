@@ -57,7 +57,7 @@ KNOBS = dict(
     # How long
     epochs=None,  # 1 to 10,000 passes; more while the validation curve still rises
     train_hours=None,  # h of training, such as 3.5; the rate falls to 0 by then, with cosine
-    max_hours=None,  # h of the session, such as 8.8 of Kaggle's 9: all is written in time
+    max_hours=None,  # h of the session: all is written in time; on Kaggle 8.8 (of 12: set 11.8)
     lr=None,  # 1e-7 to 1; lower if losses jump or become nan
     # How large: seconds and memory grow with the square of crop and scale
     batch_size=None,  # 1 to 256 crops a step and GPU; lower when memory runs out
@@ -87,6 +87,7 @@ from src_snippets.places import (
     has_truth,
     output_folder,
     SEARCHED_FOLDERS,
+    session_hours,
 )
 
 # %%
@@ -315,15 +316,19 @@ for path in CHECKPOINTS:
     read_trained(path, config, same=False)  # what is wrong with one shows now, not after training
 
 # %%
-reserve = 0.0
-if epochs_left > 0 and config.max_hours:  # time to answer all images and to write what was found
+hours, reserve = session_hours(config.max_hours), 0.0
+if epochs_left > 0 and hours:  # time to answer all images and to write what was found
     asked_often = 10 if config.tune else 1  # by tuning, at most
     models = len(splits) + len(CHECKPOINTS)
     test_mpx = sum(image.height * image.width for image in dataset.test_images) / 1e6
     reserve = 120 + 1.5 * costs.answer * (asked_often * held_mpx + models * test_mpx)
-    print(f"{reserve / 60:.0f} minutes of max_hours are kept for answering")
-session = Session(config.max_hours, reserve)
+    print(f"the session is taken to end after {hours:g} h (max_hours); {reserve / 60:.0f} minutes")
+    print("of them are kept for answering")
+session = Session(hours, reserve)
 session.listen()
+if trains:
+    written = sum(path.stat().st_size for run in folders.values() for path in run.glob("*.pt"))
+    check_free(output, room * len(folders) - written)
 
 # %%
 runs = {}
@@ -339,8 +344,7 @@ for fold, split in splits.items():
         part_truth = coco_truth(picked, config.num_classes)
         write_json(with_categories(part_truth, dataset.categories), run / f"{part}_gt.json")
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints, split, truth and history.csv: {run}")
-    check_free(run, room - sum(path.stat().st_size for path in run.glob("*.pt")))
-    live = LiveHistory(output / "figures" / f"history{fold or ''}.png")
+    live = LiveHistory(output / "figures" / f"history{fold or ''}.png", names)
     on_all_gpus(config, fit, config, parts["train"], parts["val"], run, session, live)
     runs[fold] = run
 
@@ -384,6 +388,9 @@ if val_answers:
     if interval:
         low, high = interval
         print(f"with other images AP50 would be {low:.3f} to {high:.3f}, in 95 of 100 draws")
+    if config.score_floor > 0.1:
+        print(f"Scores below score_floor={config.score_floor:g} are left out, which costs AP50.")
+        print("Set it to 0.05 and run on from the settings cell: nothing is trained again.")
 else:
     print("No validation images: nothing can be said about how good the model is.")
 
@@ -457,8 +464,8 @@ if val_answers:
 
 # %% [markdown]
 # Dark off the diagonal: two classes are taken for one another; the last column is missed cells, the
-# last row what finds no cell. Dots below the line are images with too few cells found; a small
-# bias with a large MAE is errors that cancel over images.
+# last row, without colour, what finds no cell. Dots below the line are images with too few cells
+# found; a small bias with a large MAE is errors that cancel over images.
 
 # %%
 if val_answers:

@@ -18,6 +18,7 @@ import shutil
 MAPPING_NAME = "test_image_name_to_ids.json"
 PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
+KAGGLE_RESULTS = Path("/kaggle/working")  # is there on Kaggle, and kept when a run has ended
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else lies there on Colab
 
 
@@ -125,8 +126,7 @@ def output_folder(wanted: str) -> Path:
     Raises:
         OSError: nothing can be written there.
     """
-    kaggle = Path("/kaggle/working")
-    folder = Path(wanted or (kaggle if kaggle.is_dir() else "results"))
+    folder = Path(wanted or (KAGGLE_RESULTS if KAGGLE_RESULTS.is_dir() else "results"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / ".probe") as partial:
@@ -146,6 +146,18 @@ def fresh_folder(folder: Path, suffix: str) -> Path:
     for path in folder.glob(f"*{suffix}"):
         path.unlink()
     return folder
+
+
+# %%
+def session_hours(wanted: float) -> float:
+    """Hours after which a session ends, 0 for no end.
+
+    Args:
+        wanted: the same; below 0: 8.8 on Kaggle, whose shortest sessions have 9, else no end.
+    """
+    if wanted >= 0:
+        return wanted
+    return 8.8 if KAGGLE_RESULTS.is_dir() else 0.0
 
 
 def check_free(folder: Path, needed: int) -> None:

@@ -146,20 +146,22 @@ LOSS_NAMES = {
 }
 
 
-def plot_history(history: Sequence[dict], shown=None) -> Figure:
+def plot_history(history: Sequence[dict], names: Sequence[str], shown=None) -> Figure:
     """Loss parts, validation AP and learning rate over epochs.
 
     Args:
-        history: as `fit` returns it.
+        history: as `fit` returns it; names: of classes 1..C.
         shown: a validation `CellSample` and the `Instances` found in it now, drawn beside them.
     """
-    figure = Figure(figsize=(15 if shown else 12, 3.4), layout="constrained")
-    losses, scores, rate, *field = figure.subplots(1, 4 if shown else 3)
+    figure = Figure(figsize=(10.5, 7.4), layout="constrained")
+    losses, scores, rate, field = figure.subplots(2, 2).flat
+    field.set_axis_off()
     if shown:
         sample, found = shown
         picture = outline_cells(sample.image.numpy(), found)
         cells = int((sample.labels > 0).sum())
-        show_row(field, [picture], [f"found {len(found)}, there are {cells}"])
+        show_row([field], [picture], [f"found {len(found)}, there are {cells}"])
+        add_legend(figure, names)
     epochs = [row["epoch"] for row in history]
     for key, label in LOSS_NAMES.items():
         losses.plot(epochs, [row[key] for row in history], label=label, marker=".")
@@ -187,14 +189,15 @@ class LiveHistory:
     """Draws a training while it goes on, each picture in place of the one before.
 
     Args:
-        path: of the PNG, written anew each time.
+        path: of the PNG, written anew each time; names: of classes 1..C.
         pause: seconds between two pictures, at least; the last of a training is always drawn.
 
     Without a notebook each epoch is a line of text.
     """
 
-    def __init__(self, path: Path, pause: float = 2.0):
-        self.path, self.pause, self.handle, self.drawn = path, pause, None, 0.0
+    def __init__(self, path: Path, names: Sequence[str], pause: float = 2.0):
+        self.path, self.names, self.pause = path, names, pause
+        self.handle, self.drawn = None, 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, history: Sequence[dict], shown=None, is_last: bool = False) -> None:
@@ -204,7 +207,7 @@ class LiveHistory:
             tqdm.write(epoch_line(history[-1]))
         if not is_last and time.monotonic() - self.drawn < self.pause:
             return
-        plot_history(history, shown).savefig(self.path, dpi=80, bbox_inches="tight")
+        plot_history(history, self.names, shown).savefig(self.path, dpi=80, bbox_inches="tight")
         self.drawn = time.monotonic()
         if in_notebook:
             picture = IPython.display.Image(filename=str(self.path))

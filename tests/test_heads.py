@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 from hypothesis import given, settings, strategies
 import numpy as np
@@ -9,16 +10,18 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou, MultiScaleRoIAlign, roi_align
 
 from src_snippets.config import recipe
 from src_snippets.heads import (
     BlockMatcher,
+    build_pooler,
     CASCADE,
     CascadeRoIHeads,
     Float32Anchors,
     mask_loss,
     mask_targets,
+    MatrixRoIAlign,
     paired_iou,
     similar_chunks,
     touching_blocks,
@@ -60,6 +63,46 @@ def test_targets_equal_roi_align_on_dense_masks(seed, half_pixel):
     if not half_pixel:
         stock = project_masks_on_boxes(dense_masks(sample), boxes, matched, 28)
         assert torch.allclose(found, stock, atol=1e-5)
+
+
+def gradients(align, features, rois, weights, *options):
+    """The gradients of the features for a weighted sum of what is pooled."""
+    pooled = align(features, rois, *options)
+    return torch.autograd.grad((pooled * weights).sum(), features)[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.sampled_from((1, 7, 14)), strategies.booleans())
+def test_the_way_back_through_roi_align_is_torchvisions(seed, bins, channels_last):
+    """Boxes of less than a pixel, of the whole field, and partly or wholly outside, too."""
+    torch.manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(2, 3, 20, 31).to(memory_format=layout).requires_grad_()
+    low, side = torch.rand(40, 2) * 200 - 40, torch.rand(40, 2) ** 3 * 130
+    rois = torch.cat([torch.randint(2, (40, 1)).float(), low, low + side], 1)
+    known = features, rois, torch.randn(40, 3, bins, bins), bins, 0.25, 2
+    ours, stock = gradients(MatrixRoIAlign.apply, *known), gradients(roi_align, *known)
+    assert torch.allclose(ours, stock, atol=1e-4)
+    nothing = gradients(MatrixRoIAlign.apply, features, rois[:0], torch.zeros(()), bins, 0.25, 2)
+    assert not nothing.any()
+
+
+def test_a_pooler_gives_what_torchvisions_does():
+    config = recipe("baseline")
+    maps = {str(k): torch.randn(2, 4, 64 >> k, 64 >> k, requires_grad=True) for k in range(4)}
+    boxes = [random_boxes(30, 256, 256, seed) for seed in (0, 1)]
+    ours, stock = build_pooler(config, 7), MultiScaleRoIAlign(list(maps), 7, 2)
+    pooled = [pooler(maps, boxes, [(256, 256)] * 2) for pooler in (ours, stock)]
+    assert torch.equal(*pooled)
+    weights = torch.randn_like(pooled[0])
+    found, wanted = (torch.autograd.grad((p * weights).sum(), [*maps.values()]) for p in pooled)
+    assert all(map(partial(torch.allclose, atol=1e-4), found, wanted))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = {name: values.bfloat16() for name, values in maps.items()}
+        pooled = ours(half, boxes, [(256, 256)] * 2)
+    assert pooled.dtype == torch.bfloat16
+    pooled.float().sum().backward()
+    assert all(values.grad.isfinite().all() for values in maps.values())
 
 
 def test_target_worked_by_hand():

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from src_snippets import places
 from src_snippets.places import (
     check_free,
     dataset_roots,
@@ -10,6 +11,7 @@ from src_snippets.places import (
     MAPPING_NAME,
     output_folder,
     pictures_in,
+    session_hours,
     written_whole,
 )
 
@@ -118,3 +120,10 @@ def test_a_disk_without_room_is_refused(tmp_path):
     check_free(tmp_path, 0)
     with pytest.raises(OSError, match=r"GB are free, checkpoints need up to 1000000000\.0\."):
         check_free(tmp_path, 10**18)
+
+
+def test_a_session_ends_by_itself_on_kaggle_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "KAGGLE_RESULTS", tmp_path / "none")
+    assert [session_hours(hours) for hours in (-1.0, 0.0, 3.0)] == [0.0, 0.0, 3.0]
+    monkeypatch.setattr(places, "KAGGLE_RESULTS", tmp_path)
+    assert [session_hours(hours) for hours in (-1.0, 0.0, 11.8)] == [8.8, 0.0, 11.8]

@@ -109,8 +109,8 @@ def test_history_curves():
         dict(epoch=1, rate=0.1, **losses),
         dict(epoch=2, rate=0.0, AP=0.1, AP50=0.3, AP75=None, **losses),
     ]
-    figure = plot_history(rows)
-    assert titles(figure) == ["Training losses", "Validation", "Learning rate"]
+    figure = plot_history(rows, NAMES)
+    assert titles(figure) == ["Training losses", "Validation", "Learning rate", ""]
     assert len(figure.axes[0].lines) == 5
     assert {line.get_label(): line.get_ydata()[0] for line in figure.axes[1].lines} == {
         "AP": 0.1,
@@ -141,7 +141,7 @@ def test_an_epoch_in_a_line():
 
 
 def test_a_script_tells_epochs_and_keeps_the_last_picture(sample, tmp_path, capsys):
-    live = LiveHistory(tmp_path / "figures" / "history.png", pause=1000)
+    live = LiveHistory(tmp_path / "figures" / "history.png", NAMES, pause=1000)
     history = [dict(epoch=1, **ROW)]
     live(history)
     first = live.path.read_bytes()
@@ -169,7 +169,7 @@ def test_a_notebook_shows_one_picture_anew(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         IPython.display, "display", lambda picture, display_id: shown.append(picture) or handle
     )
-    live = LiveHistory(tmp_path / "history.png", pause=0)
+    live = LiveHistory(tmp_path / "history.png", NAMES, pause=0)
     for _ in range(3):
         live([dict(epoch=1, **ROW)])
     assert (len(shown), len(handle.updated)) == (1, 2)
@@ -178,7 +178,7 @@ def test_a_notebook_shows_one_picture_anew(tmp_path, monkeypatch, capsys):
 
 def test_history_with_a_field(sample):
     rows = [dict(epoch=1, **ROW)]
-    figure = plot_history(rows, (sample, truth_instances(sample)))
+    figure = plot_history(rows, NAMES[:3], (sample, truth_instances(sample)))
     assert titles(figure)[3] == "found 2, there are 2"
 
 

@@ -55,6 +55,12 @@ TRAINED = {
     "RPN NMS 0.45": dict(rpn_nms=0.45),
     "cascade": dict(cascade=True),
     "CBAM": dict(attention="cbam"),
+    "what gained as recipe best has it": dict(
+        rare_crops=0.5,
+        copy_paste=0.5,
+        tile=256,
+        test_views="flips",
+    ),
 }
 ANSWERED = {
     "up to 100 detections": dict(detections=100),
@@ -74,6 +80,12 @@ ANSWERED = {
     "scales 0.8 and 1 and 1.25": dict(test_scales=(0.8, 1.0, 1.25)),
     "tiles of 256 px with three flips": dict(tile=256, test_views="flips"),
     "the same without a vote on masks": dict(tile=256, test_views="flips", vote=False),
+    "thresholds of recipe baseline": dict(
+        box_nms=0.3,
+        detections=200,
+        score_floor=0.5,
+        mask_threshold=(0.6,),
+    ),
 }
 
 
