@@ -342,14 +342,16 @@ def to_instances(found: dict, size, config: Config) -> Instances:
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
-    """`no`, `fp16` or `bf16`: what `auto` means on a device. ValueError for fp16 on a CPU."""
-    if config.precision == "fp16" and device.type == "cpu":
+    """`no`, `fp16` or `bf16`: what `auto` means on a device. ValueError for what it cannot do."""
+    has_gpu, wanted = device.type == "cuda", config.precision
+    if wanted == "fp16" and not has_gpu:
         raise ValueError("precision='fp16' needs a GPU; there is none. Take 'auto' or 'no'.")
-    if config.precision != "auto":
-        return config.precision
-    if device.type != "cuda":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if wanted == "no" or not has_gpu:
+        return "no" if wanted == "auto" else wanted
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not has_bf16:
+        raise ValueError("precision='bf16': this GPU has none, as a T4. Take 'auto' or 'fp16'.")
+    return ("bf16" if has_bf16 else "fp16") if wanted == "auto" else wanted
 
 
 # %%

@@ -30,7 +30,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.ops import box_iou, masks_to_boxes, roi_align
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ from src_snippets.datasets import CellDataset, CellSamples, ImageRecord, read_na
 from src_snippets.evaluate import average_precision, coco_results
 from src_snippets.forms import CellSample, coco_truth, Instances
 from src_snippets.fusion import mask_nms
-from src_snippets.heads import BlockMatcher, mask_targets
+from src_snippets.heads import BlockMatcher, mask_targets, MatrixRoIAlign
 from src_snippets.model import build_model, choose_precision, InputTransform, paste_masks
 from src_snippets.predict import predict_images
 from src_snippets.readers import read_cell_folder, read_image
@@ -193,6 +193,21 @@ def box_targets(side: str, device: str) -> Callable:
         torch.uint8
     )  # the stock target; made before the clock runs
     return lambda: project_masks_on_boxes(masks, boxes, matched, 28)
+
+
+# RoIAlign and its way back
+
+
+def pooling(side: str, device: str, count: int, channels: int, size: int) -> Callable:
+    """Features of `count` boxes of 8 to 60 px on two fields of `size` px, and their gradients."""
+    torch.manual_seed(0)
+    shape = (2, channels, size // 4, size // 4)
+    features = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    features.requires_grad_()
+    low, sides = torch.rand(count, 2) * (size - 60), 8 + 52 * torch.rand(count, 2)
+    rois = torch.cat([torch.randint(2, (count, 1)).float(), low, low + sides], 1).to(device)
+    align = roi_align if side == "stock" else MatrixRoIAlign.apply
+    return lambda: torch.autograd.grad(align(features, rois, 14, 0.25, 2).sum(), features)
 
 
 # Anchors matched to cells

@@ -68,6 +68,9 @@ CASES = {
     "AP of 42 images, 300 cells each": Case(
         "ap", dict(images=42, cells=300), on_gpu=False, quick=False
     ),
+    "128 boxes cut from features of a 512 px crop, and back": Case(
+        "pooling", dict(count=128, channels=256, size=512), on_gpu=False
+    ),
     "training epoch, 161 cells a field": Case("training", dict(times=1)),
     "training epoch, 644 cells a field": Case("training", dict(times=2), quick=False),
     "4 training steps; stock: contiguous layout, AdamW's default": Case("step_layout"),
