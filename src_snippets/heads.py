@@ -458,54 +458,77 @@ class CascadeRoIHeads(InstanceMapRoIHeads):
 
 
 # %% [markdown]
-# RoIAlign cuts the features under each box. On a CPU its way back takes a third of a step where it
-# adds up value by value; the same sums are products of small matrices, as for the mask targets.
+# RoIAlign cuts the features under each box. torchvision does it value by value, which on a CPU is a
+# third of a training step; the same sums are products of small matrices, as for mask targets.
+
+
+# %%
+def crop_weights(rois: Tensor, shape, bins: int, scale: float, each: int):
+    """What RoIAlign sums, in groups of boxes of at most 1e6 values of crops, or one box.
+
+    Args:
+        rois: (R, 5) float32, number of the image and XYXY; scale: feature pixels per pixel.
+        shape: of the features, (B, C, H, W); bins, each: see `axis_weights`.
+
+    Yields:
+        Indices (K,) int64 of a group; weights (K, bins, h) and (K, bins, w) float32 of the rows and
+        columns of its crops; (K * h * w,) int64, their places in the features of all images.
+    """
+    _, channels, height, width = shape
+    boxes, homes = rois[:, 1:].float() * scale, rois[:, 0].long() * height
+    spans = (boxes[:, [3, 2]] - boxes[:, [1, 0]]).clamp(min=1).ceil().long() + 3
+    for part, tall, wide in similar_chunks(spans, 1_000_000 // channels):
+        x1, y1, x2, y2 = boxes[part].unbind(1)
+        rows, y = axis_weights(y1, y2, bins, tall, height, False, each)
+        columns, x = axis_weights(x1, x2, bins, wide, width, False, each)
+        places = (homes[part, None] + y)[:, :, None] * width + x[:, None, :]
+        yield part, rows, columns, places.flatten()
 
 
 # %%
 class MatrixRoIAlign(torch.autograd.Function):
-    """torchvision's `roi_align` with another way back, for CPUs.
-
-    Gradients are equal to rounding; at most 1e6 values of crops are held at a time, or one crop.
-    """
+    """torchvision's `roi_align` for CPUs, equal to rounding."""
 
     @staticmethod
     def forward(ctx, features, rois, bins: int, scale: float, each: int):
         """Features (B, C, H, W) at boxes (R, 5), image and XYXY -> (R, C, bins, bins)."""
         ctx.save_for_backward(rois)
-        ctx.known = features.shape, features.dtype, bins, scale, each
-        return roi_align(features, rois, bins, scale, each)
+        ctx.known = shape, dtype, *options = features.shape, features.dtype, bins, scale, each
+        flat = features.permute(0, 2, 3, 1).reshape(-1, shape[1])
+        pooled = features.new_empty((len(rois), bins, bins, shape[1]))
+        for part, rows, columns, places in crop_weights(rois, shape, *options):
+            count, _, tall = rows.shape
+            own = flat[places].float().view(count, tall, -1)  # columns and channels in one
+            own = (rows @ own).view(count, bins, columns.shape[2], -1)
+            pooled[part] = (columns[:, None] @ own).to(dtype)
+        return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
         """The gradient of the features."""
-        (images, channels, height, width), dtype, bins, scale, each = ctx.known
-        (rois,) = ctx.saved_tensors
-        boxes, homes = rois[:, 1:].float() * scale, rois[:, 0].long() * height
-        spans = (boxes[:, [3, 2]] - boxes[:, [1, 0]]).clamp(min=1).ceil().long() + 3
-        sums = boxes.new_zeros((images * height * width, channels))
-        for part, tall, wide in similar_chunks(spans, 1_000_000 // channels):
-            x1, y1, x2, y2 = boxes[part].unbind(1)
-            rows, y = axis_weights(y1, y2, bins, tall, height, False, each)
-            columns, x = axis_weights(x1, x2, bins, wide, width, False, each)
+        (rois,), (shape, dtype, bins, *options) = ctx.saved_tensors, ctx.known
+        images, channels, height, width = shape
+        sums = rois.new_zeros((images * height * width, channels), dtype=torch.float32)
+        for part, rows, columns, places in crop_weights(rois, shape, bins, *options):
             own = grad[part].float().permute(0, 2, 3, 1).reshape(len(part), bins, -1)
-            own = (rows.transpose(1, 2) @ own).view(len(part), tall, bins, channels)
+            own = (rows.transpose(1, 2) @ own).view(len(part), rows.shape[2], bins, channels)
             own = columns.transpose(1, 2)[:, None] @ own  # boxes, rows, columns, channels
-            places = (homes[part, None] + y)[:, :, None] * width + x[:, None, :]
-            places = places.view(-1, 1).expand(-1, channels)
+            places = places[:, None].expand(-1, channels)
             sums.scatter_add_(0, places, own.view(-1, channels))
         sums = sums.view(images, height, width, channels).permute(0, 3, 1, 2)
         return sums.to(dtype), None, None, None, None
 
 
+# %%
 class FastPooler(MultiScaleRoIAlign):
-    """torchvision's pooler, whose way back takes a tenth of its time on a CPU."""
+    """torchvision's pooler, with `MatrixRoIAlign` on a CPU."""
 
     def forward(self, x, boxes, image_shapes):
         """Feature maps by name, (R, 4) boxes by image -> (R, C, bins, bins)."""
         rois, levels = convert_boxes_to_roi_format(boxes), self.map_levels(boxes)
         maps = [x[name] for name in self.featmap_names]
-        pooled = maps[0].new_zeros((len(rois), maps[0].shape[1], *self.output_size))
+        pooled = maps[0].new_zeros((len(rois), *self.output_size, maps[0].shape[1]))
+        pooled = pooled.permute(0, 3, 1, 2)  # channels last, as the model's weights
         for level, (features, scale) in enumerate(zip(maps, self.scales, strict=True)):
             own = torch.where(levels == level)[0]
             align = roi_align if features.is_cuda else MatrixRoIAlign.apply

@@ -80,6 +80,11 @@ ANSWERED = {
     "scales 0.8 and 1 and 1.25": dict(test_scales=(0.8, 1.0, 1.25)),
     "tiles of 256 px with three flips": dict(tile=256, test_views="flips"),
     "the same without a vote on masks": dict(tile=256, test_views="flips", vote=False),
+    "these tiles and flips from score 0.01 on": dict(
+        tile=256,
+        test_views="flips",
+        score_floor=0.01,
+    ),
     "thresholds of recipe baseline": dict(
         box_nms=0.3,
         detections=200,
