@@ -102,10 +102,13 @@ def load_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path}: is not there. Run the training cell to its end, or correct the path."
+            f"{path}: is not there; expected a best.pt of this notebook. Correct the path."
         ) from error
     except Exception as error:  # the unpickler raises many types; each means a bad file
-        raise BadInput(f"{path}: not a checkpoint ({error}). Remove it to train anew.") from error
+        raise BadInput(
+            f"{path}: not a checkpoint, or a damaged one ({error}). Correct the path; one in the "
+            "folder of this run may be removed: it is trained anew."
+        ) from error
     if not isinstance(state, dict) or not {"model", "config"} <= set(state):
         raise BadInput(f"{path}: not a checkpoint of this notebook, such as its best.pt.")
     return state

@@ -8,6 +8,7 @@
 # %%
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from itertools import pairwise
 import json
 import os
@@ -330,7 +331,8 @@ def check_setting(config_field, value):
     kind = type(default[0] if is_tuple else default)
     if kind is float:
         items = [float(v) if type(v) is int else v for v in items]
-    wanted, fixed = kind.__name__, is_tuple and name not in ANY_NUMBER
+    wanted = "True or False (in JSON true or false)" if kind is bool else kind.__name__
+    fixed = is_tuple and name not in ANY_NUMBER
     if is_tuple:
         wanted = f"{len(default)} values of type {wanted}" if fixed else f"values of type {wanted}"
     if "choices" in limits:
@@ -358,8 +360,10 @@ def checked_changes(changes: Mapping) -> dict:
     """
     known = {f.name: f for f in fields(Config) if f.name != "recipe"}
     if unknown := sorted(set(changes) - set(known)):
+        close = [near for name in unknown for near in get_close_matches(name, known, 1)]
+        meant = f" Did you mean {', '.join(close)}?" if close else ""
         raise ValueError(
-            f"There is no setting {', '.join(unknown)}; there are: {', '.join(known)}."
+            f"There is no setting {', '.join(unknown)}.{meant} There are: {', '.join(known)}."
         )
     return {key: check_setting(known[key], value) for key, value in changes.items()}
 
@@ -460,7 +464,10 @@ def settings_from(environ: Mapping[str, str], knobs: Mapping | None = None) -> d
     try:
         changes = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"HW3_SETTINGS is not JSON ({error}): {text!r}") from error
+        raise ValueError(
+            f"HW3_SETTINGS is not JSON ({error}): {text!r}; expected such as "
+            '{"epochs": 3, "tune": true, "weights": "none"}.'
+        ) from None
     if not isinstance(changes, dict):
         raise ValueError(f'HW3_SETTINGS: expected an object such as {{"epochs": 3}}, not {text!r}')
     return {name: value for name, value in (knobs or {}).items() if value is not None} | changes
@@ -488,7 +495,8 @@ def describe(config: Config) -> str:
         rows.append(f"{title}:")
         for item in fields(part):
             value = getattr(config, item.name)
-            mark = ">" if value != getattr(by_recipe, item.name) else "*"
+            by_data = item.name in ("class_names", "num_classes")
+            mark = ">" if value != getattr(by_recipe, item.name) and not by_data else "*"
             mark = " " if value == item.default and mark == "*" else mark
             if item.name not in told:
                 rows.append(f"  {mark} {item.name:<16} {value}")

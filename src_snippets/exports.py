@@ -164,8 +164,9 @@ MEASURED = (
 )
 
 
+# %%
 def measure_cell(
-    mask: np.ndarray, pixels: np.ndarray, top: int, left: int, um_per_px: float
+    mask: np.ndarray, pixels: np.ndarray, top: int, left: int, um_per_px: float, coloured=True
 ) -> dict[str, float]:
     """Numbers of one cell by column of the table, to three decimals.
 
@@ -174,9 +175,11 @@ def measure_cell(
     Args:
         mask: (h, w) bool, at row `top` and column `left` of the image; pixels: (3, h, w) uint8.
         um_per_px: micrometres a pixel; 0: not known, and no columns in them.
+        coloured: False leaves the stains out: a grey picture tells nothing of them.
     """
-    table = regionprops_table(mask.astype(np.uint8), unmix_stains(pixels), properties=MEASURED)
-    area, y, x, major, minor, eccentricity, solidity, *stains = (
+    seen = np.dstack([pixels.mean(0), unmix_stains(pixels)])
+    table = regionprops_table(mask.astype(np.uint8), seen, properties=MEASURED)
+    area, y, x, major, minor, eccentricity, solidity, intensity, *stains = (
         float(v[0]) for v in table.values()
     )
     # Pixel centres, which regionprops counts, lie half a pixel inside the edges.
@@ -189,7 +192,8 @@ def measure_cell(
     height, width = mask.shape
     values |= dict(eccentricity=eccentricity, solidity=solidity)
     values |= dict(left_px=left, top_px=top, right_px=left + width, bottom_px=top + height)
-    values |= dict(hematoxylin_od=stains[0], eosin_od=stains[1])
+    values["intensity"] = intensity
+    values |= dict(hematoxylin_od=stains[0], eosin_od=stains[1]) if coloured else {}
     return {name: round(value, 3) for name, value in values.items()}
 
 
@@ -208,6 +212,7 @@ def cell_features(
     Source: the fields that `QuPathTypeAdapters` in qupath-core reads and writes.
     """
     columns = zip(found.rles, found.scores.tolist(), found.labels.tolist(), strict=True)
+    coloured = bool((pixels != pixels[:1]).any())
     for number, (rle, score, label) in enumerate(columns, start=1):
         mask, top, left = crop_mask(rle)
         own = pixels[:, top : top + mask.shape[0], left : left + mask.shape[1]]
@@ -225,7 +230,7 @@ def cell_features(
                     color=list(bytes.fromhex(class_color(label)[1:])),
                 ),
                 measurements=dict(score=round(score, 4))
-                | measure_cell(mask, own, top, left, um_per_px),
+                | measure_cell(mask, own, top, left, um_per_px, coloured),
             ),
         )
 
@@ -337,8 +342,8 @@ def export_images(answers, images, read, folder, kinds, um_per_px) -> list[Path]
             features = list(cell_features(found, pixels, name, kinds, um_per_px))
             write_json(dict(type="FeatureCollection", features=features), paths[-1])
             for own in (feature["properties"] for feature in features):
-                shown = own["name"], own["classification"]["name"], *own["measurements"].values()
-                cells.writerow([name, *shown])
+                values = [own["measurements"].get(column, "") for column in headers[0][3:]]
+                cells.writerow([name, own["name"], own["classification"]["name"], *values])
             counts.writerow([name, *count_cells(found, len(kinds), um_per_px)])
     return paths
 

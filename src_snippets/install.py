@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import json
 import subprocess
 import sys
+import warnings
 
 # %%
 # Import name, what pip installs, and what happens without it (None: it is needed).
@@ -89,8 +90,8 @@ def check_gpu(found: dict) -> None:
     if found["name"]:
         print(f"GPU: {found['name']}" + f" x{found['count']}" * (found["count"] > 1))
     else:
-        print("no GPU: all but the recipe demo would take days. On Kaggle: Settings > Accelerator;")
-        print("on Colab: Runtime > Change runtime type.")
+        print('no GPU: set RECIPE = "demo" below, all others would take days. Or choose one, on')
+        print("Kaggle: Settings > Accelerator; on Colab: Runtime > Change runtime type.")
 
 
 # %%
@@ -100,6 +101,7 @@ def install_missing(packages=PACKAGES) -> None:
     Raises:
         ModuleNotFoundError: a package that is needed is missing and cannot be installed.
     """
+    warnings.filterwarnings("ignore", "IProgress not found")  # bars are drawn as text then
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries", "1", "--timeout", "10"]
     for name, requirement, without in packages:
         if find_spec(name) is not None:

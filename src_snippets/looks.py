@@ -21,7 +21,7 @@ from skimage.measure import find_contours
 from src_snippets.config import Config
 from src_snippets.evaluate import class_ap, Hits, precision_table
 from src_snippets.forms import by_class, Instances
-from src_snippets.plots import class_color
+from src_snippets.plots import as_picture, class_color
 from src_snippets.rle import mask_areas, paint
 from src_snippets.thresholds import class_f1
 
@@ -387,7 +387,8 @@ def plot_count_errors(true: np.ndarray, found: np.ndarray, names: Sequence[str])
     axis.set_yscale("symlog", linthresh=10)
     ticks = [tick for tick in COUNT_TICKS if tick < most]
     axis.set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks, aspect="equal")
-    axis.set(xlabel="true cells in an image", ylabel="cells found in it", title="Cells by image")
+    axis.set(xlabel="true cells in an image (from 10 on by ratio)", ylabel="cells found in it")
+    axis.set_title("Cells by image")
     axis.set(xlim=(-0.5, most), ylim=(-0.5, most))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -525,7 +526,7 @@ def show_mistake(axis, image: np.ndarray, mistake: Mistake, match: Matching) -> 
     found, truth = match.found.select(mistake.found), match.truth
     boxes = np.concatenate([found.boxes, truth.boxes[mistake.cells]])
     rows, columns = window = view_window(boxes, truth.size)
-    axis.imshow(np.moveaxis(image[:, rows, columns], 0, 2))
+    axis.imshow(as_picture(image)[rows, columns])
     limits = axis.axis()
     near = (truth.boxes[:, :2] < (columns.stop, rows.stop)).all(axis=1)
     near &= (truth.boxes[:, 2:] > (columns.start, rows.start)).all(axis=1)
@@ -553,7 +554,9 @@ def plot_mistakes(
     figure = Figure(figsize=(2 * most, sum(heights) + 0.4), layout="constrained")
     parts = figure.subfigures(len(mistakes), 1, height_ratios=heights)
     for part, (kind, every) in zip(parts, mistakes.items(), strict=True):
-        heading = part.suptitle(f"{kind}: {len(every) or 'none'}", ha="left", fontweight="bold")
+        rest = kind in ("false positives", "misses") and bool(every)
+        told = f"{kind}{' without those of merges and splits' * rest}: {len(every) or 'none'}"
+        heading = part.suptitle(told, ha="left", fontweight="bold")
         heading.set_x(0.01)  # given at once, no room is kept for it
         axes = part.subplots(1, most, squeeze=False)[0] if every else ()
         for axis, mistake in zip(axes, every, strict=False):

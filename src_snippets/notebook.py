@@ -44,7 +44,8 @@ check_gpu(gpu)
 # ## Settings: change them here
 # Leave all as it is for a first run. For a score set `RECIPE = "best"` and `train_hours`. `None` is
 # the recipe's own value, which the list below this cell shows. After a change run on from here;
-# nothing above has to run again.
+# nothing above has to run again. What changes how the model answers, or is shown, trains nothing
+# again; any other change starts a run of its own, and the earlier one is kept.
 
 # %%
 # What, and where to
@@ -129,7 +130,7 @@ from src_snippets.forms import (
 from src_snippets.readers import read_image
 
 # %%
-from src_snippets.checkpoints import epochs_done, run_folder, saved_settings
+from src_snippets.checkpoints import epochs_done, load_checkpoint, run_folder, saved_settings
 
 # %%
 from src_snippets.stains import as_seen
@@ -152,7 +153,12 @@ from src_snippets.datasets import (
 
 # %%
 if not (trains or CHECKPOINTS):
-    raise ValueError(f"{data_root}: pictures without truth; set CHECKPOINTS to a best.pt for them")
+    raise ValueError(
+        f"{data_root}: pictures without truth; set CHECKPOINTS to a best.pt for them. To learn "
+        "from outlines: train/<name>/image.tif with class1.tif beside it, pixel = id of the cell."
+    )
+for path in CHECKPOINTS:
+    load_checkpoint(path)  # what is wrong with one shows now
 settings = chosen_settings if trains else saved_settings(CHECKPOINTS[0], CHANGES)
 dataset = open_dataset(data_root, settings)
 config = with_classes(settings, dataset.categories.values())
@@ -172,6 +178,9 @@ if trains:
     print(f"kept together in the split: {describe_groups(groups, dataset.names)}")
     for name, count in zip(names, samples.counts.sum(0)[1:].tolist(), strict=True):
         print(f"{name}: {count} cells" + " WARNING: nothing to learn from" * (count == 0))
+    if dataset.layout == "folders" and not samples.counts.sum(0)[1:].all():
+        print("Classes without a cell may be found where there are none: name those there are in")
+        print('class_names, such as ["cell"] where class1.tif is all.')
     print(f"cells an image: {samples.counts.sum(1).min()} to {samples.counts.sum(1).max()}")
     cap = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts.sum(1) > cap).sum()):
@@ -313,7 +322,7 @@ if epochs_left > 0:  # nothing is measured for a run that has ended
 
 # %%
 for path in CHECKPOINTS:
-    read_trained(path, config, same=False)  # what is wrong with one shows now, not after training
+    read_trained(path, config, same=False)  # does it fit? Asked now, not after training
 
 # %%
 hours, reserve = session_hours(config.max_hours), 0.0
@@ -358,7 +367,8 @@ for fold, split in splits.items():
 # ## How good is the best epoch?
 # On validation images, which were never trained on. The best epoch was chosen on the same images,
 # so the numbers lean a little to the high side. With folds, every image is answered by the one
-# model that never saw it: one number for all.
+# model that never saw it: one number for all. `best 100` keeps the best 100 detections of an image
+# and class, as many scorers do.
 
 # %%
 from src_snippets.thresholds import threshold_lines
@@ -474,8 +484,9 @@ if val_answers:
     show_figure(worst, output / "figures" / "mistakes.png")
 
 # %% [markdown]
-# Solid outlines are true cells, dashed ones what was found, the worst first. A confident false
-# positive on what looks like a cell may be a gap in the truth.
+# Solid outlines are true cells, dashed ones what was found, the worst first; titles give scores and
+# classes of what was found, and what is there. `found again`: a better detection has that cell. A
+# confident false positive on what looks like a cell may be a gap in the truth.
 
 # %%
 changed = {}
@@ -544,29 +555,39 @@ from src_snippets.report import environment, write_report
 # %%
 facts = {"folder": data_root, "layout": dataset.layout}
 facts |= {"fingerprint": samples.digest[:16]} if trains else {}
-facts |= {"images": len(samples), "to answer": len(dataset.test_images)}
-facts |= {f"cells: {n}": k for n, k in zip(names, samples.counts.sum(0)[1:], strict=True)}
-told = [f"Recipe {config.recipe}, seed {config.seed}, {config.backbone}."]
+facts |= {"images to learn from": len(samples)} if trains else {}
+facts |= {"images to answer": len(dataset.test_images)}
+cells_there = samples.counts.sum(0)[1:] if trains else ()
+facts |= {f"true cells: {n}": k for n, k in zip(names, cells_there, strict=False)}
+told = ["DEMO: these images were drawn; the scores say nothing."] if found_root is None else []
+told.append(f"Recipe {config.recipe}, seed {config.seed}, {config.backbone}.")
 told.append(f"{len(held_out)} validation images, {len(dataset.test_images)} to answer.")
 if val_answers and interval:
     told.append("Validation AP50 {:.3f}, {:.3f} to {:.3f}.".format(scores["AP50"], *interval))
-chapters = {"Data": facts, "Environment": environment(gpu["name"])}
+exported = list(strong.values()) if dataset.test_images else counted
+tally = count_by_class(exported, config.num_classes).sum(0).tolist()
+tally = dict(zip(names, tally, strict=True))
+chapters = {f"Cells found, scores from {test_config.show_floor} on": tally, "Data": facts}
+chapters["Environment"] = environment(gpu["name"])
 shown_scores = score_table if val_answers else []
 page = (told, shown_scores, chapters, describe(test_config))
-write_report(output / "report.html", f"Cells in {data_root.name}", *page)
+titled = "Cells of the drawn demo" if found_root is None else f"Cells in {data_root.name}"
+write_report(output / "report.html", titled, *page)
 
 # %% [markdown]
 # ## Take it with you
 # `test-results.zip` holds exactly `test-results.json`, checked entry by entry. Submit the zip where
-# your course or competition takes it. On Kaggle it also lies in the Output panel at the right.
+# your course or competition takes it; for data in tables, `submission.csv` or, where rows are
+# numbered, `submission-idx.csv`. On Kaggle they also lie in the Output panel at the right.
 
 # %%
 if val_answers:
     print(f"validation AP50 {scores['AP50'] or 0:.3f} on {len(val_answers)} images")
 if dataset.test_images:
-    total = sum(map(len, test_answers.values()))
-    print(f"{total} cells in {len(dataset.test_images)} images, settings {config.recipe}")
+    total, shown_cells = (sum(map(len, side.values())) for side in (test_answers, strong))
+    print(f"{len(test_answers)} images, settings {config.recipe}: {total} detections for the")
+    print(f"scorer, {shown_cells} of them cells with scores from {test_config.show_floor} on")
 if submits and found_root is None:
     print("DEMO: these cells were drawn. Do not submit them.")
 if submits:
-    offer_download(archive)
+    offer_download(output / "submission.csv" if dataset.layout == "table" else archive)

@@ -64,9 +64,13 @@ def uploads(folder: Path) -> list[str]:
 
 def listed(folder: Path) -> str:
     """What a folder holds, in a few words."""
+    if folder.is_file():
+        return "it is a file; unpack it, if it is an archive"
     if not folder.is_dir():
         return "there is no such folder"
-    return f"it holds {', '.join(uploads(folder)[:5]) or 'nothing'}"
+    held = f"it holds {', '.join(uploads(folder)[:5]) or 'nothing'}"
+    bare = (folder / "train").is_dir() and not has_truth(folder)
+    return held + ", and no folder of train/ a class file such as class1.tif" * bare
 
 
 def search_uploads(searched: Sequence[str]) -> list[Path]:
@@ -104,9 +108,10 @@ def has_truth(folder: Path) -> bool:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures that lie directly in a folder, by name."""
+    """The pictures that lie directly in a folder, by name, without the label images of Cellpose."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
+    found = [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
+    return [p for p in found if not p.stem.endswith(("_masks", "_cp_masks"))]
 
 
 # %%

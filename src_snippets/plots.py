@@ -3,7 +3,7 @@
 # %% [markdown]
 # ## How are cells drawn?
 # As outlines in the colour of their class. The fields are enlarged first, so that the outline of a
-# small cell stays a line and does not cover the cell.
+# small cell stays a line and does not cover the cell. Dark fields are shown brighter than they are.
 
 # %%
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ import time
 import IPython
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 from scipy.ndimage import maximum_filter
 from skimage.segmentation import find_boundaries
@@ -32,6 +33,15 @@ def class_color(label: int) -> str:
     return CLASS_COLORS[(label - 1) % len(CLASS_COLORS)]
 
 
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """(3, H, W) uint8 -> (H, W, 3) uint8 to be shown; dark fields are brighter than they are."""
+    high = np.percentile(image, 99.5) if image.size else 0
+    if 0 < high < 100:
+        image = np.minimum(image * (230 / high), 255).astype(np.uint8)
+    return np.moveaxis(image, 0, 2)
+
+
+# %%
 def outline_cells(image: np.ndarray, cells: Instances, side: int = 480) -> np.ndarray:
     """Draws outlines on an enlarged copy of an image.
 
@@ -43,7 +53,7 @@ def outline_cells(image: np.ndarray, cells: Instances, side: int = 480) -> np.nd
         (H * f, W * f, 3) uint8.
     """
     factor = max(round(side / max(image.shape[1:])), 1)
-    canvas = enlarge(np.moveaxis(image, 0, 2), factor).copy()
+    canvas = enlarge(as_picture(image), factor).copy()
     order = np.argsort(cells.scores, kind="stable")
     rles = [cells.rles[i] for i in order]
     ids = enlarge(paint(rles, order + 1, *cells.size), factor)
@@ -108,8 +118,8 @@ def plot_fields(
     """
     figure = Figure(figsize=(3.4 * len(fields), 7), layout="constrained")
     rows = figure.subplots(2, len(fields), squeeze=False)
-    titles = [f"{short_name(name)}  {i.shape[1]} x {i.shape[2]} px" for i, _, name in fields]
-    show_row(rows[0], [np.moveaxis(image, 0, 2) for image, _, _ in fields], titles)
+    titles = [f"{short_name(name)}  {i.shape[2]} x {i.shape[1]} px" for i, _, name in fields]
+    show_row(rows[0], [as_picture(image) for image, _, _ in fields], titles)
     outlined = [outline_cells(image, cells) for image, cells, _ in fields]
     show_row(rows[1], outlined, [f"{len(cells)} cells" for _, cells, _ in fields])
     add_legend(figure, names)
@@ -146,6 +156,7 @@ LOSS_NAMES = {
 }
 
 
+# %%
 def plot_history(history: Sequence[dict], names: Sequence[str], shown=None) -> Figure:
     """Loss parts, validation AP and learning rate over epochs.
 
@@ -165,8 +176,9 @@ def plot_history(history: Sequence[dict], names: Sequence[str], shown=None) -> F
     epochs = [row["epoch"] for row in history]
     for key, label in LOSS_NAMES.items():
         losses.plot(epochs, [row[key] for row in history], label=label, marker=".")
-    losses.set(xlabel="epoch", ylabel="mean loss", title="Training losses", ylim=(0, None))
-    losses.legend(fontsize=8, frameon=False)
+    most = max(row[key] for row in history for key in LOSS_NAMES)
+    losses.set(xlabel="epoch", ylabel="mean loss", title="Training losses", ylim=(0, 1.35 * most))
+    losses.legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
     for name in ("AP", "AP50", "AP75"):
         points = [(row["epoch"], row[name]) for row in history if row.get(name) is not None]
         if points:
@@ -175,6 +187,9 @@ def plot_history(history: Sequence[dict], names: Sequence[str], shown=None) -> F
     scores.set(xlabel="epoch", ylabel="score (0 to 1)", title="Validation", ylim=(0, 1))
     rate.plot(epochs, [row["rate"] for row in history], color="#555555", marker=".")
     rate.set(xlabel="epoch", ylabel="rate after the epoch", title="Learning rate", ylim=(0, None))
+    for axis in (losses, scores, rate):
+        axis.set_xlim(0.5, max(len(history), 2) + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -229,7 +244,7 @@ def plot_predictions(samples: Sequence[CellSample], answers, names: Sequence[str
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
     for row, sample, found in zip(rows, samples, answers, strict=True):
         image, truth = sample.image.numpy(), truth_instances(sample)
-        pictures = [np.moveaxis(image, 0, 2)] + [outline_cells(image, c) for c in (truth, found)]
+        pictures = [as_picture(image)] + [outline_cells(image, c) for c in (truth, found)]
         titles = [
             short_name(sample.name),
             f"truth: {len(truth)} cells",

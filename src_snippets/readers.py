@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+import scipy.ndimage
 import tifffile
 import torch
 
@@ -25,6 +26,7 @@ class BadInput(ValueError):
     """A file or folder is not what it should be; the message names it and says what to do."""
 
 
+MOST_PIECES, LEAST_PIECE = 3, 10  # of a cell in a class file; pieces of fewer px are slivers
 MOST_VALUES = 10**9  # of a picture, all channels: RGB of 18,000 x 18,000 px
 
 
@@ -260,7 +262,7 @@ def class_files(folder: Path, num_classes: int) -> dict[int, Path]:
         if match is None or int(match[1]) > num_classes:
             raise BadInput(
                 f"{path}: not a known class; expected class1.tif .. class{num_classes}.tif. "
-                "Rename or remove it, or raise num_classes in the settings."
+                "Rename or remove it, or set class_names to the names of all classes."
             )
         found[int(match[1])] = path
     return dict(sorted(found.items()))
@@ -295,9 +297,29 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
     return CellSample(torch.from_numpy(image), layers, labels, f"{folder.name}/image.tif")
 
 
+# %%
+def check_instances(path: Path, found: InstanceMap) -> None:
+    """Raises BadInput where all cells have one id, as in a mask of cells and background."""
+    places, ids, size = found
+    if not len(ids) or (ids != ids[0]).any():
+        return
+    drawn = np.zeros(size, bool)
+    drawn.ravel()[places] = True
+    sizes = np.bincount(scipy.ndimage.label(drawn)[0].ravel())[1:]
+    if (pieces := int((sizes >= LEAST_PIECE).sum())) > MOST_PIECES:
+        raise BadInput(
+            f"{path}: one id, {ids[0]}, in {pieces} pieces: a mask of cells and background? "
+            "Expected an id a cell. Label the pieces first, as Fiji's Analyze Particles (count "
+            "masks) does."
+        )
+
+
+# %%
 def read_class(path: Path, size: tuple[int, int], label: int) -> tuple:
     """A part for `pack_parts`; BadInput where its size is not that of the image beside it."""
-    places, ids, own = read_instance_map(path)
+    found = read_instance_map(path)
+    check_instances(path, found)
+    places, ids, own = found
     if own != size:
         raise BadInput(
             f"{path}: {own} (H, W), but image.tif beside it is {size}; expected the same size."

@@ -788,7 +788,8 @@ def fit(
     loader = training_loader(train_samples, config, default_device())
     run = TrainingRun(config, folder, loader, session)
     if done := len(run.history):
-        print(f"{folder}: {done} of {config.epochs} epochs are done, going on from there.")
+        then = "going on from there" if done < config.epochs else "nothing is trained"
+        print(f"{folder}: {done} of {config.epochs} epochs are done, {then}.")
     truth = coco_truth(val_samples, config.num_classes)
     steps = len(run.loader)
     options = dict(total=config.epochs * steps, initial=done * steps, disable=not is_first())
@@ -804,8 +805,7 @@ def fit(
                 bar.write(f"{run.session.why()}: training stops after epoch {len(run.history)}.")
                 bar.write("What is there answers; run again to go on.")
                 break
-    history = run.history
-    if is_first() and history:
+    if (history := run.history) and is_first():
         watch(history, run.shown, is_last=True)
     del run  # the schedule refers to it: only a collection frees its model and optimiser
     free_memory()

@@ -158,8 +158,9 @@ def write_results(
         with zipfile.ZipFile(partial, "w") as file:
             file.writestr(member, results.read_bytes())
         check_zip(partial, results)
-    cells = sum(len(found) for found in answers.values())
-    print(f"{results}: checked, {cells} cells in {len(images)} images ({len(empty)} without any).")
+    count = sum(len(found) for found in answers.values())
+    told = f"{count} detections of all scores in {len(images)} images ({len(empty)} without any)"
+    print(f"{results}: checked, {told}.")
     return results, archive
 
 
@@ -175,7 +176,7 @@ def offer_download(path: Path) -> None:
         link = f'<a href="{relative}" download="{path.name}">download {path.name}</a>'
         IPython.display.display(IPython.display.HTML(link))
     else:
-        print(f"to submit: {path}")
+        print(f"yours: {path}")
 
 
 # %% [markdown]
@@ -221,7 +222,7 @@ def write_submissions(
     for name, rows in tables.items():
         with written_whole(folder / name) as partial, partial.open("w", newline="") as file:
             csv.writer(file).writerows(rows)
-    print(f"{folder / 'submission.csv'}: {len(plain)} rows for {len(images)} images.")
+    print(f"{folder / 'submission.csv'}: {len(plain)} rows for {len(images)} images, no overlaps.")
     return [folder / name for name in tables]
 
 

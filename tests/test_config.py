@@ -40,14 +40,14 @@ def test_every_default_is_within_its_own_limits(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "x"}, "no setting name; there are: seed, "),
-        ({"epoch": 3}, "no setting epoch; there are: seed, "),
+        ({"name": "x"}, "no setting name. There are: seed, "),
+        ({"epoch": 3}, "no setting epoch. Did you mean epochs? There are: seed, "),
         ({"epochs": 0}, "epochs=0: expected int from 1 to 10000"),
         ({"epochs": 2.5}, "epochs=2.5: expected int"),
         ({"epochs": True}, "epochs=True: expected int"),
         ({"lr": "fast"}, "lr='fast': expected float from 1e-07 to 1.0"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"flips": 1}, "flips=1: expected bool"),
+        ({"flips": 1}, "flips=1: expected True or False"),
         ({"backbone": "vgg"}, "'vgg': expected timm:<a name of timm> or one of resnet10, "),
         ({"anchor_sizes": [8, 16]}, "expected one for each of the 5 levels of pyramid"),
         ({"anchor_ratios": []}, "anchor_ratios"),

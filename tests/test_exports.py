@@ -48,6 +48,10 @@ def read_grey(image: ImageRecord) -> np.ndarray:
     return np.full((3, image.height, image.width), GREY, np.uint8)
 
 
+def read_pink(image: ImageRecord) -> np.ndarray:
+    return read_grey(image) + np.array([60, 0, 30], np.uint8)[:, None, None]
+
+
 def answer_of(masks, scores, labels=None) -> Instances:
     """An answer of (N, H, W) masks, encoded by pycocotools."""
     masks = np.asarray(masks, np.uint8)
@@ -182,7 +186,8 @@ def test_measures_worked_by_hand():
     expected |= dict(left_px=2, top_px=1, right_px=6, bottom_px=3)
     expected |= dict(eccentricity=round(math.sqrt(0.8), 3), major_axis_um=2.236)
     assert {name: cell[name] for name in expected} == expected
-    assert set(cell) - set(expected) == {"hematoxylin_od", "eosin_od"}
+    assert cell["intensity"] == GREY
+    assert set(cell) - set(expected) == {"intensity", "hematoxylin_od", "eosin_od"}
     notched = np.array([[1, 0, 1], [1, 1, 1]], bool)  # its hull has the sixth pixel
     part = measure_cell(notched, pixels[:, :, :3], 0, 0, 0.0)
     assert (part["solidity"], part["centroid_x_px"], part["centroid_y_px"]) == (0.833, 1.5, 1.1)
@@ -211,7 +216,7 @@ def test_stains_are_those_that_were_mixed():
 
 def test_the_table_measures_the_cells_own_pixels():
     pixels = np.full((3, 6, 8), 255, np.uint8)
-    pixels[:, 2, 3] = 80
+    pixels[:2, 2, 3] = 80  # blue
     found = answer_of(np.eye(48, dtype=bool)[[19, 20]].reshape(2, 6, 8), [0.5, 0.5])
     dark, pale = (
         f["properties"]["measurements"] for f in cell_features(found, pixels, "x", ["a"], 0.0)
@@ -262,7 +267,7 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def test_all_files_are_written_and_read_back(answers, tmp_path, capsys):
-    paths = write_exports(answers, IMAGES, read_grey, tmp_path, CATEGORIES, 0.5)
+    paths = write_exports(answers, IMAGES, read_pink, tmp_path, CATEGORIES, 0.5)
     there = {path.relative_to(tmp_path).as_posix() for path in paths}
     assert there == {
         "labels/one.tif",
@@ -302,7 +307,8 @@ def test_without_a_pixel_size_nothing_is_in_um(answers, tmp_path):
     write_exports(answers, IMAGES, read_grey, tmp_path, CATEGORIES)
     header, *rows = read_rows(tmp_path / "cells.csv")
     assert header[:5] == ["image", "cell", "class", "score", "area_px"]
-    assert header[-2:] == ["hematoxylin_od", "eosin_od"]
+    assert header[-3:] == ["intensity", "hematoxylin_od", "eosin_od"]
+    assert {(*row[-3:],) for row in rows} == {(f"{GREY:.1f}", "", "")}  # no stains without colour
     assert not [name for name in header if "um" in name]
     assert {len(row) for row in rows} == {len(header)}
     assert read_rows(tmp_path / "counts.csv")[1] == ["one", "1", "2", "3"]
@@ -329,6 +335,7 @@ def test_qupath_gets_a_feature_a_cell(answers, tmp_path):
     assert "#" + bytes(kind["color"]).hex() == class_color(1)
     assert (properties["measurements"]["score"], properties["measurements"]["area_px"]) == (0.9, 1)
     assert {type(v) for v in properties["measurements"].values()} <= {int, float}
+    assert "hematoxylin_od" not in properties["measurements"]
     ids = [uuid.UUID(f["id"]) for f in collection["features"]]
     assert len(set(ids)) == 3
     assert {number.version for number in ids} == {5}

@@ -62,8 +62,8 @@ def test_a_gpu_that_cannot_compute_is_refused(capsys):
     check_gpu(dict(name="Tesla T4", works=True, error="", count=2))
     check_gpu(dict(name="", works=True, error=""))
     out = capsys.readouterr().out.splitlines()
-    assert out.pop() == "on Colab: Runtime > Change runtime type."
-    assert out.pop().startswith("no GPU: all but the recipe demo would take days")
+    assert out.pop().endswith("on Colab: Runtime > Change runtime type.")
+    assert out.pop().startswith('no GPU: set RECIPE = "demo" below, all others would take days')
     assert out == ["GPU: Tesla T4", "GPU: Tesla T4 x2"]
 
 

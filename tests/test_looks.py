@@ -470,7 +470,12 @@ def test_the_gallery_shows_truth_and_finding():
     image = np.arange(3 * 40 * 60, dtype=np.uint32).reshape(3, *SIZE).astype(np.uint8)
     figure = plot_mistakes(find_mistakes(matchings), matchings, [image], NAMES)
     headings = [part.get_suptitle() for part in figure.subfigs]
-    assert headings == ["false positives: 1", "misses: 2", "merges: none", "splits: 1"]
+    assert headings == [
+        "false positives without those of merges and splits: 1",
+        "misses without those of merges and splits: 2",
+        "merges: none",
+        "splits: 1",
+    ]
     assert [len(part.axes) for part in figure.subfigs] == [1, 2, 0, 1]
     wrong, split = figure.axes[0], figure.axes[-1]
     assert wrong.get_title() == "found 0.75: flat\ntrue IoU 1.00: round"

@@ -139,7 +139,10 @@ def test_offline_without_the_optional_packages(tmp_path, demo_root):
             {"HW3_RECIPE": "fast"},
             "There is no recipe 'fast'; there are: baseline, attention, ",
         ),
-        ({"HW3_SETTINGS": '{"epoch": 3}'}, "There is no setting epoch; there are: seed,"),
+        (
+            {"HW3_SETTINGS": '{"epoch": 3}'},
+            "There is no setting epoch. Did you mean epochs? There are: seed,",
+        ),
         (
             {"HW3_DATA": "/no/such/folder"},
             "DATA='/no/such/folder': there is no such folder; expected a folder with train/",

@@ -52,6 +52,11 @@ def test_uploads_that_are_no_dataset_are_told(tmp_path):
     assert find_dataset("", [str(tmp_path)]) == deep
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         find_dataset(str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match="it is a file; unpack it, if it is an archive"):
+        find_dataset(str(tmp_path / "data.zip"))
+    (tmp_path / "bare" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no folder of train/ a class file such as class1"):
+        find_dataset(str(tmp_path / "bare"))
 
 
 def test_finds_a_nested_dataset_and_prefers_the_variable(tmp_path):

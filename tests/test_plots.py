@@ -7,6 +7,7 @@ import pytest
 
 from src_snippets.forms import truth_instances
 from src_snippets.plots import (
+    as_picture,
     class_color,
     enlarge,
     epoch_line,
@@ -82,7 +83,7 @@ def titles(figure):
 def test_figures_say_what_they_show(sample, tmp_path):
     truth = truth_instances(sample)
     figure = plot_fields([(sample.image.numpy(), truth, "0123456789abcdef/image.tif")] * 2, NAMES)
-    assert titles(figure) == ["0123456789ab  40 x 60 px"] * 2 + ["2 cells"] * 2
+    assert titles(figure) == ["0123456789ab  60 x 40 px"] * 2 + ["2 cells"] * 2
     assert [t.get_text() for t in figure.legends[0].get_texts()] == NAMES
     figure = plot_predictions([sample, sample], [truth, truth.select([])], NAMES)
     assert titles(figure)[1:3] == ["truth: 2 cells", "found: 2 cells"]
@@ -91,6 +92,16 @@ def test_figures_say_what_they_show(sample, tmp_path):
     assert titles(figure) == ["as it is", *(f"variant {k}" for k in range(1, 6))]
     show_figure(figure, tmp_path / "deep" / "figure.png")
     assert min(Image.open(tmp_path / "deep" / "figure.png").size) > 400
+
+
+def test_dark_fields_are_shown_brighter_and_others_as_they_are():
+    dark = np.zeros((3, 20, 30), np.uint8)
+    dark[:, 5:15, 5:15] = 46
+    assert as_picture(dark).shape == (20, 30, 3)
+    assert as_picture(dark).max() == 230
+    light = dark + np.uint8(150)
+    assert np.array_equal(as_picture(light), np.moveaxis(light, 0, 2))
+    assert not as_picture(dark * 0).any()
 
 
 def test_counts_by_class(sample):

@@ -232,3 +232,20 @@ def test_the_real_hw3_folder_loads():
     sample = read_cell_folder(real_data("hw3-real") / "train" / "sample", 4)
     assert (sample.size, len(sample.labels)) == ((397, 482), 161)
     assert sample.labels.bincount().tolist() == [0, 2, 159]
+
+
+def test_a_mask_of_cells_and_background_is_refused(tmp_path):
+    """One id in many pieces; a cell that is torn, or has slivers beside it, is one."""
+    ids = np.zeros((40, 60))
+    for column in range(0, 60, 10):
+        ids[5:10, column : column + 4] = 255
+    folder = write_folder(tmp_path / "cells", {2: ids}, ids.shape)
+    with refused("one id, 255, in 6 pieces: a mask of cells and background", folder / "class2.tif"):
+        read_cell_folder(folder, 4)
+    ids[:, 30:] = 0
+    ids[20, ::2] = 255
+    torn = write_folder(tmp_path / "torn", {2: ids}, ids.shape)
+    assert read_cell_folder(torn, 4).labels.tolist() == [2]
+    ids[30:35, 40:45] = 7
+    two = write_folder(tmp_path / "two", {2: ids}, ids.shape)
+    assert read_cell_folder(two, 4).labels.tolist() == [2, 2]

@@ -418,9 +418,7 @@ def test_checkpoints_are_whole_and_safe(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BadInput, match=r"last\.pt: not a checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(
-        FileNotFoundError, match="Run the training cell to its end, or correct the path"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"expected a best\.pt of this notebook. Correct"):
         load_checkpoint(tmp_path / "absent.pt")
 
 

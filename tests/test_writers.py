@@ -52,7 +52,7 @@ def test_the_written_files_are_a_valid_submission(answers, tmp_path, capsys):
     assert entry["segmentation"]["size"] == [20, 30]
     with zipfile.ZipFile(archive) as file:
         assert file.namelist() == ["test-results.json"]
-    assert "1 cells in 2 images (1 without any)" in capsys.readouterr().out
+    assert "1 detections of all scores in 2 images (1 without any)" in capsys.readouterr().out
     assert check_results(results, IMAGES, CLASSES) == [9]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["test-results.json", "test-results.zip"]
 
@@ -218,7 +218,7 @@ def test_a_link_to_download_where_there_is_a_notebook(tmp_path, monkeypatch, cap
     path.parent.mkdir()
     path.touch()
     offer_download(path)
-    assert capsys.readouterr().out == f"to submit: {path}\n"
+    assert capsys.readouterr().out == f"yours: {path}\n"
     monkeypatch.setattr(IPython, "get_ipython", lambda: True)
     monkeypatch.setattr(IPython.display, "display", shown.append)
     offer_download(path)  # outside of where the notebook is: no link would lead there
