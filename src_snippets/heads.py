@@ -493,7 +493,8 @@ class MatrixRoIAlign(torch.autograd.Function):
     def forward(ctx, features, rois, bins: int, scale: float, each: int):
         """Features (B, C, H, W) at boxes (R, 5), image and XYXY -> (R, C, bins, bins)."""
         ctx.save_for_backward(rois)
-        ctx.known = shape, dtype, *options = features.shape, features.dtype, bins, scale, each
+        ctx.known = features.shape, features.dtype, bins, scale, each
+        shape, dtype, *options = ctx.known
         flat = features.permute(0, 2, 3, 1).reshape(-1, shape[1])
         pooled = features.new_empty((len(rois), bins, bins, shape[1]))
         for part, rows, columns, places in crop_weights(rois, shape, *options):

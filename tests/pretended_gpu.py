@@ -196,7 +196,8 @@ def pretended_gpu():
     with ExitStack() as stack:
         for place, answers in ANSWERS.items():
             for name, answer in answers.items():
-                stack.enter_context(mock.patch.object(place, name, answer))
+                if hasattr(place, name):  # versions of torch differ
+                    stack.enter_context(mock.patch.object(place, name, answer))
         swap = torch.__future__.set_swap_module_params_on_conversion
         swap(True)  # a module's parameters become tensors of another class when it is moved
         stack.callback(swap, False)
