@@ -139,7 +139,7 @@ class Config(HeadSettings):
     """All settings: those above, training and prediction."""
 
     epochs: int = within(50, 1, 10_000)  # passes over the training part, at most
-    max_hours: float = within(-1.0, -1.0, 1000.0)  # h of the session; 0: no end; -1: as it is known
+    max_hours: float = within(-1.0, -1.0, 1000.0)  # h of the session; 0: no end; -1: 8.8 on Kaggle
     train_hours: float = within(0.0, 0.0, 1000.0)  # the schedule ends with them; 0: with epochs
     gpus: int = within(0, 0, 64)  # used at once, in a process each; 0: all of this machine
     batch_size: int = within(2, 1, 256)  # crops a step and GPU; lower when memory runs out
