@@ -567,7 +567,8 @@ if val_answers and interval:
 exported = list(strong.values()) if dataset.test_images else counted
 tally = count_by_class(exported, config.num_classes).sum(0).tolist()
 tally = dict(zip(names, tally, strict=True))
-chapters = {f"Cells found, scores from {test_config.show_floor} on": tally, "Data": facts}
+floors_said = " / ".join(f"{floor:g}" for floor in test_config.show_floor)  # one, or one a class
+chapters = {f"Cells found, scores from {floors_said} on": tally, "Data": facts}
 chapters["Environment"] = environment(gpu["name"])
 shown_scores = score_table if val_answers else []
 page = (told, shown_scores, chapters, describe(test_config))
@@ -586,7 +587,7 @@ if val_answers:
 if dataset.test_images:
     total, shown_cells = (sum(map(len, side.values())) for side in (test_answers, strong))
     print(f"{len(test_answers)} images, settings {config.recipe}: {total} detections for the")
-    print(f"scorer, {shown_cells} of them cells with scores from {test_config.show_floor} on")
+    print(f"scorer, {shown_cells} of them cells with scores from {floors_said} on")
 if submits and found_root is None:
     print("DEMO: these cells were drawn. Do not submit them.")
 if submits:
