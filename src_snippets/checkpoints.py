@@ -170,4 +170,4 @@ def saved_settings(path: Path, changes: Mapping) -> Config:
             f"of prediction can be changed: {', '.join(NOT_TRAINED)}."
         )
     own = as_config(from_first(load_checkpoint, path)["config"])
-    return replace(own, **checked_changes(changes))
+    return replace(own, precision="auto", **checked_changes(changes))  # here, not where it was made

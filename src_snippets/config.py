@@ -491,13 +491,14 @@ PARTS = {
 def describe(config: Config) -> str:
     """One line a field, with a mark where the recipe or the user changed it."""
     by_recipe = Config(recipe=config.recipe, **checked_changes(RECIPES[config.recipe]))
-    rows, told = ["* the recipe's own, > other than the recipe's"], set()
+    rows = ["* the recipe's own, > other than the recipe's, = told by the data or class_names"]
+    told = set()
     for title, part in PARTS.items():
         rows.append(f"{title}:")
         for item in fields(part):
             value = getattr(config, item.name)
-            by_data = item.name in ("class_names", "num_classes")
-            mark = ">" if value != getattr(by_recipe, item.name) and not by_data else "*"
+            other = "=" if item.name in ("class_names", "num_classes") else ">"
+            mark = other if value != getattr(by_recipe, item.name) else "*"
             mark = " " if value == item.default and mark == "*" else mark
             if item.name not in told:
                 rows.append(f"  {mark} {item.name:<16} {value}")

@@ -141,7 +141,12 @@ def class_ids(config: Config) -> dict[int, str]:
 
 def open_pictures(root: Path, config: Config) -> CellDataset:
     """A folder of pictures without truth: there is nothing to learn, all are to be answered."""
-    images = numbered_images(pictures_in(root))
+    there = pictures_in(root)
+    # Cellpose lays its label image beside the picture: a.tif, a_masks.tif or a_cp_masks.tif.
+    masks = {f"{p.stem}{end}" for p in there for end in ("_masks", "_cp_masks")}
+    if labels := sum(p.stem in masks for p in there):
+        print(f"{labels} label images beside their pictures are left out")
+    images = numbered_images([p for p in there if p.stem not in masks])
     read = partial(read_named_folder, root, config.num_classes, config.overlaps)
     return CellDataset(root, "pictures", [], read, class_ids(config), images, {})
 

@@ -490,6 +490,7 @@ class MatrixRoIAlign(torch.autograd.Function):
     """torchvision's `roi_align` for CPUs, equal to rounding."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # sums are float32, as torchvision's
     def forward(ctx, features, rois, bins: int, scale: float, each: int):
         """Features (B, C, H, W) at boxes (R, 5), image and XYXY -> (R, C, bins, bins)."""
         ctx.save_for_backward(rois)
@@ -505,6 +506,7 @@ class MatrixRoIAlign(torch.autograd.Function):
         return pooled.permute(0, 3, 1, 2)
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):
         """The gradient of the features."""
         (rois,), (shape, dtype, bins, *options) = ctx.saved_tensors, ctx.known

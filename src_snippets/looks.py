@@ -21,7 +21,7 @@ from skimage.measure import find_contours
 from src_snippets.config import Config
 from src_snippets.evaluate import class_ap, Hits, precision_table
 from src_snippets.forms import by_class, Instances
-from src_snippets.plots import as_picture, class_color
+from src_snippets.plots import class_color, shown_values
 from src_snippets.rle import mask_areas, paint
 from src_snippets.thresholds import class_f1
 
@@ -526,7 +526,7 @@ def show_mistake(axis, image: np.ndarray, mistake: Mistake, match: Matching) -> 
     found, truth = match.found.select(mistake.found), match.truth
     boxes = np.concatenate([found.boxes, truth.boxes[mistake.cells]])
     rows, columns = window = view_window(boxes, truth.size)
-    axis.imshow(as_picture(image)[rows, columns])
+    axis.imshow(np.moveaxis(shown_values(image)[image[:, rows, columns]], 0, 2))
     limits = axis.axis()
     near = (truth.boxes[:, :2] < (columns.stop, rows.stop)).all(axis=1)
     near &= (truth.boxes[:, 2:] > (columns.start, rows.start)).all(axis=1)

@@ -8,6 +8,7 @@
 # %%
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from timm.layers import convert_sync_batchnorm
@@ -119,14 +120,22 @@ def parameter_table(model: GeneralizedRCNN, most: int = 200_000_000) -> str:
     return "\n".join(lines)
 
 
-def checkpoint_bytes(model: nn.Module, config: Config) -> int:
-    """The most bytes that a run's files take: three checkpoints while one is written, and the best.
+class CheckpointBytes(NamedTuple):
+    """What a run's files take: `kept` of them, and `writing`, for a while, the next ones."""
+
+    kept: int
+    writing: int
+
+
+def checkpoint_bytes(model: nn.Module, config: Config) -> CheckpointBytes:
+    """The most bytes of two checkpoints and the best weights.
 
     A checkpoint has the weights, up to two moments of each, and their running mean.
     """
     own = sum(value.nbytes for value in model.state_dict().values())
     means = own if config.ema else 0
-    return 3 * (3 * own + means) + 2 * (own + means)
+    one, best = 3 * own + means, own + means
+    return CheckpointBytes(2 * one + best, one + best)
 
 
 # %%

@@ -44,8 +44,9 @@ check_gpu(gpu)
 # ## Settings: change them here
 # Leave all as it is for a first run. For a score set `RECIPE = "best"` and `train_hours`. `None` is
 # the recipe's own value, which the list below this cell shows. After a change run on from here;
-# nothing above has to run again. What changes how the model answers, or is shown, trains nothing
-# again; any other change starts a run of its own, and the earlier one is kept.
+# nothing above has to run again. What changes how the model answers, what is shown, or the time and
+# the machine (`max_hours`, `gpus`) goes on with the run that is there; any other change starts one
+# of its own, and the earlier one is kept.
 
 # %%
 # What, and where to
@@ -335,9 +336,10 @@ if epochs_left > 0 and hours:  # time to answer all images and to write what was
     print("of them are kept for answering")
 session = Session(hours, reserve)
 session.listen()
-if trains:
-    written = sum(path.stat().st_size for run in folders.values() for path in run.glob("*.pt"))
-    check_free(output, room * len(folders) - written)
+unfinished = [run for run in folders.values() if epochs_done(run) < config.epochs]
+if unfinished:
+    written = sum(path.stat().st_size for run in unfinished for path in run.glob("*.pt"))
+    check_free(output, len(unfinished) * room.kept + room.writing - written)
 
 # %%
 runs = {}
@@ -567,7 +569,8 @@ if val_answers and interval:
 exported = list(strong.values()) if dataset.test_images else counted
 tally = count_by_class(exported, config.num_classes).sum(0).tolist()
 tally = dict(zip(names, tally, strict=True))
-floors_said = " / ".join(f"{floor:g}" for floor in test_config.show_floor)  # one, or one a class
+shown_from = (test_config if dataset.test_images else config).show_floor  # one, or one a class
+floors_said = " / ".join(f"{floor:g}" for floor in shown_from)
 chapters = {f"Cells found, scores from {floors_said} on": tally, "Data": facts}
 chapters["Environment"] = environment(gpu["name"])
 shown_scores = score_table if val_answers else []
@@ -586,8 +589,8 @@ if val_answers:
     print(f"validation AP50 {scores['AP50'] or 0:.3f} on {len(val_answers)} images")
 if dataset.test_images:
     total, shown_cells = (sum(map(len, side.values())) for side in (test_answers, strong))
-    print(f"{len(test_answers)} images, settings {config.recipe}: {total} detections for the")
-    print(f"scorer, {shown_cells} of them cells with scores from {floors_said} on")
+    print(f"{len(test_answers)} images, settings {config.recipe}: {total} detections of all")
+    print(f"scores, {shown_cells} of them cells with scores from {floors_said} on")
 if submits and found_root is None:
     print("DEMO: these cells were drawn. Do not submit them.")
 if submits:

@@ -108,10 +108,9 @@ def has_truth(folder: Path) -> bool:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures that lie directly in a folder, by name, without the label images of Cellpose."""
+    """The pictures that lie directly in a folder, by name."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
-    return [p for p in found if not p.stem.endswith(("_masks", "_cp_masks"))]
+    return [p for p in there if p.suffix.lower() in PICTURES and p.name[0] != "."]
 
 
 # %%

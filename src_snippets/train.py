@@ -486,6 +486,7 @@ def read_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Modu
     if same:
         check_same_settings(state["config"], config, path)
     answering = {name: getattr(config, name) for name in NOT_TRAINED}
+    answering |= {} if same else {"precision": config.precision}  # that of another GPU
     own = replace(as_config(state["config"]), **answering)
     if own.num_classes != config.num_classes:
         raise ValueError(

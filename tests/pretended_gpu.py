@@ -3,7 +3,8 @@
 Each operation is computed on the CPU. What is on the pretended GPU cannot be turned into NumPy, nor
 meet a tensor of the CPU with more than one value, so code that mixes devices fails as it would on a
 GPU. Mixed precision is that of the CPU, with the same types. Speed, memory and kernels are not
-tested; `with pretended_gpu():` is for a process of its own, as torch is changed inside.
+tested, nor what is made on the CPU like a tensor of the GPU. Inside `with pretended_gpu():` torch
+is changed; nothing of the real GPU, if there is one, may be in use.
 """
 
 from contextlib import contextmanager, ExitStack
@@ -12,6 +13,7 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+from accelerate.state import AcceleratorState
 import torch
 from torch import Tensor
 import torch._dynamo  # loaded later, it would find what is put in place of torch's own
@@ -28,6 +30,7 @@ INDEXED = {
     aten.index_put_.default,
     aten._index_put_impl_.default,
 }
+JOINED = {aten.cat.default, aten.stack.default}
 
 
 class OnGpu(Tensor):
@@ -81,10 +84,14 @@ class Watch(TorchDispatchMode):
 def check_devices(func, args, leaves) -> None:
     """Raises RuntimeError where an operation meets tensors of GPU and CPU, as torch does.
 
-    Single values of the CPU go with anything, and so do indices of the CPU.
+    Single values of the CPU go with anything but what is joined or written, and so do indices.
     """
     ours = [value for value in leaves if isinstance(value, OnGpu)]
-    others = [value for value in leaves if not isinstance(value, OnGpu) and value.dim()]
+    others = [value for value in leaves if not isinstance(value, OnGpu)]
+    if func not in JOINED:
+        written = zip(func._schema.arguments, args, strict=False)
+        written = [v for a, v in written if a.alias_info and a.alias_info.is_write]
+        others = [v for v in others if v.dim() or any(v is w for w in tree_leaves(written))]
     if func in INDEXED:
         if ours and not isinstance(args[0], OnGpu):
             raise RuntimeError(f"{func}: a tensor of the CPU with indices of the GPU")
@@ -201,6 +208,7 @@ def pretended_gpu():
         swap = torch.__future__.set_swap_module_params_on_conversion
         swap(True)  # a module's parameters become tensors of another class when it is moved
         stack.callback(swap, False)
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
         stack.enter_context(Watch())
         yield
 

@@ -14,6 +14,9 @@ def test_settings_of_a_checkpoint_with_those_of_prediction_changed(tmp_path):
     assert (found.epochs, found.class_names, found.num_classes) == (7, ("a", "b"), 2)
     assert (found.detections, found.show_floor) == (5, (0.25,))
     assert saved_settings(path, {}) == config
+    other = asdict(config) | {"precision": "bf16"}  # made on a GPU that has it
+    save_checkpoint(dict(model={}, config=other), path)
+    assert saved_settings(path, {}) == config
     with pytest.raises(ValueError, match=r"Setting epochs: .* was trained with another"):
         saved_settings(path, {"epochs": 3})
     with pytest.raises(ValueError, match="detections='many': expected int"):

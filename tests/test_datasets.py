@@ -573,3 +573,11 @@ def test_all_consep_folders_load():
 def test_the_real_mapping_without_its_images_is_refused():
     with refused("is not there, but .* lists it as 1"):
         read_test_mapping(real_data("hw3-real"))
+
+
+def test_label_images_beside_pictures_are_no_pictures(tmp_path, capsys):
+    for name in ("a.png", "a_cp_masks.png", "b.png", "b_masks.tif", "c_masks.png"):
+        Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / name)
+    images = open_dataset(tmp_path, recipe("demo")).test_images
+    assert [image.path.name for image in images] == ["a.png", "b.png", "c_masks.png"]
+    assert "2 label images beside their pictures are left out" in capsys.readouterr().out

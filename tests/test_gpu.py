@@ -1,6 +1,5 @@
 """Nothing meets a tensor of another device: training and answering with a pretended GPU."""
 
-from dataclasses import replace
 from functools import partial
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ from src_snippets.forms import with_crowds
 from src_snippets.model import choose_precision
 from src_snippets.predict import answer_samples
 from src_snippets.thresholds import tune_thresholds
-from src_snippets.train import fit, load_checkpoint, load_trained
+from src_snippets.train import fit, load_checkpoint, load_trained, Session
 from tests.conftest import field_of_cells
 from tests.pretended_gpu import pretended_gpu
 from tests.test_notebook import check_outputs, QUICK, run
@@ -61,6 +60,10 @@ def test_a_pretended_gpu_refuses_what_a_gpu_would():
             here[there.long()]
         with pytest.raises(RuntimeError, match="on the GPU"):
             torch.cat([here, there])
+        with pytest.raises(RuntimeError, match="on the GPU"):
+            torch.stack([there.sum(), torch.zeros(())])
+        with pytest.raises(RuntimeError, match="on the GPU"):
+            torch.zeros(()).add_(there.sum())
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
         weights = here.to("cuda").requires_grad_()
@@ -88,6 +91,9 @@ def test_training_and_answering_stay_on_their_device(name, tmp_path):
     train, val = samples[:3], samples[3:] * 2
     with pretended_gpu():
         assert measure_costs(config, train, 0).room == 16
+        session = Session(0.0)
+        stop = partial(setattr, session, "told", True)  # after an epoch, as SIGTERM does
+        first = fit(config, train, val, tmp_path, session, lambda *_, **__: stop())
         history = fit(config, train, val, tmp_path)
         model, own = load_trained(tmp_path / "best.pt", config)
         assert {p.device.type for p in model.parameters()} == {"cuda"}
@@ -96,8 +102,7 @@ def test_training_and_answering_stay_on_their_device(name, tmp_path):
             truths = [with_crowds(sample) for sample in val]
             ask = partial(answer_held_out, [((model, own), val)], config)
             tune_thresholds(ask, truths, hits_of(answers, truths, 3), config)
-        more = fit(replace(config, epochs=2), train, val, tmp_path)
-    assert len(history) == len(more) == 2
+    assert (len(first), len(history)) == (1, 2)
     assert all(row["loss"] > 0 for row in history)
     state = load_checkpoint(tmp_path / "last.pt")
     assert state["scaler"]["scale"] > 0

@@ -90,19 +90,24 @@ def test_roi_align_and_its_way_back_are_torchvisions(seed, bins, channels_last):
 
 
 def test_a_pooler_gives_what_torchvisions_does():
+    torch.manual_seed(0)
     config = recipe("baseline")
-    maps = {str(k): torch.randn(2, 4, 64 >> k, 64 >> k, requires_grad=True) for k in range(4)}
-    boxes = [random_boxes(30, 256, 256, seed) for seed in (0, 1)]
+    sides = [(256 >> k, 256 >> k) for k in range(4)]
+    maps = {str(k): torch.randn(2, 4, *side, requires_grad=True) for k, side in enumerate(sides)}
+    low = torch.rand(2, 30, 2) * 300
+    boxes = [*torch.cat([low, low + 8 + torch.rand(2, 30, 2) ** 2 * 700], 2)]
     ours, stock = build_pooler(config, 7), MultiScaleRoIAlign(list(maps), 7, 2)
-    pooled = [pooler(maps, boxes, [(256, 256)] * 2) for pooler in (ours, stock)]
+    assert (ours.map_levels(boxes).bincount(minlength=4) > 0).all()
+    pooled = [pooler(maps, boxes, [(1024, 1024)] * 2) for pooler in (ours, stock)]
     assert torch.allclose(*pooled, atol=1e-5)
     weights = torch.randn_like(pooled[0])
     found, wanted = (torch.autograd.grad((p * weights).sum(), [*maps.values()]) for p in pooled)
     assert all(map(partial(torch.allclose, atol=1e-4), found, wanted))
     with torch.autocast("cpu", torch.bfloat16):
         half = {name: values.bfloat16() for name, values in maps.items()}
-        pooled = ours(half, boxes, [(256, 256)] * 2)
+        pooled, wanted = (pooler(half, boxes, [(1024, 1024)] * 2) for pooler in (ours, stock))
     assert pooled.dtype == torch.bfloat16
+    assert torch.allclose(pooled.float(), wanted.float(), atol=0.01, rtol=0.01)  # one rounding
     pooled.float().sum().backward()
     assert all(values.grad.isfinite().all() for values in maps.values())
 

@@ -18,6 +18,7 @@ from src_snippets.model import (
     anchor_shapes,
     build_model,
     cells_with_anchor,
+    checkpoint_bytes,
     choose_precision,
     count_parameters,
     describe_anchors,
@@ -359,3 +360,9 @@ def test_a_small_first_image_does_not_change_later_answers(tiny_config):
     assert np.array_equal(after.boxes, alone.boxes)
     for pooler in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
         assert pooler.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_room_for_checkpoints_is_what_they_take(tiny_model, tiny_config):
+    own = sum(value.nbytes for value in tiny_model.state_dict().values())
+    assert checkpoint_bytes(tiny_model, tiny_config) == (7 * own, 4 * own)
+    assert checkpoint_bytes(tiny_model, replace(tiny_config, ema=0.9)) == (10 * own, 6 * own)

@@ -102,6 +102,10 @@ def test_dark_fields_are_shown_brighter_and_others_as_they_are():
     light = dark + np.uint8(150)
     assert np.array_equal(as_picture(light), np.moveaxis(light, 0, 2))
     assert not as_picture(dark * 0).any()
+    sparse = np.full((3, 520, 696), 8, np.uint8)
+    sparse[2, 100:120, 100:120] = 90  # a blue nucleus on 0.1 % of the field
+    assert as_picture(sparse).max() >= 230
+    assert np.median(as_picture(sparse)) < 50
 
 
 def test_counts_by_class(sample):

@@ -5,7 +5,7 @@ import json
 import pytest
 from torch.utils.data import Subset
 
-from src_snippets.checkpoints import run_folder
+from src_snippets.checkpoints import load_checkpoint, run_folder, save_checkpoint
 from src_snippets.config import recipe, RECIPES
 from src_snippets.datasets import CellSamples, choose_splits, open_dataset, pick
 from src_snippets.evaluate import average_precision
@@ -153,6 +153,9 @@ def test_checkpoints_of_other_recipes_answer_together(demo_samples, tmp_path):
     one, two = recipe("demo", **small), recipe("demo", **small | other)
     for number, config in enumerate((one, two)):
         fit(config, *parts, tmp_path / str(number))
+    state = load_checkpoint(tmp_path / "1" / "best.pt")
+    state["config"]["precision"] = "fp16"  # made on a GPU
+    save_checkpoint(state, tmp_path / "1" / "best.pt")
     members = [load_trained(tmp_path / str(k) / "best.pt", one, same=False) for k in (0, 1)]
     assert [own.backbone for _, own in members] == ["resnet10", "mobilenet_v2"]
     images = demo_samples.dataset.test_images

@@ -55,7 +55,7 @@ TRAINED = {
     "RPN NMS 0.45": dict(rpn_nms=0.45),
     "cascade": dict(cascade=True),
     "CBAM": dict(attention="cbam"),
-    "what gained as recipe best has it": dict(
+    "all that gained together": dict(
         rare_crops=0.5,
         copy_paste=0.5,
         tile=256,
