@@ -36,7 +36,9 @@ from src_snippets.config import Config
 
 
 # %%
-def axis_weights(low, high, bins: int, span: int, limit: int, half_pixel: bool, each: int = 0):
+def axis_weights(
+    low: Tensor, high: Tensor, bins: int, span: int, limit: int, half_pixel: bool, each: int = 0
+):
     """RoIAlign's bilinear weights along one axis.
 
     Args:

@@ -121,14 +121,14 @@ def parameter_table(model: GeneralizedRCNN, most: int = 200_000_000) -> str:
 
 
 class CheckpointBytes(NamedTuple):
-    """What a run's files take: `kept` of them, and `writing`, for a while, the next ones."""
+    """What a run takes of the disk at most: `kept` to its end, `writing` more while it writes."""
 
     kept: int
     writing: int
 
 
 def checkpoint_bytes(model: nn.Module, config: Config) -> CheckpointBytes:
-    """The most bytes of two checkpoints and the best weights.
+    """The room for two checkpoints and the best weights, one of each twice while it is written.
 
     A checkpoint has the weights, up to two moments of each, and their running mean.
     """
@@ -352,15 +352,17 @@ def to_instances(found: dict, size, config: Config) -> Instances:
 
 def choose_precision(config: Config, device: torch.device) -> str:
     """`no`, `fp16` or `bf16`: what `auto` means on a device. ValueError for what it cannot do."""
-    has_gpu, wanted = device.type == "cuda", config.precision
-    if wanted == "fp16" and not has_gpu:
-        raise ValueError("precision='fp16' needs a GPU; there is none. Take 'auto' or 'no'.")
-    if wanted == "no" or not has_gpu:
+    wanted = config.precision
+    if device.type != "cuda":
+        if wanted == "fp16":
+            raise ValueError("precision='fp16' needs a GPU; there is none. Take 'auto' or 'no'.")
         return "no" if wanted == "auto" else wanted
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and not has_bf16:
         raise ValueError("precision='bf16': this GPU has none, as a T4. Take 'auto' or 'fp16'.")
-    return ("bf16" if has_bf16 else "fp16") if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    return "bf16" if has_bf16 else "fp16"
 
 
 # %%

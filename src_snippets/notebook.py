@@ -74,7 +74,7 @@ KNOBS = dict(
     # How it answers
     detections=None,  # 1 to 20,000 cells an image; with fewer than there are AP falls
     score_floor=None,  # 0 to 1; AP gains from a low one, 0.05
-    tile=None,  # px, side of tiles; 256 gained on fields of 1000, takes several times as long
+    tile=None,  # px, side of tiles; 256 gained on fields up to 1000, takes several times longer
     test_views=None,  # "one", "flips" or "all": symmetries shown; gains, takes 3 or 8 times as long
     tune=None,  # True: thresholds by class, chosen on the validation part
     um_per_px=None,  # micrometres a pixel, for lengths and areas in tables

@@ -19,21 +19,9 @@ from src_snippets.train import fit, load_checkpoint, load_trained, Session
 from tests.conftest import field_of_cells
 from tests.pretended_gpu import pretended_gpu
 from tests.test_notebook import check_outputs, QUICK, run
+from tests.test_recipes import SMALL
 
-SMALL = dict(
-    weights="none",
-    num_classes=3,
-    crop=64,
-    epochs=2,
-    batch_size=2,
-    workers=0,
-    fpn_channels=16,
-    box_features=32,
-    rois=16,
-    proposals=50,
-    detections=20,
-    score_floor=0.05,
-)
+TINY = SMALL | dict(num_classes=3, batch_size=2, workers=0, score_floor=0.05)
 CHOICES = {
     "cascade": dict(cascade=True, accumulate=2, grey=True),
     "attention": dict(attention="cbam", norm="group", best_by="loss", scale=2.0),
@@ -85,7 +73,7 @@ def test_a_precision_that_the_gpu_has_not_is_refused():
 @pytest.mark.parametrize("name", CHOICES)
 def test_training_and_answering_stay_on_their_device(name, tmp_path):
     """In fp16 with its scaler, as on a T4, with a crowd among the cells."""
-    config = recipe("baseline", **(SMALL | dict(backbone="resnet10") | CHOICES[name]))
+    config = recipe("baseline", **(TINY | dict(backbone="resnet10") | CHOICES[name]))
     samples = [field_of_cells(seed, 96) for seed in range(4)]
     samples[1].labels[1] = -1
     train, val = samples[:3], samples[3:] * 2
