@@ -1,8 +1,8 @@
-"""Builds `hw3.ipynb` from the story, and the README's table of settings from `config.py`.
+"""Builds `hw3.ipynb` from `notebook.py`, and the README's table of settings from `config.py`.
 
 `python -m src_snippets.assemble [--check] [--run]`. With `--run` the notebook is executed on the
-drawn demo and keeps what it printed and drew; later builds keep that while no cell changes, and
-drop it all when one does.
+synthetic dataset and keeps its outputs; later builds keep them while no cell changes, and drop
+them all when one does.
 """
 
 import argparse
@@ -23,23 +23,24 @@ import nbclient
 import nbformat
 from PIL import Image
 
-from src_snippets.config import Config
+from src_snippets.setup.config import Config
 
 PACKAGE = "src_snippets"
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 TABLE_BEGIN, TABLE_END = "<!-- settings: built from config.py -->\n", "<!-- end of settings -->\n"
 COMMAND = f"python -m {PACKAGE}.assemble"
-# Owner and name on GitHub: badges then open the notebook itself. Empty: pages to upload it to.
-REPOSITORY = ""
 METADATA = {
     # A GPU is chosen by itself where the notebook is uploaded.
     "accelerator": "GPU",
     "colab": {"gpuType": "T4", "provenance": []},
     "kaggle": {"accelerator": "nvidiaTeslaT4", "isGpuEnabled": True, "isInternetEnabled": True},
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
+    # nbconvert takes the suffix of a script from it.
+    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"},
 }
+# Definitions are folded in JupyterLab, Kaggle and Colab; their first line, a title, stays visible.
+FOLDED = {"_kg_hide-input": True, "cellView": "form", "jupyter": {"source_hidden": True}}
 
 
 @dataclass(frozen=True)
@@ -48,38 +49,43 @@ class Cell:
 
     kind: str
     source: str
-    section: str
+    section: str  # data/rle for src_snippets/data/rle.py
+    tags: tuple[str, ...] = ()
 
 
 def read_cells(path: Path) -> list[Cell]:
     """Splits a percent-format file into cells; what stands before the first marker is left out."""
     pieces = re.split(r"^# %%(.*)\n", path.read_text(), flags=re.MULTILINE)[1:]
+    section = path.stem if path.parent == FOLDER else f"{path.parent.name}/{path.stem}"
     cells = []
-    for title, body in zip(pieces[::2], pieces[1::2], strict=True):
-        if title.strip() not in ("", "[markdown]"):
-            raise ValueError(f"{path}: cell marker '# %%{title}'; expected '# %%' or '[markdown]'")
-        if title.strip():
+    for marker, body in zip(pieces[::2], pieces[1::2], strict=True):
+        known = re.fullmatch(r' (\[markdown\])| tags=\["(\w+)"\]|', marker)
+        if known is None:
+            raise ValueError(f"{path}: cell marker '# %%{marker}'; expected '# %%' or '[markdown]'")
+        if known[1]:
             body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines())
-        kind = "markdown" if title.strip() else "code"
         if body.strip():
-            cells.append(Cell(kind, body.strip("\n").rstrip(), path.stem))
+            tags = (known[2],) if known[2] else ()
+            kind = "markdown" if known[1] else "code"
+            cells.append(Cell(kind, body.strip("\n").rstrip(), section, tags))
     return cells
 
 
-def imports_only(cell: Cell) -> list[ast.stmt] | None:
-    """The import statements of a cell that holds nothing else, or None."""
-    if cell.kind != "code":
-        return None
-    body = ast.parse(cell.source).body
-    whole = body and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
-    return body if whole else None
+def split_imports(source: str) -> tuple[list[ast.stmt], str]:
+    """The top-level import statements of a code cell, and its source without them."""
+    nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    lines = source.splitlines()
+    for node in nodes:
+        lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    rest = "\n".join(line for line in lines if line is not None).strip()
+    return nodes, re.sub(r"\n{3,}", "\n\n\n", re.sub(r"\A(# @title.*)\n+", r"\1\n", rest))
 
 
-def marked_section(nodes: list[ast.stmt]) -> str | None:
+def imported_section(nodes: list[ast.stmt], rest: str) -> str | None:
     """The section that an import cell of the story stands for, or None."""
     modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     names = {m.removeprefix(f"{PACKAGE}.") for m in modules if m and m.startswith(f"{PACKAGE}.")}
-    return names.pop() if len(names) == 1 and len(nodes) == 1 else None
+    return names.pop().replace(".", "/") if len(names) == len(nodes) == 1 and not rest else None
 
 
 def foreign_imports(nodes: list[ast.stmt]) -> set[tuple[str, str]]:
@@ -87,9 +93,7 @@ def foreign_imports(nodes: list[ast.stmt]) -> set[tuple[str, str]]:
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {
-                (alias.name, f"as {alias.asname}" if alias.asname else "") for alias in node.names
-            }
+            found |= {(a.name, f"as {a.asname}" if a.asname else "") for a in node.names}
         elif not node.module.startswith(PACKAGE):
             if renamed := [alias.name for alias in node.names if alias.asname]:
                 raise ValueError(f"from {node.module} import {renamed}: import by name, unaliased")
@@ -97,16 +101,11 @@ def foreign_imports(nodes: list[ast.stmt]) -> set[tuple[str, str]]:
     return found
 
 
-def order_key(module: str) -> tuple:
-    """Standard library before the rest, then by module, as ruff sorts."""
-    return (module.split(".")[0] not in sys.stdlib_module_names, module.lower())
-
-
-def format_imports(found: set[tuple[str, str]]) -> list[str]:
-    """One statement a module, sorted: a text for the standard library, and one for the rest."""
+def format_imports(found: set[tuple[str, str]]) -> str:
+    """One statement per module, sorted as ruff does: standard library, blank line, the rest."""
     groups = {True: [], False: []}
-    for module in sorted({m for m, _ in found}, key=order_key):
-        lines = groups[order_key(module)[0]]
+    for module in sorted({m for m, _ in found}, key=str.lower):
+        lines = groups[module.split(".")[0] in sys.stdlib_module_names]
         names = sorted((n for m, n in found if m == module), key=lambda n: (n.lower(), n))
         lines += [f"import {module} {n}".rstrip() for n in names if not n or n.startswith("as ")]
         if members := [n for n in names if n and not n.startswith("as ")]:
@@ -114,32 +113,34 @@ def format_imports(found: set[tuple[str, str]]) -> list[str]:
             if len(line) > 100:
                 line = "\n".join([f"from {module} import (", *(f"    {n}," for n in members), ")"])
             lines.append(line)
-    return ["\n".join(group) for group in (groups[False], groups[True]) if group]
+    return "\n\n".join("\n".join(group) for group in groups.values() if group)
 
 
-def inline_sections(story: list[Cell]) -> tuple[list[Cell], int, set[tuple[str, str]]]:
-    """Puts sections where they are marked and takes the imports out.
+def inline_sections(story: list[Cell]) -> list[Cell]:
+    """Puts sections where the story imports them, and all imports into the story's import cell.
 
-    Returns:
-        The cells; the index of the cell that is to hold the gathered imports; those imports.
-        Imports of cells above that index stay where they are.
+    Imports of sections above that cell stay where they are.
+
+    Raises:
+        ValueError: the story has no import cell of its own, or two.
     """
     cells, place, gathered, early = [], None, set(), set()
     for cell in story:
-        nodes = imports_only(cell)
-        if nodes is None:
+        nodes, rest = split_imports(cell.source) if cell.kind == "code" else ([], cell.source)
+        if not nodes:
             cells.append(cell)
-        elif section := marked_section(nodes):
+        elif section := imported_section(nodes, rest):
             for part in read_cells(FOLDER / f"{section}.py"):
-                inner = imports_only(part)
-                if inner is None:
+                if part.kind == "markdown":
                     cells.append(part)
-                elif place is None:
+                    continue
+                inner, own = split_imports(part.source)
+                if place is None:
                     early |= foreign_imports(inner)
-                    cells.append(part)
-                else:
-                    gathered |= foreign_imports(inner)
-        elif place is None:
+                    own = part.source
+                gathered |= foreign_imports(inner)
+                cells += [replace(part, source=own)] if own else []
+        elif place is None and not rest:
             place = len(cells)
             gathered |= foreign_imports(nodes)
             cells.append(cell)
@@ -147,44 +148,29 @@ def inline_sections(story: list[Cell]) -> tuple[list[Cell], int, set[tuple[str, 
             raise ValueError(f"The story has a second import cell: {cell.source!r}")
     if place is None:
         raise ValueError("The story has no import cell of its own.")
-    return cells, place, gathered - early
+    text = f"# @title Imports\n{format_imports(gathered - early)}"
+    cells[place] = Cell("code", text, "setup/imports")
+    return cells
 
 
-def number_titles(cells: list[Cell]) -> list[Cell]:
-    """Numbers the titles, and puts badges and a table of contents behind the first cell."""
-    numbered, titles = [], []
+def number_parts(cells: list[Cell]) -> list[Cell]:
+    """Numbers the parts (`## `) and lists them with their sections (`### `) in the first cell."""
+    numbered, links, parts = [], [], 0
     for cell in cells:
-        title = re.match(r"## (.*)", cell.source) if cell.kind == "markdown" else None
+        title = re.match(r"(###?) (.*)", cell.source) if cell.kind == "markdown" else None
         if title:
-            titles.append(f"{len(titles) + 1}. {title[1]}")
-            # Jupyter links to titles, Colab to names.
-            name = f'<a name="{titles[-1].replace(" ", "-")}"></a>'
-            source = f"{name}\n\n## {titles[-1]}{cell.source[title.end() :]}"
+            is_part = title[1] == "##"
+            parts += is_part
+            text = f"{parts}. {title[2]}" if is_part else title[2]
+            anchor = text.replace(" ", "-")  # Jupyter links to titles, Colab to names
+            link = f"[{text}](#{quote(anchor, safe='?,:')})"
+            links.append(f"\n**{link}**" if is_part else link)
+            source = f'<a name="{anchor}"></a>\n\n{title[1]} {text}{cell.source[title.end() :]}'
             cell = replace(cell, source=source)
         numbered.append(cell)
-    links = [f"[{title}](#{quote(title.replace(' ', '-'), safe='?,:')})  " for title in titles]
-    numbered.insert(1, Cell("markdown", "\n".join([badges(), "", *links]), "contents"))
+    contents = " · ".join(links).replace(" · \n", "  \n").strip()
+    numbered[0] = replace(numbered[0], source=f"{numbered[0].source}\n\n{contents}")
     return numbered
-
-
-def badges() -> str:
-    """Two pictures with links: to the notebook in Colab and in Kaggle, or to where to upload it."""
-    colab, kaggle = "https://colab.research.google.com/", "https://www.kaggle.com/code/new"
-    if REPOSITORY:
-        colab += f"github/{REPOSITORY}/blob/main/hw3.ipynb"
-        raw = f"https://github.com/{REPOSITORY}/blob/main/hw3.ipynb"
-        kaggle = f"https://kaggle.com/kernels/welcome?src={raw}"
-    pictures = (
-        "https://colab.research.google.com/assets/colab-badge.svg",
-        ("https://kaggle.com/static/images/open-in-kaggle.svg"),
-    )
-    return f"[![Colab]({pictures[0]})]({colab}) [![Kaggle]({pictures[1]})]({kaggle})"
-
-
-# Definitions are folded on Kaggle and Colab; what the story does is open. Not in JupyterLab, whose
-# links to titles miss by some screens where cells are folded (seen in 4.6).
-FOLDED = {"_kg_hide-input": True, "cellView": "form"}
-OPEN = ("notebook", "contents")
 
 
 def build_notebook(story: Path = FOLDER / "notebook.py") -> nbformat.NotebookNode:
@@ -193,18 +179,16 @@ def build_notebook(story: Path = FOLDER / "notebook.py") -> nbformat.NotebookNod
     Raises:
         ValueError: a marker or import that cannot be placed, or the package's name in a cell.
     """
-    cells, place, gathered = inline_sections(read_cells(story))
-    imports = [Cell("code", text, "imports") for text in format_imports(gathered)]
-    cells[place : place + 1] = imports
     numbers, out = {}, []
-    for cell in number_titles(cells):
+    for cell in number_parts(inline_sections(read_cells(story))):
         if PACKAGE in cell.source:
             raise ValueError(f"{cell.section}: {PACKAGE} in a cell: {cell.source[:80]!r}")
         numbers[cell.section] = numbers.get(cell.section, 0) + 1
         make = nbformat.v4.new_code_cell if cell.kind == "code" else nbformat.v4.new_markdown_cell
-        folded = cell.kind == "code" and cell.section not in OPEN
-        metadata = copy.deepcopy(FOLDED) if folded else {}
-        name = f"{cell.section}-{numbers[cell.section]:02d}"
+        metadata = copy.deepcopy(FOLDED) if cell.source.startswith("# @title") else {}
+        if cell.tags:
+            metadata["tags"] = list(cell.tags)
+        name = f"{cell.section.replace('/', '-').replace('_', '-')}-{numbers[cell.section]:02d}"
         out.append(make(cell.source, id=name, metadata=metadata))
     notebook = nbformat.v4.new_notebook(cells=out, metadata=METADATA)
     notebook.nbformat_minor = 5
@@ -240,7 +224,7 @@ def smaller_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def run_demo(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Executes the notebook on the drawn demo in an empty folder; bars are left out.
+    """Executes the notebook on the synthetic dataset in an empty folder; leaves out progress bars.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -260,7 +244,7 @@ def run_demo(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
-def settings_table(source: Path = FOLDER / "config.py") -> str:
+def settings_table(source: Path = FOLDER / "setup" / "config.py") -> str:
     """The fields of `Config` as a Markdown table: name, default, range or choices, comment."""
     comments = dict(re.findall(r"^    (\w+): .*  # (.*)$", source.read_text(), re.MULTILINE))
     rows = ["| setting | default | range | meaning |", "|---|---|---|---|"]
@@ -274,12 +258,11 @@ def settings_table(source: Path = FOLDER / "config.py") -> str:
 
 
 def build_readme(text: str) -> str:
-    """The README with its badges and its table of settings made anew.
+    """The README with its table of settings built anew.
 
     Raises:
         ValueError: the two lines that enclose the table are not there.
     """
-    text = re.sub(r"^\[!\[Colab\].*$", lambda _: badges(), text, count=1, flags=re.MULTILINE)
     before, begin, rest = text.partition(TABLE_BEGIN)
     _, end, after = rest.partition(TABLE_END)
     if not (begin and end):
@@ -293,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="fail with a diff if anything is stale"
     )
-    parser.add_argument("--run", action="store_true", help="execute it on the drawn demo")
+    parser.add_argument("--run", action="store_true", help="execute it on the synthetic dataset")
     parser.add_argument("--folder", type=Path, default=ROOT, help="of hw3.ipynb and README.md")
     options = parser.parse_args(arguments)
     notebook, readme = options.folder / "hw3.ipynb", options.folder / "README.md"

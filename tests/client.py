@@ -4,9 +4,10 @@
 
 Needs Chromium (on Debian `apt-get install chromium`); JupyterLab and Playwright are installed into
 `.environments/client`, the notebook's kernel is this Python. In an empty folder the notebook is
-opened, links of its contents followed, a cell folded and opened, Run All clicked; the bar and the
-live picture are watched, and at the end the download link gives the submission and the report
-opens without errors or requests. Screenshots go to `--out`.
+opened, links of its contents followed, a folded cell opened and folded again, Run All clicked; the
+bar and the live figure are watched. At the end screens to the settings, to the first picture and to
+the score are counted, the download link gives the submission, and the report opens without errors
+or requests. Screenshots go to `--out`.
 """
 
 import argparse
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / ".environments" / "client"
 PACKAGES = ("jupyterlab>=4.4", "playwright>=1.50")
 TOKEN = "client"
+SETTINGS, TRAINING = "Settings: change them here", "Training"  # titles of the notebook
+HEIGHT = 950  # px of the window
 
 
 def build() -> Path:
@@ -69,41 +72,86 @@ class Client:
                 page.get_by_role("button", name=name, exact=True).first.click()
 
     def shoot(self, name: str) -> None:
-        """Keeps what is seen now."""
+        """Writes a screenshot."""
         self.page.screenshot(path=self.out / f"{name}.png")
+
+    def scroll(self, top: float) -> None:
+        """Scrolls the notebook to `top` px."""
+        outer = self.page.locator(".jp-WindowedPanel-outer").first
+        outer.evaluate("(e, top) => { e.scrollTop = top }", top)
+        self.page.wait_for_timeout(1500)
+
+    def read_through(self) -> None:
+        """Scrolls to the end once; until then JupyterLab takes folded cells for as high as open."""
+        outer, top = self.page.locator(".jp-WindowedPanel-outer").first, 0
+        while top < outer.evaluate("e => e.scrollHeight"):
+            self.scroll(top)
+            top += HEIGHT
 
     def follow_contents(self) -> None:
         """Links of the contents bring their titles into view."""
-        for title in ("How does it learn?", "Settings: change them here"):
-            self.page.locator(".jp-WindowedPanel-outer").first.evaluate("e => e.scrollTop = 0")
-            self.page.wait_for_timeout(1500)
+        self.read_through()
+        for title in (TRAINING, SETTINGS):
+            self.scroll(0)
             self.page.locator(".jp-MarkdownOutput a", has_text=title).first.click()
             self.page.wait_for_timeout(2500)
-            box = self.page.locator("h2", has_text=title).first.bounding_box()
+            box = self.page.locator("h2, h3", has_text=title).first.bounding_box()
             assert box, f"{title}: the title that the contents lead to is not there"
-            assert 0 <= box["y"] < 900, box
+            assert 0 <= box["y"] < HEIGHT, box
         self.shoot("1-contents")
 
     def fold(self) -> None:
-        """A cell folds by a click on its bar, and opens by another."""
-        self.page.locator(".jp-MarkdownOutput h2", has_text="Settings: change").first.click()
-        cell = self.page.locator(".jp-CodeCell", has_text="KNOBS = dict(").first
-        cell.locator(".jp-InputCollapser .jp-Collapser-child").first.click()
-        folded = self.page.locator(".jp-CodeCell .jp-Placeholder")
-        folded.first.wait_for(timeout=5000)
+        """A folded cell of definitions shows its title, opens by a click and folds by another."""
+        self.scroll(0)
+        bars = self.page.locator(".jp-CodeCell .jp-Placeholder")
+        assert "# @title" in bars.first.inner_text(), "a folded cell does not show its title"
+        before = bars.count()
+        cell = self.page.locator(".jp-CodeCell").filter(has=self.page.locator(".jp-Placeholder"))
+        number = cell.first.get_attribute("data-windowed-list-index")
+        cell = self.page.locator(f".jp-CodeCell[data-windowed-list-index='{number}']")
         self.shoot("2-folded")
-        folded.first.click()
-        cell.wait_for(timeout=5000)
-        assert folded.count() == 0
+        cell.locator(".jp-Placeholder").first.click()
+        cell.locator(".jp-Editor").first.wait_for(timeout=5000)
+        assert cell.locator(".jp-Placeholder").count() == 0
+        cell.locator(".jp-InputCollapser .jp-Collapser-child").first.click()
+        cell.locator(".jp-Placeholder").first.wait_for(timeout=5000)
+        assert bars.count() == before
+        title = self.page.locator("h2, h3", has_text=SETTINGS).first
+        title.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(1500)
         self.shoot("3-settings")
 
+    def count_screens(self) -> dict[str, float]:
+        """Screens from the top to the settings cell, to the first picture and to the score."""
+        targets = {
+            "settings": ".jp-CodeCell .cm-content:has-text('RECIPE =')",
+            "first picture": ".jp-CodeCell .jp-OutputArea-output img",
+            "score": ".jp-CodeCell .jp-OutputArea-output:has-text('as submitted')",
+        }
+        outer = self.page.locator(".jp-WindowedPanel-outer").first
+        screen, last = outer.evaluate("e => [e.clientHeight, e.scrollHeight]")
+        screens, top = {}, 0.0
+        while top < last and len(screens) < len(targets):
+            self.scroll(top)
+            start = outer.bounding_box()["y"]
+            for name, selector in targets.items():
+                found = self.page.locator(selector)
+                box = found.first.bounding_box() if found.count() else None
+                if name not in screens and box and box["y"] < start + screen:
+                    screens[name] = round((top + box["y"] - start) / screen, 1)
+            top, last = top + screen, outer.evaluate("e => e.scrollHeight")
+        assert len(screens) == len(targets), (
+            f"not seen while scrolling: {set(targets) - {*screens}}"
+        )
+        return screens
+
     def run_all(self) -> None:
-        """Clicks Run All and asks the kernel to confirm where JupyterLab does."""
+        """Clicks Run All."""
         self.page.get_by_role("menuitem", name="Run", exact=True).click()
         self.page.get_by_text("Run All Cells", exact=True).click()
 
     def watch(self, folder: Path, minutes: float) -> dict[str, int]:
-        """Watches the run to its end; how many states of bar and picture were seen.
+        """Watches the run to its end; returns how many states of bar and figure there were.
 
         Raises:
             RuntimeError: a cell failed, or it took too long.
@@ -123,9 +171,13 @@ class Client:
                     pictures.add(image.first.get_attribute("src")[-3000:])
                     if len(pictures) == 3:
                         self.shoot("4-training")
-            if self.page.locator(".jp-RenderedText[data-mime-type*='error']").count():
+            failed = self.page.locator(".jp-RenderedText[data-mime-type*='error']")
+            skipped = self.page.locator(".jp-RenderedText", has_text="the rest goes on")
+            if failed.count() or skipped.count():
+                first = (failed if failed.count() else skipped).first
+                first.scroll_into_view_if_needed()
                 self.shoot("failed")
-                raise RuntimeError("a cell failed: see failed.png")
+                raise RuntimeError(f"a cell failed, see failed.png:\n{first.inner_text()}")
             busy = self.page.locator(".jp-InputPrompt", has_text="[*]").count()
             if (results / "report.html").exists() and not busy:
                 return dict(bars=len(bars), pictures=len(pictures))
@@ -133,7 +185,7 @@ class Client:
         raise RuntimeError("it did not come to its end in time: see late.png")
 
     def download(self) -> bytes:
-        """Clicks the link of the last cell; the file that the browser then saves."""
+        """Clicks the link of the last cell; returns the file that the browser then saves."""
         link = self.page.locator(".jp-OutputArea-output a", has_text="test-results.zip").last
         link.scroll_into_view_if_needed()
         self.page.wait_for_timeout(500)
@@ -156,12 +208,12 @@ class Client:
 def open_report(browser, path: Path, out: Path) -> None:
     """Opens the report in a browser without any connection."""
     context = browser.new_context(offline=True, viewport={"width": 1100, "height": 900})
-    page, asked, errors = context.new_page(), [], []
-    page.on("request", lambda request: asked.append(request.url))
+    page, requests, errors = context.new_page(), [], []
+    page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text))
     page.goto(path.as_uri())
-    others = [url for url in asked if not url.startswith(("data:", path.as_uri()))]
+    others = [url for url in requests if not url.startswith(("data:", path.as_uri()))]
     assert not others, others
     assert not errors, errors
     widths = page.eval_on_selector_all("img", "all => all.map(i => i.naturalWidth)")
@@ -181,20 +233,22 @@ def drive(folder: Path, out: Path, minutes: float) -> None:
             chromium = shutil.which("chromium") or shutil.which("chromium-browser")
             options = dict(executable_path=chromium, args=["--no-sandbox"])
             browser = playwright.chromium.launch(**options)
-            page = browser.new_page(viewport={"width": 1400, "height": 950})
+            page = browser.new_page(viewport={"width": 1400, "height": HEIGHT})
             client = Client(page, address, out)
             client.follow_contents()
             client.fold()
             client.run_all()
-            seen = client.watch(folder, minutes)
+            states = client.watch(folder, minutes)
+            screens = client.count_screens()
             archive = client.download()
             with zipfile.ZipFile(io.BytesIO(archive)) as file:
-                answers = json.loads(file.read("test-results.json"))
-            assert seen["bars"] > 5, seen
-            assert seen["pictures"] > 3, seen
+                results = json.loads(file.read("test-results.json"))
+            assert states["bars"] > 5, states
+            assert states["pictures"] > 3, states
             assert not client.errors, client.errors
             open_report(browser, folder / "results" / "report.html", out)
-            print(f"run to its end; states seen: {seen}; {len(answers)} cells downloaded")
+            print(f"run to its end; states: {states}; {len(results)} detections downloaded")
+            print(f"screens of {HEIGHT} px from the top: {screens}")
     finally:
         server.terminate()
 

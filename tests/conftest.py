@@ -11,14 +11,14 @@ import tifffile
 import torch
 from torchvision.ops import clip_boxes_to_image
 
-from src_snippets.config import recipe
-from src_snippets.datasets import CellSamples, open_dataset
-from src_snippets.demo import make_demo, save_lzw
-from src_snippets.forms import CellSample, Instances, pack_parts
-from src_snippets.fusion import settle
-from src_snippets.model import find_raw, to_instances
-from src_snippets.readers import BadInput
-from src_snippets.rle import decode_runs, encode_runs
+from src_snippets.data.layouts import open_dataset
+from src_snippets.data.rle import decode_runs, encode_runs
+from src_snippets.data.samples import CellSamples
+from src_snippets.data.structures import CellSample, Instances, pack_layers
+from src_snippets.data.synthetic import make_synthetic, save_rgba
+from src_snippets.model.detect import detect as detect_image
+from src_snippets.setup.config import make_config
+from src_snippets.setup.files import BadInput
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("HW3_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -40,10 +40,10 @@ def real_data(name: str) -> Path:
 
 
 def pack_maps(maps, classes, overlaps=True):
-    """`pack_parts` of (H, W) id maps."""
+    """`pack_layers` of (H, W) id maps."""
     maps = [np.asarray(m) for m in maps]
     parts = [(np.flatnonzero(m), m[m != 0], k) for m, k in zip(maps, classes, strict=True)]
-    return pack_parts(parts, maps[0].shape, overlaps)
+    return pack_layers(parts, maps[0].shape, overlaps)
 
 
 def make_sample(maps, classes, seed=0, name="drawn") -> CellSample:
@@ -55,21 +55,20 @@ def make_sample(maps, classes, seed=0, name="drawn") -> CellSample:
 
 
 def empty_sample(height=40, width=50) -> CellSample:
-    """A sample without cells."""
+    """A sample without instances."""
     return make_sample([np.zeros((height, width), np.int64)], [1])
 
 
 def detect(model, images, config) -> list[Instances]:
-    """What a model finds in a batch of images, each seen once and whole."""
-    answers = zip(find_raw(model, images, config), images, strict=True)
-    return [settle(to_instances(found, i.shape[-2:], config), config) for found, i in answers]
+    """The predictions of a model for some images, each whole and in one view."""
+    return [detect_image(model, image, config) for image in images]
 
 
 def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Path:
     """A training folder as the real ones: RGBA LZW image, float64 class files."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    save_lzw(rng.integers(0, 256, (*size, 3), dtype=np.uint8), folder / "image.tif")
+    save_rgba(rng.integers(0, 256, (*size, 3), dtype=np.uint8), folder / "image.tif")
     for label, ids in maps.items():
         tifffile.imwrite(folder / f"class{label}.tif", np.asarray(ids, np.float64))
     return folder
@@ -135,26 +134,26 @@ def random_boxes(count, height, width, seed):
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
-    """A small drawn dataset: 8 training and 3 test fields."""
-    return make_demo(tmp_path_factory.mktemp("demo") / "data", train=8, test=3)
+    """A small synthetic dataset: 8 training and 3 test images."""
+    return make_synthetic(tmp_path_factory.mktemp("demo") / "data", train=8, test=3)
 
 
 @pytest.fixture(scope="session")
 def demo_samples(demo_root):
-    """Its training fields."""
-    return CellSamples(open_dataset(demo_root, recipe("demo")), 1.0)
+    """Its training images."""
+    return CellSamples(open_dataset(demo_root, make_config("demo")), 1.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_config():
     """The smallest model that has all parts."""
-    return recipe(
+    return make_config(
         "demo",
         fpn_channels=16,
         box_features=32,
         mask_convs=1,
         proposals=50,
-        rois=16,
+        roi_batch_size=16,
         crop=64,
         epochs=2,
     )

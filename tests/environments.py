@@ -2,8 +2,8 @@
 
 A virtual environment is made in `.environments/`, with the versions in `tests/constraints/` and
 without the packages that are absent there. The notebook, alone in an empty folder, is executed on
-the drawn demo: on Kaggle without an index, as with the internet off; on Colab it installs what is
-absent. 5 GB and some minutes; Python is the one that runs this.
+the synthetic demo: on Kaggle without an index, as with the internet off; on Colab it installs what
+is absent. 5 GB and some minutes; Python is the one that runs this.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from src_snippets.install import PACKAGES
+from src_snippets.setup.install import PACKAGES
 
 ROOT = Path(__file__).parents[1]
 JUPYTER = ("nbclient", "ipykernel")
@@ -27,10 +27,10 @@ def absent_packages(constraints: Path) -> list[str]:
     return constraints.read_text().splitlines()[0].split("absent:")[1].split()
 
 
-def wanted_packages(constraints: Path) -> list[str]:
-    """What to install: all that the notebook uses, but for what is absent."""
+def packages_to_install(constraints: Path) -> list[str]:
+    """All packages that the notebook uses, but for those that are absent."""
     absent = absent_packages(constraints)
-    names = {line: re.split(r"[<>=]", line)[0] for _, line, _ in PACKAGES}
+    names = {line: re.split(r"[<>=]", line)[0] for line in PACKAGES}
     if unknown := set(absent) - set(names.values()):
         raise ValueError(f"{constraints}: {', '.join(sorted(unknown))} are not used; correct it.")
     return [line for line, name in names.items() if name not in absent]
@@ -44,12 +44,12 @@ def build(name: str) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     install = [python, "-m", "pip", "install", "--quiet", "-c", constraints]
-    subprocess.run([*install, *wanted_packages(constraints), *JUPYTER], check=True)
+    subprocess.run([*install, *packages_to_install(constraints), *JUPYTER], check=True)
     return python
 
 
 def execute(python: Path, offline: bool) -> str:
-    """Executes a copy of the notebook in an empty folder; what its results say.
+    """Executes a copy of the notebook in an empty folder; returns a line about its results.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
@@ -78,8 +78,8 @@ def main() -> None:
     code = "import sys, torch, numpy as n; print(sys.version[:7], torch.__version__, n.__version__)"
     versions = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     start = time.perf_counter()
-    found = execute(python, offline=options.name == "kaggle")
-    print(f"{options.name}: Python, torch, numpy {versions.stdout.strip()}: {found}")
+    results = execute(python, offline=options.name == "kaggle")
+    print(f"{options.name}: Python, torch, numpy {versions.stdout.strip()}: {results}")
     print(f"{time.perf_counter() - start:.0f} s")
 
 

@@ -8,7 +8,6 @@ a `BadInput` that names it: no other error, no more than ten seconds, no more th
 import argparse
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 import io
 import json
 from pathlib import Path
@@ -22,13 +21,14 @@ import numpy as np
 from PIL import Image
 import tifffile
 
-from src_snippets.config import recipe
-from src_snippets.datasets import open_coco, open_folders, open_table
-from src_snippets.demo import make_demo
-from src_snippets.readers import BadInput, read_image, read_instance_map
+from src_snippets.data.images import read_image, read_instance_map
+from src_snippets.data.layouts import open_dataset
+from src_snippets.data.synthetic import make_synthetic
+from src_snippets.setup.config import make_config
+from src_snippets.setup.files import BadInput
 
 SECONDS, GIGABYTES = 10, 3
-CONFIG = recipe("demo")
+CONFIG = make_config("demo")
 
 
 class TooSlow(BaseException):
@@ -72,25 +72,25 @@ def pictures() -> dict[str, tuple[str, bytes, Callable]]:
     }
 
 
-def read_all(opened: Callable, path: Path) -> None:
+def read_all(path: Path) -> None:
     """Opens the dataset that a text file describes, and reads all of it."""
-    dataset = opened(path.parent, CONFIG)
+    dataset = open_dataset(path.parent, CONFIG)
     for name in dataset.names:
         dataset.read(name)
 
 
-def datasets(folder: Path) -> dict[str, tuple[Path, Callable]]:
-    """Datasets whose truth or list is text: that file and what reads it."""
-    folders = make_demo(folder / "folders", train=1, test=2)
-    for layout in ("table", "coco"):
+def datasets(folder: Path) -> dict[str, Path]:
+    """Datasets with ground truth or a list in text: that file."""
+    folders = make_synthetic(folder / "folders", train=1, test=2)
+    for layout in ("csv", "coco"):
         for part in ("train", "test"):
             (folder / layout / part).mkdir(parents=True)
             for name in "ab":
                 Image.fromarray(picture()).save(folder / layout / part / f"{name}.png")
     rows = ["id,annotation,width,height,cell_type", "a,1 5 70 3,64,48,one", "b,,64,48,two"]
-    (folder / "table" / "train.csv").write_text("\n".join(rows))
-    (folder / "table" / "sample_submission.csv").write_text("id,predicted\na,\nb,\n")
-    (folder / "table" / "groups.csv").write_text("name,group\na,x\nb,y\n")
+    (folder / "csv" / "train.csv").write_text("\n".join(rows))
+    (folder / "csv" / "sample_submission.csv").write_text("id,predicted\na,\nb,\n")
+    (folder / "csv" / "groups.csv").write_text("name,group\na,x\nb,y\n")
     images = [dict(id=k, file_name=f"{n}.png", height=48, width=64) for k, n in enumerate("ab", 1)]
     own = dict(category_id=1, iscrowd=0)
     polygon = dict(id=1, image_id=1, segmentation=[[1, 1, 9, 1, 9, 9.5, 1, 9]], **own)
@@ -101,12 +101,12 @@ def datasets(folder: Path) -> dict[str, tuple[Path, Callable]]:
     (folder / "coco" / "train.json").write_text(json.dumps(truth))
     (folder / "coco" / "test.json").write_text(json.dumps(dict(images=images)))
     return {
-        "mapping": (folders / "test_image_name_to_ids.json", open_folders),
-        "train.csv": (folder / "table" / "train.csv", open_table),
-        "sample_submission.csv": (folder / "table" / "sample_submission.csv", open_table),
-        "groups.csv": (folder / "table" / "groups.csv", open_table),
-        "train.json": (folder / "coco" / "train.json", open_coco),
-        "test.json": (folder / "coco" / "test.json", open_coco),
+        "mapping": folders / "test_image_name_to_ids.json",
+        "train.csv": folder / "csv" / "train.csv",
+        "sample_submission.csv": folder / "csv" / "sample_submission.csv",
+        "groups.csv": folder / "csv" / "groups.csv",
+        "train.json": folder / "coco" / "train.json",
+        "test.json": folder / "coco" / "test.json",
     }
 
 
@@ -163,8 +163,8 @@ def fuzz(cases: int, seed: int, folder: Path) -> tuple[Counter, list[str]]:
         path = folder / name.replace(" ", "-") / file
         path.parent.mkdir(parents=True)
         kinds.append((name, path, content, read))
-    for name, (path, opened) in datasets(folder).items():
-        kinds.append((name, path, path.read_bytes(), partial(read_all, opened)))
+    for name, path in datasets(folder).items():
+        kinds.append((name, path, path.read_bytes(), read_all))
     counts, wrong = Counter(), []
     for name, path, content, read in kinds:
         path.write_bytes(content)

@@ -165,6 +165,13 @@ class CpuAutocast(torch.autocast):
         super().__init__("cpu", *args, **kwargs)
 
 
+class CpuGenerator(torch.Generator):
+    """A generator of the GPU's random numbers, on the CPU."""
+
+    def __new__(cls, device=None):
+        return super().__new__(cls)
+
+
 def nothing(*_, **__) -> None:
     """Takes the place of what only a driver could do."""
 
@@ -189,6 +196,7 @@ ANSWERS = {
     torch.optim.Optimizer: dict(_accelerator_graph_capture_health_check=nothing),
     torch: dict(
         autocast=CpuAutocast,
+        Generator=CpuGenerator,
         tensor=made_there(torch.tensor),
         as_tensor=made_there(torch.as_tensor),
     ),

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 import json
 import subprocess
 import sys
@@ -8,31 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from src_snippets import train
-from src_snippets.checkpoints import NOT_TRAINED
-from src_snippets.config import recipe
-from src_snippets.rle import mask_areas
-from tests.benchmarks import ablate, leakage, race
+from src_snippets.data.rle import mask_areas
+from src_snippets.setup.config import make_config
+from src_snippets.training import trainer
+from src_snippets.training.checkpoints import PREDICTION_SETTINGS
+from tests.benchmarks import ablate, leakage, race, recipes
 from tests.benchmarks.cases import (
+    ap,
+    baseline_model,
     benchmark_config,
     grid_sample,
     inference,
     mask_suppression,
     matching,
     padding,
-    stock_model,
+    pooling,
+    step_layout,
     training,
 )
 from tests.benchmarks.run import as_row, CASES, find_case, growth_cases, plot_growth, run_case
 from tests.conftest import real_data, ROOT
-
-
-def test_a_case_is_measured_in_a_process_of_its_own():
-    name = "200 detections at 1000x1000 to RLE"
-    found = run_case(name, "ours", quick=True)
-    assert set(found) == {"seconds", "peak_mb", "figures"}
-    assert 0 < found["seconds"] < 60
-    assert found["peak_mb"] < 50
 
 
 def test_an_error_in_a_case_is_shown():
@@ -45,30 +40,31 @@ def test_options_that_leave_no_case_are_refused(options):
     command = [sys.executable, "tests/benchmarks/run.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "there are:\ntraining sample, 161 cells" in done.stderr
+    assert "there are:\ntraining sample, 161 instances" in done.stderr
 
 
-def test_only_some_cases_and_a_file_of_figures(tmp_path):
-    options = ["--quick", "--only", "MASK nms", "--json", str(tmp_path / "figures.json")]
+def test_a_case_is_measured_in_processes_of_its_own(tmp_path):
+    options = ["--quick", "--only", "161 INSTANCES matched", "--json", str(tmp_path / "all.json")]
     command = [sys.executable, "tests/benchmarks/run.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = done.stdout.splitlines()
     assert len(rows) == 3
-    assert rows[2].startswith("| mask NMS of 300 detections at 1000x1000 | ")
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    (found,) = figures.values()
-    assert found["stock"]["figures"] == found["ours"]["figures"]
-    assert found["stock"]["peak_mb"] > 100 * found["ours"]["peak_mb"]
+    assert rows[2].startswith("| 161 instances matched to the anchors of a 1024 px crop | ")
+    (sides,) = json.loads((tmp_path / "all.json").read_text()).values()
+    assert set(sides["ours"]) == {"seconds", "peak_mb", "figures"}
+    assert 0 < sides["ours"]["seconds"] < 60
+    assert sides["baseline"]["figures"] == sides["ours"]["figures"]
+    assert sides["baseline"]["peak_mb"] > 10 * sides["ours"]["peak_mb"]
 
 
 def test_rows_of_the_table():
-    stock = dict(seconds=3.0, peak_mb=500.0, figures={"AP": 0.5, "images/s": 2})
+    baseline = dict(seconds=3.0, peak_mb=500.0, figures={"AP": 0.5, "images/s": 2})
     ours = dict(seconds=0.5, peak_mb=2.0, figures={"AP": 0.5, "images/s": 12.0})
-    row = as_row("work", {"stock": stock, "ours": ours})
+    row = as_row("work", {"baseline": baseline, "ours": ours})
     assert row == (
         "| work | 3.0000 | 0.5000 | x6.00 | 500.0 | 2.0 | x250.0 | AP 0.5 both; images/s 2 -> 12 |"
     )
-    row = as_row("work", {"stock": dict(failed="out of memory"), "ours": stock, "decode": ours})
+    row = as_row("work", dict(baseline=dict(failed="out of memory"), ours=baseline, decode=ours))
     assert row == (
         "| work | out of memory | 3.0000 | - | out of memory | 500.0 | - | "
         "decode 0.5000 s; AP 0.5; images/s 2 |"
@@ -85,49 +81,71 @@ def test_quick_cases_and_curves_are_known():
 def test_curves_end_where_a_side_failed(tmp_path):
     good, bad = dict(seconds=1.0, peak_mb=9.0, figures={}), dict(failed="out of memory")
     lines = [
-        ("cells", "stock", [(10, good), (20, bad)]),
-        ("cells", "ours", [(10, good), (20, good)]),
+        ("instances", "baseline", [(10, good), (20, bad)]),
+        ("instances", "ours", [(10, good), (20, good)]),
     ]
     plot_growth(lines, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
 
 
-def test_both_sides_do_the_same_work():
-    for case, arguments in (
+@pytest.mark.parametrize(
+    ("case", "arguments"),
+    [
         (matching, dict(count=40)),
         (mask_suppression, dict(count=60, size=200)),
-    ):
-        assert case("stock", "cpu", **arguments)() == case("ours", "cpu", **arguments)()
+        (ap, dict(images=2, cells=30)),
+    ],
+)
+def test_both_sides_do_the_same_work(case, arguments):
+    baseline, ours = (case(side, "cpu", **arguments)() for side in ("baseline", "ours"))
+    assert ours == pytest.approx(baseline)
+
+
+def test_samples_on_a_grid():
     sample = grid_sample(50, 128)
     assert (len(sample.labels), sample.size) == (50, (128, 128))
 
 
-def test_the_stock_model_has_our_weights_and_no_settings_of_its_own():
+@pytest.mark.parametrize("side", ["baseline", "ours"])
+def test_pooling_runs(side):
+    pooling(side, "cpu", count=6, channels=4, size=128)()
+
+
+def test_the_baseline_has_our_weights_and_no_settings_of_its_own():
     config = benchmark_config("cpu")
-    model = stock_model(config, "cpu").eval()
+    model = baseline_model(config, "cpu").eval()
     assert model.roi_heads.detections_per_img == config.detections
     assert model.rpn.nms_thresh == config.rpn_nms
     with torch.inference_mode():
         assert len(model([torch.rand(3, 96, 96)])[0]["boxes"]) == config.detections
 
 
-@pytest.mark.parametrize("side", ["stock", "ours"])
+@pytest.mark.parametrize("side", ["baseline", "ours"])
 def test_whole_loops(side):
     real_data("hw3-real")
     assert training(side, "cpu", times=1)()["images/s"] > 0
-    found = inference(side, "cpu", step=60, detections=20)()
-    assert 0 < found["detections"] <= 40
+    assert 0 < inference(side, "cpu", step=60, detections=20)()["detections"] <= 40
+    step_layout(side, "cpu")()
 
 
 def test_padding_is_counted():
     real_data("hw3-real")
-    stock, ours = (padding(side, "cpu", batch=2)() for side in ("stock", "ours"))
-    assert ours["padding % worst"] < 100 / 3 < stock["padding % worst"]
+    baseline, ours = (padding(side, "cpu", batch=2)() for side in ("baseline", "ours"))
+    assert ours["padding % worst"] < 100 / 3 < baseline["padding % worst"]
 
 
-# What choices are worth
+def test_a_recipe_is_measured(demo_root):
+    name, millions, per_image, per_step, batch = recipes.measure(
+        "demo", torch.device("cpu"), demo_root
+    )
+    assert (name, millions, batch) == ("demo", "6.1", "4 x 128 px, scale 1")
+    assert 0 < float(per_image) < 60
+    assert 0 < float(per_step) < 60
 
-SMALL = dict(fpn_channels=16, box_features=32, mask_convs=1, proposals=50, rois=16, crop=64)
+
+# Ablations, leakage, race
+
+SMALL = dict(fpn_channels=16, box_features=32, mask_convs=1, proposals=50, roi_batch_size=16)
 
 
 @pytest.fixture
@@ -136,8 +154,9 @@ def options(demo_root, tmp_path):
     return SimpleNamespace(
         data=demo_root,
         out=tmp_path,
+        device="cpu",
         recipe="demo",
-        settings=SMALL,
+        settings=SMALL | dict(crop=64),
         minutes=0.01,
         seeds=2,
         seed=0,
@@ -145,12 +164,12 @@ def options(demo_root, tmp_path):
     )
 
 
-def test_ablation_compares_with_the_base_and_goes_on_where_it_was(options, monkeypatch):
-    names = ["base", "copy and paste", "mask NMS 0.5"]
+def test_ablation_compares_with_the_base_and_continues(options, monkeypatch):
+    names = ["base", "copy-paste", "box NMS 0.3"]
     first = ablate.run_rows(options, names[:2])
     assert [list(first[name]) for name in names[:2]] == [["0", "1"]] * 2
     runs = sorted(path.name for path in (options.out / "runs").iterdir())
-    assert runs == ["base-0", "base-1", "copy-and-paste-0", "copy-and-paste-1"]
+    assert runs == ["base-0", "base-1", "copy-paste-0", "copy-paste-1"]
     measured = []
     measure = ablate.measure
 
@@ -160,7 +179,7 @@ def test_ablation_compares_with_the_base_and_goes_on_where_it_was(options, monke
 
     monkeypatch.setattr(ablate, "measure", counted)
     every = ablate.run_rows(options, names)
-    assert measured == ["mask NMS 0.5"] * 2  # answered by the base's checkpoints
+    assert measured == ["box NMS 0.3"] * 2  # predicted with the base's checkpoints
     assert sorted(path.name for path in (options.out / "runs").iterdir()) == runs
     assert {name: every[name] for name in names[:2]} == first
     assert list(json.loads((options.out / "ablation.json").read_text())["results"]) == names
@@ -171,76 +190,68 @@ def test_ablation_compares_with_the_base_and_goes_on_where_it_was(options, monke
 
 def test_rows_of_the_ablation():
     def run(score):
-        return dict(AP50=score, AP=score / 2, epochs=10, seconds_a_field=0.5)
+        return dict(AP50=score, AP=score / 2, epochs=10, seconds_per_image=0.5)
 
     results = {"base": {"0": run(0.2), "1": run(0.3)}, "more": {"0": run(0.25), "1": run(0.31)}}
-    rows = list(ablate.as_rows(results))[2:]
     # Differences 0.05 and 0.01: mean 0.03, standard deviation 0.028.
-    assert rows == [
+    assert list(ablate.as_rows(results))[2:] == [
         "| base | 0.250 | - | 0.071 | 0.125 | 10 | 0.50 |",
         "| more | 0.280 | +0.030 | 0.028 | 0.140 | 10 | 0.50 |",
     ]
-    results["more"]["1"]["AP"] = None
-    assert list(ablate.as_rows(results))[3] == "| more | 0.280 | +0.030 | 0.028 | - | 10 | 0.50 |"
 
 
-def test_tuned_thresholds_are_measured_on_the_other_half(options, demo_samples):
-    names = ["base", "thresholds by class from the other half"]
-    found = [ablate.measure(options, name, 0, demo_samples) for name in names]
-    assert 0 <= found[1]["AP50"] <= 1
-    assert found[1]["AP"] is None
-    assert len(list((options.out / "runs").iterdir())) == 1  # answered by the base
-
-
-@pytest.mark.parametrize("name", ablate.TRAINED | ablate.ANSWERED)
-def test_every_row_is_a_change_that_the_settings_know(name, options):
-    changed = vars(ablate.seeded(options, name, 0))
-    base = vars(ablate.seeded(options, "base", 0))
+@pytest.mark.parametrize("name", ablate.TRAINED | ablate.PREDICTED)
+def test_every_row_is_a_change_of_known_settings(name, options, demo_samples):
+    changed, base = (asdict(ablate.row_config(options, n, 0, demo_samples)) for n in (name, "base"))
     differs = {key for key in changed if changed[key] != base[key]}
-    wanted = ablate.TRAINED.get(name, ablate.ANSWERED.get(name))
-    assert differs == set(wanted)
-    assert name in ablate.TRAINED or differs <= set(NOT_TRAINED)
+    assert differs == set(ablate.TRAINED.get(name, ablate.PREDICTED.get(name)))
+    assert name in ablate.TRAINED or differs <= set(PREDICTION_SETTINGS)
 
 
 def test_an_unknown_row_is_refused(monkeypatch, capsys, demo_root):
     command = ["ablate.py", "--data", str(demo_root), "--only", "no such"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(train, "time", train.time)  # put back afterwards
+    monkeypatch.setattr(trainer, "time", trainer.time)  # put back afterwards
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit):
         ablate.main()
     assert "no row 'no such'; there are:\nbase\n" in capsys.readouterr().err
 
 
-def test_leakage_measures_all_images_out_of_fold(options, demo_samples):
-    for split_by in ("look", "image"):
-        found = leakage.measure(options, split_by, 0, demo_samples)
-        assert 0 <= found["interval"][0] <= found["AP50"] <= found["interval"][1] <= 1
+def test_leakage_measures_all_images_out_of_fold(options, demo_samples, monkeypatch):
+    def run(split_by):
+        result = leakage.measure(options, split_by, 0, demo_samples)
+        low, high = result["interval"]
+        assert 0 <= low <= result["AP50"] <= high <= 1
+
+    run("appearance")
+    one_slide = replace(demo_samples.dataset, groups=dict.fromkeys(demo_samples.names, "one slide"))
+    monkeypatch.setattr(demo_samples, "dataset", one_slide)
+    run("image")  # which leaves the groups of the dataset aside
+    assert demo_samples.dataset is one_slide
     assert len(list((options.out / "runs").iterdir())) == 4
-    demo_samples.dataset = replace(demo_samples.dataset, groups={"no": "group"})
-    leakage.measure(options, "image", 1, demo_samples)
-    assert demo_samples.dataset.groups == {"no": "group"}  # put back
-    demo_samples.dataset = replace(demo_samples.dataset, groups={})
+    with pytest.raises(ValueError, match="groups"):
+        leakage.measure(options, "appearance", 0, demo_samples)
 
 
 def test_the_race_has_both_sides(options, demo_samples, tmp_path):
-    results = {
-        side: {"0.5": race.measure(options, side, 0.5, demo_samples)} for side in ("stock", "ours")
-    }
-    assert {r["0.5"]["minutes"] for r in results.values()} == {0.005}
-    assert all(0 <= r["0.5"]["AP50"] <= 1 and r["0.5"]["epochs"] > 0 for r in results.values())
-    race.draw(results, tmp_path / "race.png")
+    sides = ("baseline", "ours")
+    results = {side: {"0.5": race.measure(options, side, 0.5, demo_samples)} for side in sides}
+    for result in (results[side]["0.5"] for side in sides):
+        assert result["minutes"] == 0.005
+        assert 0 <= result["AP50"] <= 1
+        assert result["epochs"] > 0
+    race.plot_race(results, tmp_path / "race.png")
     assert (tmp_path / "race.png").stat().st_size > 5000
 
 
-def test_answers_of_stock_are_torchvisions(demo_samples):
-    config = recipe("demo", half_pixel=False, score_floor=0.0, detections=5)
-    model = stock_model(config, "cpu").eval()
-    model.transform.min_size, model.transform.max_size = (200,), 400
+def test_predictions_of_the_baseline_are_torchvisions(demo_samples):
+    config = make_config("demo", score_threshold=0.0, detections=5)
+    model = baseline_model(config, "cpu").eval()
     sample = demo_samples[0]
     with torch.inference_mode():
-        (wanted,) = model([sample.image / 255])
-    found = race.answers_of_stock(model, [sample], config)[1]
-    masks = wanted["masks"][:, 0] >= 0.5
-    areas = masks.flatten(1).sum(1)
+        (expected,) = model([sample.image / 255])
+    (found,) = race.predict_baseline(model, [sample])
+    areas = (expected["masks"][:, 0] >= 0.5).flatten(1).sum(1)
     assert mask_areas(found.rles).tolist() == areas[areas > 0].tolist()
-    assert np.allclose(found.scores, wanted["scores"][areas > 0])
+    assert np.allclose(found.scores, expected["scores"][areas > 0])

@@ -6,15 +6,15 @@ from tests.faults import digests, flat, half_saved, kill_and_compare, start
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(demo_root, tmp_path):
     """A few kills; `python -m tests.faults --kills 20` has more."""
-    points = kill_and_compare(3, 3, tmp_path, demo_root)
-    assert len(points) == 3
+    points = kill_and_compare(2, 3, tmp_path, demo_root)
+    assert len(points) == 2
     found = digests(tmp_path / "cut")
     assert len([name for name in found if name.endswith("best.pt")]) == 2
     assert "test-results.json" in found
 
 
 def test_a_run_that_fails_is_not_taken_for_a_killed_one(tmp_path):
-    with pytest.raises(RuntimeError, match="expected a folder with train/"):
+    with pytest.raises(RuntimeError, match="Expected train/ and its ground truth"):
         start(tmp_path / "out", tmp_path / "nothing", 0)
 
 

@@ -6,7 +6,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 import numpy as np
 import tifffile
 
-from src_snippets.readers import read_instance_map
+from src_snippets.data.images import read_instance_map
 from tests.conftest import refused, ROOT
 from tests.fuzz import damaged
 
@@ -54,8 +54,8 @@ def test_any_map_of_ids_is_read_as_it_was_written(tmp_path_factory, data):
     ids = data.draw(arrays(np.uint8, shape)).astype(dtype)
     options = data.draw(strategies.sampled_from([{}, {"compression": "lzw"}, {"rowsperstrip": 3}]))
     tifffile.imwrite(path, ids, **options)
-    places, found, size = read_instance_map(path)
+    pixels, found, size = read_instance_map(path)
     assert size == shape
     again = np.zeros(ids.size, np.int64)
-    again[places] = found
+    again[pixels] = found
     assert np.array_equal(again.reshape(shape), ids)

@@ -1,4 +1,4 @@
-"""Nothing meets a tensor of another device: training and answering with a pretended GPU."""
+"""No tensor meets one of another device: training and prediction with a pretended GPU."""
 
 from functools import partial
 import json
@@ -7,28 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from src_snippets.answers import answer_held_out
-from src_snippets.config import recipe
-from src_snippets.costs import measure_costs
-from src_snippets.evaluate import hits_of
-from src_snippets.forms import with_crowds
-from src_snippets.model import choose_precision
-from src_snippets.predict import answer_samples
-from src_snippets.thresholds import tune_thresholds
-from src_snippets.train import fit, load_checkpoint, load_trained, Session
+from src_snippets.inference.predict import predict_image
+from src_snippets.setup.config import make_config
+from src_snippets.training.checkpoints import load_checkpoint, load_trained
+from src_snippets.training.trainer import Session, train
 from tests.conftest import field_of_cells
 from tests.pretended_gpu import pretended_gpu
 from tests.test_notebook import check_outputs, QUICK, run
 from tests.test_recipes import SMALL
 
-TINY = SMALL | dict(num_classes=3, batch_size=2, workers=0, score_floor=0.05)
+TINY = SMALL | dict(class_names=("a", "b", "c"), batch_size=2, workers=0, score_threshold=0.05)
 CHOICES = {
-    "cascade": dict(cascade=True, accumulate=2, grey=True),
-    "attention": dict(attention="cbam", norm="group", best_by="loss", scale=2.0),
-    "older heads": dict(head_norm="none", norm="frozen", half_pixel=False, optimizer="sgd"),
-    "stains and pasting": dict(stain_norm=True, copy_paste=0.5, rare_crops=0.5, ema=0.9),
-    "short sides": dict(short_sides=(48, 64), fine_stem=True, pyramid=(2, 4, 8, 16, 32)),
-    "tiles and views": dict(tile=64, test_views="flips", rescore=True, overlaps=False, tune=True),
+    "accumulation": dict(accumulate=2, grey=True, schedule="cosine", warmup_steps=1),
+    "attention": dict(attention="cbam", best_by="loss", scale=2.0),
+    "older heads": dict(head_norm="none", norm="frozen", optimizer="sgd", attention="se"),
+    "pasting": dict(copy_paste=0.5, class_crops=0.5, ema=0.9),
+    "tiles and views": dict(tile=64, tta="flips", overlaps=False, box_layers=2),
     "timm": dict(backbone="timm:test_convnext.r160_in1k", layer_decay=0.8, norm="sync"),
 }
 
@@ -60,46 +54,51 @@ def test_a_pretended_gpu_refuses_what_a_gpu_would():
     assert not torch.cuda.is_available()
 
 
-def test_a_precision_that_the_gpu_has_not_is_refused():
-    with pretended_gpu():
-        device = torch.device("cuda")
-        with pytest.raises(ValueError, match="this GPU has none"):
-            choose_precision(recipe("baseline", precision="bf16"), device)
-        wanted = ("auto", "fp16", "no")
-        chosen = [choose_precision(recipe("baseline", precision=p), device) for p in wanted]
-        assert chosen == ["fp16", "fp16", "no"]
-
-
 @pytest.mark.parametrize("name", CHOICES)
-def test_training_and_answering_stay_on_their_device(name, tmp_path):
-    """In fp16 with its scaler, as on a T4, with a crowd among the cells."""
-    config = recipe("baseline", **(TINY | dict(backbone="resnet10") | CHOICES[name]))
+def test_training_and_prediction_stay_on_their_device(name, tmp_path, capsys):
+    """In fp16 with its scaler, as on a T4, with a crowd among the instances."""
+    config = make_config("baseline", **(TINY | dict(backbone="resnet10") | CHOICES[name]))
     samples = [field_of_cells(seed, 96) for seed in range(4)]
     samples[1].labels[1] = -1
-    train, val = samples[:3], samples[3:] * 2
+    train_part, val_part = samples[:3], samples[3:] * 2
     with pretended_gpu():
-        assert measure_costs(config, train, 0).room == 16
         session = Session(0.0)
-        stop = partial(setattr, session, "told", True)  # after an epoch, as SIGTERM does
-        first = fit(config, train, val, tmp_path, session, lambda *_, **__: stop())
-        history = fit(config, train, val, tmp_path)
-        model, own = load_trained(tmp_path / "best.pt", config)
-        assert {p.device.type for p in model.parameters()} == {"cuda"}
-        answers = answer_samples([(model, own)], val, config)
-        if config.tune:
-            truths = [with_crowds(sample) for sample in val]
-            ask = partial(answer_held_out, [((model, own), val)], config)
-            tune_thresholds(ask, truths, hits_of(answers, truths, 3), config)
+        stop = partial(setattr, session, "terminated", True)  # after an epoch, as SIGTERM does
+        first = train(config, train_part, val_part, tmp_path, session, lambda *_: stop())
+        history = train(config, train_part, val_part, tmp_path)
+        member = load_trained(tmp_path / "best.pt", config)
+        assert {p.device.type for p in member[0].parameters()} == {"cuda"}
+        for sample in val_part:
+            assert predict_image([member], sample.image, config).size == (96, 96)
     assert (len(first), len(history)) == (1, 2)
-    assert all(row["loss"] > 0 for row in history)
+    assert all(row["loss"] > 0 and row["scale"] > 0 for row in history)
     state = load_checkpoint(tmp_path / "last.pt")
-    assert state["scaler"]["scale"] > 0
+    assert state["scaler"]["scale"] == history[-1]["scale"]
+    assert "memory" not in capsys.readouterr().out  # the trial step fits
+
+
+def test_a_batch_that_does_not_fit_is_halved(tmp_path, capsys, monkeypatch):
+    really = torch.Tensor.backward
+    config = make_config("baseline", **(TINY | dict(backbone="resnet10", epochs=1)))
+    samples, calls = [field_of_cells(seed, 96) for seed in range(4)], []
+
+    def full(loss, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return really(loss, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "backward", full)
+    with pretended_gpu():
+        train(config, samples, [], tmp_path)
+    assert "batch_size=1, accumulate=2" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "last.pt")["steps"] == 2
+    assert len(calls) == 2 + 4
 
 
 def test_the_whole_story_on_a_pretended_gpu(tmp_path, demo_root):
     environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_OUT=str(tmp_path))
     environ |= dict(HW3_SETTINGS=json.dumps(QUICK | dict(ema=0.9)))
     command = ["-m", "tests.pretended_gpu", "src_snippets.notebook"]
-    said, _ = run(command, Path(__file__).parents[1], **environ)
+    run(command, Path(__file__).parents[1], **environ)
     check_outputs(tmp_path, demo_root)
-    assert "of the GPU's 16.0 GB" in said

@@ -2,75 +2,74 @@ from importlib.metadata import version
 from pathlib import Path
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from src_snippets import install
-from src_snippets.install import ask_gpu, check_gpu, install_missing, keep_versions, PACKAGES
+from src_snippets.setup import install
+from src_snippets.setup.install import check_gpu, install_missing, PACKAGES
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that would be run."""
+    commands, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or done)
+    return commands
 
 
 def test_requirements_state_the_same_packages():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = [line for line in lines[: lines.index("")] if not line.startswith("#")]
-    assert sorted(listed) == sorted(requirement for _, requirement, _ in PACKAGES)
-    assert any(line.startswith("nbval") for line in lines)
+    assert sorted(listed) == sorted(PACKAGES)
 
 
-def test_nothing_missing_installs_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was run"))
+def test_nothing_missing_installs_nothing(commands, capsys):
     install_missing()
-    assert capsys.readouterr().out == ""
+    assert (commands, capsys.readouterr().out) == ([], "")
 
 
-def test_only_what_is_missing_is_installed_beside_what_is_there(monkeypatch):
-    commands = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **k: commands.append(command))
-    packages = (("json", "json", None), ("no_such_module", "no-such-package>=1", "x"))
-    install_missing(packages)
+def test_only_what_is_missing_is_installed_and_torch_keeps_its_version(commands):
+    install_missing({"pytest>=1": "", "no-such-package>=1": "x"})
     (command,) = commands
     assert command[:4] == [sys.executable, "-m", "pip", "install"]
     assert command[-1] == "no-such-package>=1"
-    assert f"torch=={version('torch')}" in command
-    assert keep_versions(["no-such-package"]) == []
+    assert {f"{name}=={version(name)}" for name in ("numpy", "torch", "torchvision")} < {*command}
 
 
-def test_offline_an_optional_package_is_told_and_a_needed_one_stops(monkeypatch, capsys):
+def test_offline_a_needed_package_stops_and_another_one_does_not(monkeypatch, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    optional = (("no_such_module", "no-such-package", "Pillow reads the images"),)
-    install_missing(optional)
-    assert "no_such_module is missing: Pillow reads the images." in capsys.readouterr().out
-    needed = (("no_such_module", "no-such-package", None),)
+    install_missing({"no-such-package": "Pillow reads the images"})
+    assert "no-such-package is missing: Pillow reads the images." in capsys.readouterr().out
     with pytest.raises(ModuleNotFoundError, match=r"no-such-package is missing.*internet on"):
-        install_missing(needed)
-    assert install.find_spec("no_such_module") is None
+        install_missing({"no-such-package": ""})
 
 
-def test_a_gpu_that_cannot_compute_is_refused(capsys):
-    p100 = dict(
-        name="Tesla P100-PCIE-16GB",
-        works=False,
-        error="no kernel image is available for execution on the device",
-        capability="sm_60",
-        built_for=["sm_70", "sm_75"],
-    )
-    with pytest.raises(RuntimeError, match=r"P100.* \(sm_60\) cannot be used: no .*T4 x2"):
-        check_gpu(p100)
-    check_gpu(dict(name="Tesla T4", works=True, error="", count=1))
-    check_gpu(dict(name="Tesla T4", works=True, error="", count=2))
-    check_gpu(dict(name="", works=True, error=""))
-    out = capsys.readouterr().out.splitlines()
-    assert out.pop().endswith("on Colab: Runtime > Change runtime type.")
-    assert out.pop().startswith('no GPU: set RECIPE = "demo" below, all others would take days')
-    assert out == ["GPU: Tesla T4", "GPU: Tesla T4 x2"]
+def test_a_gpu_that_cannot_compute_is_refused(monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")  # and back after the test
+    script = """
+import sys, torch
+print("Tesla P100-PCIE-16GB", flush=True)
+print("UserWarning: found GPU0 of capability sm_60", file=sys.stderr)
+raise RuntimeError("CUDA error: no kernel image is available\\nCompile with TORCH_USE_CUDA_DSA")
+"""
+    monkeypatch.setattr(install, "GPU_CHECK", script)
+    expected = r"P100-PCIE-16GB cannot be used: RuntimeError: CUDA error: no kernel.*T4 x2"
+    with pytest.raises(RuntimeError, match=expected):
+        check_gpu()
 
 
-def test_the_gpu_is_asked_in_a_process_of_its_own(monkeypatch):
-    found = ask_gpu()
-    assert found["works"]
-    assert found["name"] == "" or found["capability"].startswith("sm_")
-    monkeypatch.setattr(install, "GPU_QUESTION", "raise OSError('driver is broken')")
-    broken = ask_gpu()
-    assert (broken["works"], broken["error"]) == (False, "OSError: driver is broken")
+def test_the_gpu_is_named_and_this_process_leaves_it_alone(monkeypatch, capsys):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")
+    code = "from src_snippets.setup.install import check_gpu; name = check_gpu(); import os, sys; "
+    code += "print([name, 'torch' in sys.modules, os.environ['PYTORCH_NVML_BASED_CUDA_CHECK']])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    told, found = done.stdout.splitlines()
+    name, has_torch, checked = eval(found)
+    assert (has_torch, checked) == (False, "1")
+    assert told == f"GPU: {name}" if name else told.startswith('No GPU: set RECIPE = "demo"')
+    monkeypatch.setattr(install, "GPU_CHECK", "print('Tesla T4 x2')")
+    assert (check_gpu(), capsys.readouterr().out) == ("Tesla T4 x2", "GPU: Tesla T4 x2\n")

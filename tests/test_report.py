@@ -1,12 +1,16 @@
+"""The report: all of it in one file, names never taken for code."""
+
 from html.parser import HTMLParser
 import shutil
 import subprocess
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 import pytest
 
-from src_snippets.report import CAPTIONS, environment, find_figures, write_report
+from src_snippets.export.report import CAPTIONS, environment_table, write_report
+from src_snippets.setup.config import make_config
 
 
 class Page(HTMLParser):
@@ -14,12 +18,13 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.texts, self.tags = [], [], []
+        self.links, self.texts, self.tags, self.alts = [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [value for key, value in attrs if key in ("src", "href")]
+        self.alts += [value for key, value in attrs if key == "alt"]
 
     def handle_data(self, data):
         self.texts.append(data)
@@ -31,58 +36,75 @@ def save_figure(folder, name):
     Image.fromarray(noise).save(folder / f"{name}.png")
 
 
+def write(path, scores=None, interval=None, counts=None, facts=(), is_demo=False, **changes):
+    config, environment = make_config("demo", **changes), environment_table("")
+    title, facts = "Cells in <data>", dict(facts)
+    write_report(path, title, config, scores, interval, counts, facts, environment, is_demo)
+    return Page(path.read_text())
+
+
 @pytest.fixture
-def report(tmp_path):
+def page(tmp_path):
     for name in ("samples", "history1", "history2", "predictions", "unknown"):
         save_figure(tmp_path / "figures", name)
-    path = tmp_path / "report.html"
-    rows = [("", "AP50"), ("all", "0.5"), ("<script>alert(1)</script>", "0.25")]
-    parts = {"Data": {"fingerprint": "abc & def"}, "Environment": environment("")}
-    write_report(path, "Cells in <data>", ["AP50 0.5"], rows, parts, "  * epochs 3")
-    return path
+    names = ["as submitted", "<script>alert(1)</script>"]
+    scores = pd.DataFrame({"AP50": [0.51234, np.nan]}, names)
+    counts = pd.DataFrame({"image": ["one"], "all": [42]})
+    facts = {"fingerprint": "abc & def"}
+    return write(tmp_path / "report.html", scores, (0.25, 0.75), counts, facts, epochs=17)
 
 
-def test_everything_is_inside_and_in_order(report, capsys):
-    page = Page(report.read_text())
-    assert page.tags.count("img") == 4  # what has no caption is not shown
-    assert all(link.startswith("data:image/webp;base64,") for link in page.links)
+def test_everything_is_inside_and_in_order(page):
     text = " ".join(page.texts)
-    assert text.index("Losses, validation scores") < text.index("Validation fields")
-    assert "abc & def" in text
-    assert "Cells in <data>" in text
+    for part in ("abc & def", "Cells in <data>", "0.512", "95% CI over images: 0.250 to 0.750"):
+        assert part in text
+    assert "Synthetic" not in text
+    cells = [texts.strip() for texts in page.texts]
+    assert {"-", "42", "epochs", "17", "lr", "0.0001", "none", "torch"} <= set(
+        cells
+    )  # a score is not defined
     assert "script" not in page.tags  # names are text, never code
     assert "<script>alert(1)</script>" in text
 
 
+def test_figures_have_headings_captions_and_alt_texts(page):
+    assert page.tags.count("img") == 4  # what has no caption is not shown
+    assert page.tags.count("h2") == 4 + 5  # before each of them and each table
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    order = [CAPTIONS[name] for name in ("predictions", "history", "history", "samples")]
+    assert page.alts == order
+    for alt in page.alts:
+        heading, caption = alt.split(": ", 1)
+        assert heading in page.texts
+        assert caption in page.texts
+        assert caption.endswith(".")
+
+
 def test_nothing_to_show_is_a_report_too(tmp_path):
-    write_report(tmp_path / "report.html", "Title", [], [], {}, "")
-    page = Page((tmp_path / "report.html").read_text())
+    page = write(tmp_path / "report.html", is_demo=True)
     assert "img" not in page.tags
-    assert "table" not in page.tags
-    assert find_figures(tmp_path / "absent") == []
+    assert not {"None", "nan"} & set(page.texts)
+    assert "Synthetic images: the scores say nothing about real cells." in page.texts
 
 
 def test_the_environment_names_versions():
-    found = environment("Tesla T4")
-    assert found["GPU"] == "Tesla T4"
-    assert found["torch"][0].isdigit()
-    assert environment("")["GPU"] == "none"
+    values = environment_table("Tesla T4").value
+    assert values["GPU"] == "Tesla T4"
+    assert values["torch"][0].isdigit()
+    assert environment_table("").value["GPU"] == "none"
 
 
-def test_every_caption_is_a_sentence():
-    assert all(caption.endswith(".") for caption in CAPTIONS.values())
-
-
-def test_a_browser_opens_it_without_errors(report, tmp_path):
+def test_a_browser_opens_it_without_errors(page, tmp_path):
     """In headless Chromium; `tests.client` watches its requests too."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not there; on Debian: apt-get install chromium")
-    picture = tmp_path / "report.png"
+    image = tmp_path / "report.png"
     options = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
-    command = [chromium, *options.split(), f"--screenshot={picture}"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}", report.as_uri()]
+    command = [chromium, *options.split(), f"--screenshot={image}"]
+    url = (tmp_path / "report.html").as_uri()
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path}", url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr
-    assert picture.stat().st_size > 5000
+    assert image.stat().st_size > 5000

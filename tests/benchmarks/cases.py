@@ -1,14 +1,13 @@
-"""What `run.py` measures: each case does the same work the stock way and ours.
+"""The work that `run.py` measures, done by torchvision's and pycocotools' functions and by ours.
 
 A case is a function of `side` and `device` that prepares its input and returns the function to
-time; numbers which that returns go into the table. `stock` is torchvision's and pycocotools' public
-functions as their tutorials use them: one boolean mask an instance, `COCOeval`.
+time; numbers which that returns go into the table. `baseline` is what the tutorials of torchvision
+and pycocotools do: one boolean mask per instance, `COCOeval`.
 """
 
 import atexit
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import partial
 import io
 import json
 from pathlib import Path
@@ -16,6 +15,7 @@ import shutil
 import tempfile
 import time
 
+from accelerate.utils import send_to_device
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -30,30 +30,26 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import box_iou, masks_to_boxes, roi_align
+from torchvision.ops import box_iou, masks_to_boxes, MultiScaleRoIAlign
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from src_snippets.config import Config, recipe
-from src_snippets.datasets import CellDataset, CellSamples, ImageRecord, read_named_folder
-from src_snippets.evaluate import average_precision, coco_results
-from src_snippets.forms import CellSample, coco_truth, Instances
-from src_snippets.fusion import mask_nms
-from src_snippets.heads import BlockMatcher, mask_targets, MatrixRoIAlign
-from src_snippets.model import build_model, choose_precision, InputTransform, paste_masks
-from src_snippets.predict import predict_images
-from src_snippets.readers import read_cell_folder, read_image
-from src_snippets.rle import encode_crops
-from src_snippets.train import build_optimizer, train_epoch, training_loader, TrainingRun
-from src_snippets.transforms import (
-    augment_sample,
-    augmentation,
-    collate,
-    ColorTwist,
-    filled_crop,
-    training_target,
-)
+from src_snippets.data.images import read_cell_folder, read_image
+from src_snippets.data.layouts import ImageRecord
+from src_snippets.data.rle import encode_masks
+from src_snippets.data.structures import CellSample, coco_ground_truth, Instances
+from src_snippets.data.transforms import build_augmentation, collate, training_target, TrainingSet
+from src_snippets.inference.predict import predict_image
+from src_snippets.model.detect import greedy_groups, paste_masks
+from src_snippets.model.heads import BlockMatcher, sample_mask_targets
+from src_snippets.model.mask_rcnn import build_model, InputTransform
+from src_snippets.model.roi_align import CellRoIAlign
+from src_snippets.setup.config import Config, make_config
+from src_snippets.setup.devices import choose_precision
+from src_snippets.training.metrics import average_precision, coco_results
+from src_snippets.training.trainer import build_optimizer, Trainer, training_loader
 from tests.conftest import jittered, make_sample, SHARED_DATA
+
+CLASSES = {k: f"class{k}" for k in range(1, 5)}
 
 
 def new_folder() -> Path:
@@ -64,12 +60,12 @@ def new_folder() -> Path:
 
 
 def real_folder() -> Path:
-    """The real HW3 training folder: 161 cells on 397 x 482 px."""
+    """The real HW3 training folder: 161 instances on 397 x 482 px."""
     return SHARED_DATA / "hw3-real" / "train" / "sample"
 
 
 def tiled_folder(times: int) -> Path:
-    """The real folder laid side by side `times` x `times`, with ids of its own for each copy."""
+    """The real image laid side by side `times` x `times`, each copy with ids of its own."""
     folder = new_folder()
     for path in sorted(real_folder().glob("*.tif")):
         if path.name == "image.tif":
@@ -89,7 +85,7 @@ def tiled_folder(times: int) -> Path:
 
 
 def read_dense(folder: Path):
-    """Image and one boolean mask an instance, as torchvision's tutorial reads them."""
+    """Image and one boolean mask per instance, as torchvision's tutorial reads them."""
     image = torch.from_numpy(tifffile.imread(folder / "image.tif")[..., :3].copy()).permute(2, 0, 1)
     masks, labels = [], []
     for path in sorted(folder.glob("class*.tif")):
@@ -100,7 +96,7 @@ def read_dense(folder: Path):
     return tv_tensors.Image(image), torch.cat(masks), torch.tensor(labels)
 
 
-def stock_sample(folder: Path, crop: int) -> Callable:
+def baseline_sample(folder: Path, crop: int) -> Callable:
     """A function that reads and augments the folder as torchvision's tutorials do."""
     chain = v2.Compose(
         [
@@ -123,9 +119,12 @@ def stock_sample(folder: Path, crop: int) -> Callable:
 
 
 def colour(side: str, device: str) -> Callable:
-    """Random brightness, contrast, saturation and hue."""
+    """Random brightness, contrast and saturation; in the baseline's tutorial hue too."""
     crop = tv_tensors.Image(torch.randint(0, 256, (3, 512, 512), dtype=torch.uint8))
-    change = v2.ColorJitter(0.2, 0.2, 0.2, 0.05) if side == "stock" else ColorTwist(0.2)
+    change = v2.ColorJitter(0.2, 0.2, 0.2, 0.05)
+    if side == "ours":
+        chain = build_augmentation(make_config("baseline")).transforms
+        (change,) = (step for step in chain if isinstance(step, v2.ColorJitter))
 
     def work():
         change(crop)
@@ -134,40 +133,43 @@ def colour(side: str, device: str) -> Callable:
 
 
 def training_sample(side: str, device: str, times: int) -> Callable:
-    """Read, augment and derive the targets of a field of 161 x times^2 cells."""
+    """Read, augment and derive the targets of an image of 161 x times^2 instances."""
     folder, crop = tiled_folder(times), 512
-    if side == "stock":
-        return stock_sample(folder, crop)
+    if side == "baseline":
+        return baseline_sample(folder, crop)
     if side == "decode":
         return lambda: [tifffile.imread(path) for path in sorted(folder.glob("*.tif"))]
-    chain = augmentation(recipe("baseline", crop=crop, blur=0.0))
+    config = make_config("baseline", crop=crop, batch_size=1)  # 1: no mosaic
     if side == "cached":
-        sample = read_cell_folder(folder, 4)
-        return lambda: training_target(augment_sample(sample, chain), 4)
-    return lambda: training_target(augment_sample(read_cell_folder(folder, 4), chain), 4)
+        samples = TrainingSet([read_cell_folder(folder, 4)], config)
+        return lambda: samples[0]
+    return lambda: TrainingSet([read_cell_folder(folder, 4)], config)[0]
 
 
 def padding(side: str, device: str, batch: int) -> Callable:
-    """100 batches of crops from fields of 50 real sizes: how much of them is padding?"""
-    truth = json.loads((SHARED_DATA / "hw3-real" / "masks50_coco.json").read_text())
-    fields = []
-    for size in ((image["height"], image["width"]) for image in truth["images"]):
+    """100 batches of crops from images of 50 real sizes: how much of them is padding?"""
+    known = json.loads((SHARED_DATA / "hw3-real" / "masks50_coco.json").read_text())
+    samples = []
+    for size in ((image["height"], image["width"]) for image in known["images"]):
         white = torch.full((3, *size), 255, dtype=torch.uint8)
-        fields.append(CellSample(white, torch.zeros((1, *size), dtype=torch.int16), torch.zeros(0)))
-    config = recipe("baseline", color_jitter=0.0, blur=0.0, fill=side == "ours")
+        layers = torch.zeros((1, *size), dtype=torch.int16)
+        samples.append(CellSample(white, layers, torch.zeros(0, dtype=torch.int64)))
+    # Mosaics fill up the crops of batches of two or more; the baseline pads to the largest.
+    config = make_config("baseline", color_jitter=0.0, batch_size=1 if side == "baseline" else 2)
+    crops = TrainingSet(samples, config)
 
     def work():
         torch.manual_seed(0)
-        shares = []
+        fractions = []
         for _ in range(100):
-            chosen = torch.randint(len(fields), (batch,)).tolist()
-            images = [filled_crop(fields, index, config).image for index in chosen]
+            chosen = torch.randint(len(samples), (batch,)).tolist()
+            images = [crops.augmented(index).image for index in chosen]
             height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-            shown = sum(int((image[0] == 255).sum()) for image in images)
-            shares.append(1 - shown / (batch * height * width))
+            white = sum(int((image[0] == 255).sum()) for image in images)
+            fractions.append(1 - white / (batch * height * width))
         return {
-            "padding % mean": 100 * sum(shares) / len(shares),
-            "padding % worst": 100 * max(shares),
+            "padding % mean": 100 * sum(fractions) / len(fractions),
+            "padding % worst": 100 * max(fractions),
         }
 
     return work
@@ -177,9 +179,9 @@ def padding(side: str, device: str, batch: int) -> Callable:
 
 
 def box_targets(side: str, device: str) -> Callable:
-    """Mask targets of 128 boxes on a field of 644 cells, 794 x 964 px."""
+    """Mask targets of 128 boxes on an image of 644 instances, 794 x 964 px."""
     sample = read_cell_folder(tiled_folder(2), 4)
-    target = training_target(sample, 1)
+    target = training_target(sample)
     torch.manual_seed(0)
     matched = torch.randint(len(target["ids"]), (128,))
     boxes = target["boxes"][matched] + torch.randn(128, 4)
@@ -187,55 +189,61 @@ def box_targets(side: str, device: str) -> Callable:
     boxes, matched = boxes.to(device), matched.to(device)
     target = {key: value.to(device) for key, value in target.items()}
     if side == "ours":
-        return lambda: mask_targets(target, boxes, matched, 28, True)
+        return lambda: sample_mask_targets(target, boxes, matched, 28)
     ids = torch.arange(1, len(sample.labels) + 1, device=device)[:, None, None]
-    masks = (target["layers"] == ids).to(
-        torch.uint8
-    )  # the stock target; made before the clock runs
+    masks = (target["layers"] == ids).to(torch.uint8)  # made before the clock runs
     return lambda: project_masks_on_boxes(masks, boxes, matched, 28)
 
 
-# RoIAlign and its way back
+# RoIAlign and its gradient
 
 
 def pooling(side: str, device: str, count: int, channels: int, size: int) -> Callable:
-    """Features of `count` boxes of 8 to 60 px on two fields of `size` px, and their gradients."""
+    """Features of `count` boxes of 8 to 60 px on two images of `size` px, and their gradients."""
     torch.manual_seed(0)
-    shape = (2, channels, size // 4, size // 4)
-    features = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
-    features.requires_grad_()
+    maps = {}
+    for level in range(4):
+        shape = (2, channels, size // 4 >> level, size // 4 >> level)
+        maps[str(level)] = torch.randn(shape).to(device, memory_format=torch.channels_last)
+    maps["0"].requires_grad_()  # the level of all these boxes
     low, sides = torch.rand(count, 2) * (size - 60), 8 + 52 * torch.rand(count, 2)
-    rois = torch.cat([torch.randint(2, (count, 1)).float(), low, low + sides], 1).to(device)
-    align = roi_align if side == "stock" else MatrixRoIAlign.apply
-    return lambda: torch.autograd.grad(align(features, rois, 14, 0.25, 2).sum(), features)
+    boxes = list(torch.cat([low, low + sides], 1).to(device).chunk(2))
+    levels = [str(level) for level in range(4)]
+    align = CellRoIAlign(14) if side == "ours" else MultiScaleRoIAlign(levels, 14, 2)
+
+    def work():
+        pooled = align(maps, boxes, [(size, size)] * 2)
+        torch.autograd.grad(pooled.sum(), maps["0"])
+
+    return work
 
 
-# Anchors matched to cells
+# Anchors matched to instances
 
 
 def matching(side: str, device: str, count: int) -> Callable:
-    """`count` cells and the anchors of a 1024 px crop, 8 px and larger: 261,888 of them."""
+    """`count` instances and the anchors of a 1024 px crop, 8 px and larger: 261,888 of them."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(count, 2, generator=generator) * 990
-    cells = torch.cat([corner, corner + 8 + 24 * torch.rand(count, 2, generator=generator)], 1)
-    config = recipe("baseline")
+    boxes = torch.cat([corner, corner + 8 + 24 * torch.rand(count, 2, generator=generator)], 1)
+    config = make_config("baseline")
     sizes = tuple((size,) for size in config.anchor_sizes)
     levels = [torch.zeros(1, 1, 1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
     images = ImageList(torch.zeros(1, 3, 1024, 1024), [(1024, 1024)])
     (anchors,) = AnchorGenerator(sizes, (config.anchor_ratios,) * 5)(images, levels)
-    cells, anchors = cells.to(device), anchors.to(device)
+    boxes, anchors = boxes.to(device), anchors.to(device)
     if side == "ours":
         ours = BlockMatcher(0.7, 0.3, allow_low_quality_matches=True)
-        return lambda: {"matched": int((ours((cells, anchors)) >= 0).sum())}
-    stock = Matcher(0.7, 0.3, allow_low_quality_matches=True)
-    return lambda: {"matched": int((stock(box_iou(cells, anchors)) >= 0).sum())}
+        return lambda: {"matched": int((ours((boxes, anchors)) >= 0).sum())}
+    baseline = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+    return lambda: {"matched": int((baseline(box_iou(boxes, anchors)) >= 0).sum())}
 
 
-# Detections to run lengths
+# Detections to RLE
 
 
 def predicted_masks(count: int, height: int, width: int, device: str):
-    """Boxes of `count` cells of 10 to 40 px and blurred noise as their 28 x 28 masks."""
+    """Boxes of `count` instances of 10 to 40 px and blurred noise as their 28 x 28 masks."""
     torch.manual_seed(0)
     corner = torch.rand(count, 2) * torch.tensor([width - 41, height - 41])
     boxes = torch.cat([corner, corner + 10 + 30 * torch.rand(count, 2)], 1)
@@ -251,30 +259,31 @@ def encode_dense(masks: torch.Tensor) -> list[dict]:
 
 
 def paste(side: str, device: str, count: int, height: int, width: int) -> Callable:
-    """Predicted 28 x 28 masks of `count` cells of 10 to 40 px to COCO RLEs."""
+    """Predicted 28 x 28 masks of `count` instances of 10 to 40 px to COCO RLEs."""
     boxes, masks = predicted_masks(count, height, width, device)
     if side == "ours":
-        return lambda: paste_masks(masks[:, 0], boxes, (height, width), 0.5, True)
+        return lambda: paste_masks(masks[:, 0], boxes, (height, width), 0.5)
     return lambda: encode_dense(paste_masks_in_image(masks, boxes, (height, width))[:, 0] >= 0.5)
 
 
-# Mask NMS
+# Mask NMS: the greedy loop of tiles, views and models
 
 
 def mask_suppression(side: str, device: str, count: int, size: int) -> Callable:
-    """Mask NMS at IoU 0.3 of `count` detections, discs of 9 to 15 px on a field of `size` px."""
+    """Mask NMS at IoU 0.3 of `count` detections, discs of 9 to 15 px on an image of `size` px."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:30, :30] - 14.5
     crops = np.hypot(y, x) <= rng.uniform(9, 15, (count, 1, 1))
     tops, lefts = rng.integers(0, size - 30, (2, count))
     scores = rng.random(count).astype(np.float32)
     if side == "ours":
-        rest = (scores, np.arange(count))
 
         def ours():
-            rles = encode_crops(crops, tops, lefts, size, size)
-            found = Instances(np.zeros((count, 4)), *rest, rles, (size, size))
-            return {"survivors": len(mask_nms(found, 0.3))}
+            rles = encode_masks(crops, tops, lefts, size, size)
+            labels = np.ones(count, np.int64)
+            every = Instances(np.zeros((count, 4)), scores, labels, rles, (size, size))
+            best_first = every.select(np.argsort(-scores, kind="stable"))
+            return {"survivors": len(list(greedy_groups(best_first, np.arange(count), 0.3)))}
 
         return ours
 
@@ -285,11 +294,11 @@ def mask_suppression(side: str, device: str, count: int, size: int) -> Callable:
         flat = flat.flatten(1)[torch.from_numpy(scores).argsort(descending=True)]
         shared, areas = flat @ flat.T, flat.sum(1)
         over = shared / (areas[:, None] + areas - shared) > 0.3
-        kept = torch.ones(count, dtype=torch.bool)
+        survives = torch.ones(count, dtype=torch.bool)
         for i in range(count):
-            if kept[i]:
-                kept[i + 1 :] &= ~over[i, i + 1 :]
-        return {"survivors": int(kept.sum())}
+            if survives[i]:
+                survives[i + 1 :] &= ~over[i, i + 1 :]
+        return {"survivors": int(survives.sum())}
 
     return work
 
@@ -297,8 +306,8 @@ def mask_suppression(side: str, device: str, count: int, size: int) -> Callable:
 # Average precision
 
 
-def random_truth(images: int, cells: int, size: int) -> dict:
-    """Fields of `cells` square cells on a grid."""
+def grid_of_cells(images: int, cells: int, size: int) -> dict:
+    """COCO ground truth of images with `cells` square instances on a grid."""
     side = int(np.ceil(np.sqrt(cells)))
     step = size // side
     numbers = np.arange(1, side * side + 1).reshape(side, side)
@@ -306,23 +315,23 @@ def random_truth(images: int, cells: int, size: int) -> dict:
     ids[::step] = 0
     ids[:, ::step] = 0
     samples = [make_sample([ids], [1 + k % 4]) for k in range(images)]
-    return coco_truth(samples, 4)
+    return coco_ground_truth(samples, CLASSES)
 
 
 def ap(side: str, device: str, images: int, cells: int) -> Callable:
-    """AP of `images` fields with about `cells` detections each, 100 and uncapped."""
-    truth = random_truth(images, cells, 512)
-    answers: dict[int, Instances] = jittered(truth)
+    """AP of `images` images with about `cells` detections each, 100 and uncapped."""
+    known = grid_of_cells(images, cells, 512)
+    predictions = jittered(known)
     if side == "ours":
-        return lambda: {"AP": average_precision(truth, answers)["AP_100"]}
-    results = coco_results(answers)
+        return lambda: {"AP": average_precision(known, predictions)["AP_100"]}
+    results = coco_results(predictions)
 
     def work():
         with redirect_stdout(io.StringIO()):
-            side_truth = COCO()
-            side_truth.dataset = truth
-            side_truth.createIndex()
-            evaluator = COCOeval(side_truth, side_truth.loadRes(results), "segm")
+            coco = COCO()
+            coco.dataset = known
+            coco.createIndex()
+            evaluator = COCOeval(coco, coco.loadRes(results), "segm")
             evaluator.params.maxDets = [100, 1000]  # as ours: two caps, one range of areas
             evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluator.evaluate()
@@ -337,28 +346,30 @@ def ap(side: str, device: str, images: int, cells: int) -> Callable:
 
 
 def benchmark_config(device: str, **changes) -> Config:
-    """The recipe a device is measured with, from random weights: none need to be downloaded."""
+    """The recipe a device is measured with, from random weights: nothing is downloaded."""
     name = "demo" if device == "cpu" else "baseline"
-    return recipe(name, weights="none", score_floor=0.05, **changes)
+    return make_config(name, **dict(weights="none", score_threshold=0.05) | changes)
 
 
-def stock_model(config: Config, device: str) -> MaskRCNN:
-    """torchvision's Mask R-CNN of the same trunk, heads and thresholds as a recipe's."""
+def baseline_model(config: Config, device: str) -> MaskRCNN:
+    """torchvision's Mask R-CNN with the backbone, heads and thresholds of the settings."""
     ours = build_model(config).to(memory_format=torch.contiguous_format)
     sizes = tuple((size,) for size in config.anchor_sizes)
     model = MaskRCNN(
         ours.backbone,
         min_size=round(config.scale * config.crop),
         max_size=100_000,
+        image_mean=ours.backbone.mean,
+        image_std=ours.backbone.std,
         rpn_anchor_generator=AnchorGenerator(sizes, (config.anchor_ratios,) * 5),
         rpn_head=RPNHead(config.fpn_channels, len(config.anchor_ratios), config.rpn_convs),
         rpn_nms_thresh=config.rpn_nms,
         box_head=ours.roi_heads.box_head,
         box_predictor=ours.roi_heads.box_predictor,
-        box_score_thresh=config.score_floor,
+        box_score_thresh=config.score_threshold,
         box_nms_thresh=config.box_nms,
         box_detections_per_img=config.detections,
-        box_batch_size_per_image=config.rois,
+        box_batch_size_per_image=config.roi_batch_size,
         mask_head=ours.roi_heads.mask_head,
         mask_predictor=ours.roi_heads.mask_predictor,
         **{
@@ -371,11 +382,11 @@ def stock_model(config: Config, device: str) -> MaskRCNN:
     return model.to(device)
 
 
-class StockSet(Dataset):
-    """A folder read `count` times an epoch, one boolean mask a cell."""
+class BaselineSet(Dataset):
+    """A folder read `count` times per epoch, one boolean mask per instance."""
 
     def __init__(self, folder: Path, count: int, crop: int):
-        self.count, self.sample = count, stock_sample(folder, crop)
+        self.count, self.sample = count, baseline_sample(folder, crop)
 
     def __len__(self):
         return self.count
@@ -386,7 +397,7 @@ class StockSet(Dataset):
 
 
 def waited(batches, spent: list):
-    """Yields batches; the seconds that each was waited for go to `spent`."""
+    """Yields batches; appends to `spent` the seconds that each was waited for."""
     batches = iter(batches)
     while True:
         start = time.perf_counter()
@@ -397,8 +408,8 @@ def waited(batches, spent: list):
         yield batch
 
 
-def stock_epoch(model, loader, device: str, precision: str) -> None:
-    """One pass as in torchvision's detection reference: no clipping, mixed precision as asked."""
+def baseline_epoch(model, loader, device: str, precision: str) -> None:
+    """One pass as in torchvision's detection reference, without clipping."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -416,36 +427,39 @@ def stock_epoch(model, loader, device: str, precision: str) -> None:
         scaler.update()
 
 
-def training(side: str, device: str, times: int) -> Callable:
-    """An epoch of 8 images (64 on a GPU) of 161 x times^2 cells.
+def new_trainer(config: Config, samples) -> Trainer:
+    """A trainer in a folder of its own, ready for steps."""
+    trainer = Trainer(config, samples, [], new_folder())
+    loader = training_loader(samples, config, config.batch_size)
+    trainer.loader = trainer.accelerator.prepare(loader)
+    trainer.max_steps = trainer.total_steps = 1000
+    trainer.model.train()
+    return trainer
 
-    Stock reads each from its files, ours from memory, as in any epoch after the first.
+
+def training(side: str, device: str, times: int) -> Callable:
+    """An epoch of 8 images (64 on a GPU) of 161 x times^2 instances.
+
+    The baseline reads each from its files, ours from memory, as in any epoch after the first.
     """
     folder, count = tiled_folder(times), 8 if device == "cpu" else 64
     config = benchmark_config(device, lr=1e-4)
     spent = []
-    if side == "stock":
-        model = stock_model(config, device)
-        data = StockSet(folder, count, config.crop)
+    if side == "baseline":
+        model = baseline_model(config, device)
+        data = BaselineSet(folder, count, config.crop)
         workers = 0 if device == "cpu" else 4
         loader = DataLoader(data, config.batch_size, True, num_workers=workers, collate_fn=collate)
         precision = choose_precision(config, torch.device(device))
 
         def epoch():
-            stock_epoch(model, waited(loader, spent), device, precision)
+            baseline_epoch(model, waited(loader, spent), device, precision)
     else:
-        categories = {k: f"class{k}" for k in range(1, 5)}
-        names = [folder.name] * count
-        read = partial(read_named_folder, folder.parent, 4, True)
-        dataset = CellDataset(folder.parent, "folders", names, read, categories, [], {})
-        samples = CellSamples(dataset, 4.0)
-        run = TrainingRun(
-            config, new_folder(), training_loader(samples, config, torch.device(device))
-        )
-        parts = (run.optimizer, run.schedule, run.accelerator, config, tqdm(disable=True))
+        trainer = new_trainer(config, [read_cell_folder(folder, 4)] * count)
 
         def epoch():
-            train_epoch(run.model, waited(run.loader, spent), *parts)
+            for images, targets in waited(trainer.loader, spent):
+                trainer.step(images, targets)
 
     def work():
         spent.clear()
@@ -460,29 +474,30 @@ def training(side: str, device: str, times: int) -> Callable:
 # A test set
 
 
-def drawn_test_set(step: int) -> list[ImageRecord]:
-    """Every `step`-th image of the real test mapping, the real field repeated to its size."""
+def synthetic_test_set(step: int) -> list[ImageRecord]:
+    """Every `step`-th image of the real test mapping, the real image repeated to its size."""
     folder = new_folder()
     path = SHARED_DATA / "hw3-real" / "test_image_name_to_ids.json"
-    field = np.moveaxis(read_image(real_folder() / "image.tif"), 0, 2)
+    real = np.moveaxis(read_image(real_folder() / "image.tif"), 0, 2)
     records = []
     for row in json.loads(path.read_text())[::step]:
         size = (row["height"], row["width"])
-        tiles = [-(-side // length) for side, length in zip(size, field.shape, strict=False)]
-        image = np.tile(field, (*tiles, 1))[: size[0], : size[1]]
+        tiles = [-(-side // length) for side, length in zip(size, real.shape, strict=False)]
+        image = np.tile(real, (*tiles, 1))[: size[0], : size[1]]
         tifffile.imwrite(folder / row["file_name"], image, photometric="rgb", compression="lzw")
         records.append(ImageRecord(folder / row["file_name"], row["id"], *size))
     return records
 
 
-def stock_answers(model, records: list[ImageRecord], config: Config, device: str) -> list[dict]:
+@torch.inference_mode()
+def baseline_results(model, records: list[ImageRecord], config: Config, device: str) -> list[dict]:
     """COCO results as the tutorials make them."""
     rows = []
     for record in records:
         image = torch.from_numpy(tifffile.imread(record.path)).permute(2, 0, 1) / 255
         model.transform.min_size = (round(min(image.shape[1:]) * config.scale),)
         (found,) = model([image.to(device)])
-        masks = found["masks"][:, 0] >= config.mask_threshold[0]
+        masks = found["masks"][:, 0] >= config.mask_threshold
         for rle, box, score, label in zip(
             encode_dense(masks),
             found["boxes"].tolist(),
@@ -504,19 +519,22 @@ def stock_answers(model, records: list[ImageRecord], config: Config, device: str
 
 
 def inference(side: str, device: str, step: int, detections: int) -> Callable:
-    """Reads every `step`-th image of the test set, finds cells and writes their JSON."""
-    records, path = drawn_test_set(step), new_folder() / "results.json"
+    """Reads every `step`-th image of the test set, predicts it and writes the JSON."""
+    records, path = synthetic_test_set(step), new_folder() / "results.json"
     config = benchmark_config(device, detections=detections)
-    model = stock_model(config, device) if side == "stock" else build_model(config).to(device)
-    model.eval()
+    build = baseline_model if side == "baseline" else lambda *_: build_model(config).to(device)
+    model = build(config, device).eval()
 
-    @torch.inference_mode()
     def work():
         start = time.perf_counter()
-        if side == "stock":
-            rows = stock_answers(model, records, config, device)
+        if side == "baseline":
+            rows = baseline_results(model, records, config, device)
         else:
-            rows = coco_results(predict_images([(model, config)], records, config))
+            predictions = {}
+            for record in records:
+                image = torch.from_numpy(read_image(record.path))
+                predictions[record.image_id] = predict_image([(model, config)], image, config)
+            rows = coco_results(predictions)
         path.write_text(json.dumps(rows))
         seconds = time.perf_counter() - start
         return {"images/s": len(records) / seconds, "detections": len(rows)}
@@ -524,23 +542,21 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
     return work
 
 
-# What a single choice is worth: here `stock` is ours without it
+# A single choice: here `baseline` is ours without it
 
 
 def step_layout(side: str, device: str) -> Callable:
-    """Four training steps on one batch of the real field, with and without our layout and AdamW."""
+    """Four training steps on a batch of the real image, with and without our layout and AdamW."""
     config = benchmark_config(device)
-    samples = [read_cell_folder(real_folder(), 4)] * config.batch_size
+    samples = TrainingSet([read_cell_folder(real_folder(), 4)] * config.batch_size, config)
     torch.manual_seed(0)
-    batch = next(iter(training_loader(samples, config, torch.device("cpu"))))
-    images = [image.to(device) for image in batch[0]]
-    targets = [
-        {key: value.to(device) for key, value in target.items() if key != "name"}
-        for target in batch[1]
-    ]
+    images, targets = collate([samples[index] for index in range(len(samples))])
+    for target in targets:
+        del target["name"]
+    images, targets = send_to_device((images, targets), device)
     model = build_model(config).to(device)
     optimizer = build_optimizer(model, config)
-    if side == "stock":
+    if side == "baseline":
         model = model.to(memory_format=torch.contiguous_format)
         model.transform.batch_images = super(InputTransform, model.transform).batch_images
         optimizer = torch.optim.AdamW(optimizer.param_groups)
@@ -561,7 +577,7 @@ def step_layout(side: str, device: str) -> Callable:
 
 
 def grid_sample(cells: int, size: int) -> CellSample:
-    """A field with square cells of at most 20 px on a grid."""
+    """An image with square instances of at most 20 px on a grid."""
     side = int(np.ceil(np.sqrt(cells)))
     places = np.arange(cells)
     pitch = size // side
@@ -574,22 +590,24 @@ def grid_sample(cells: int, size: int) -> CellSample:
 
 
 def there_and_back(side: str, device: str, cells: int, size: int) -> Callable:
-    """From a field's instance map to the mask targets of 128 boxes, and `cells` predicted masks to
-    run lengths: the four places where stock makes one mask a cell."""
+    """Instance map to mask targets of 128 boxes, and `cells` predicted masks to RLE.
+
+    These are the four places where the baseline makes one mask per instance at image size.
+    """
     sample = grid_sample(cells, size)
     torch.manual_seed(0)
     matched = torch.randint(cells, (128,))
     boxes, masks = predicted_masks(cells, size, size, device)
 
     def ours():
-        target = training_target(sample, 1)
-        mask_targets(target, target["boxes"][matched], matched, 28, True)
-        paste_masks(masks[:, 0], boxes, (size, size), 0.5, True)
+        target = training_target(sample)
+        sample_mask_targets(target, target["boxes"][matched], matched, 28)
+        paste_masks(masks[:, 0], boxes, (size, size), 0.5)
 
-    def stock():
+    def baseline():
         dense = sample.layers == torch.arange(1, cells + 1)[:, None, None]
         tight = masks_to_boxes(dense)
         project_masks_on_boxes(dense.to(torch.uint8), tight[matched], matched, 28)
         encode_dense(paste_masks_in_image(masks, boxes, (size, size))[:, 0] >= 0.5)
 
-    return ours if side == "ours" else stock
+    return ours if side == "ours" else baseline

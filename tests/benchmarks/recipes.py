@@ -1,12 +1,11 @@
 """Size and speed of each recipe: `python tests/benchmarks/recipes.py [--device cuda]`.
 
-Random weights on drawn fields: seconds for one field of 500 x 500 px, from pixels to run lengths,
-and for one step of training on a full batch of the recipe; medians after a warm-up. Nothing is
-asserted.
+Random weights on synthetic images: seconds for one image of 500 x 500 px, from pixels to RLE, and
+for one training step on a full batch of the recipe; medians after a warm-up. Nothing is asserted.
 """
 
 import argparse
-from dataclasses import replace
+import os
 from pathlib import Path
 from statistics import median
 import sys
@@ -17,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from src_snippets.config import recipe, RECIPES
-from src_snippets.datasets import CellSamples, open_dataset
-from src_snippets.demo import draw_field, make_demo
-from src_snippets.model import build_model, count_parameters
-from src_snippets.train import train_epoch, training_loader, TrainingRun
-from tests.conftest import detect
+from src_snippets.data.layouts import open_dataset
+from src_snippets.data.samples import CellSamples
+from src_snippets.data.synthetic import draw_field, make_synthetic
+from src_snippets.model.detect import detect
+from src_snippets.model.mask_rcnn import build_model, count_parameters
+from src_snippets.setup.config import make_config, RECIPES
+from tests.benchmarks.cases import new_trainer
 
 
 def seconds(work, device: torch.device, times: int = 3) -> float:
@@ -41,21 +40,18 @@ def seconds(work, device: torch.device, times: int = 3) -> float:
 
 def measure(name: str, device: torch.device, root: Path) -> list[str]:
     """A row of the table."""
-    config = recipe(name, weights="none")
-    config = replace(config, accumulate=1, workers=0, fill=True)
-    image, _ = draw_field(np.random.default_rng(0), 500, 500, 60)
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    config = make_config(name, weights="none", accumulate=1, workers=0)
+    pixels = draw_field(np.random.default_rng(0), 500, 500, 60)[0]
+    image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     model = build_model(config).to(device)
     millions = count_parameters(model) / 1e6
-    found = seconds(lambda: detect(model, [pixels], config), device)
+    per_image = seconds(lambda: detect(model, image, config), device)
     samples = CellSamples(open_dataset(root, config), 1.0)
-    batch = torch.utils.data.Subset(samples, range(config.batch_size))
-    with tempfile.TemporaryDirectory() as folder:
-        run = TrainingRun(config, Path(folder), training_loader(batch, config, device))
-        parts = (run.optimizer, run.schedule, run.accelerator, config, tqdm(disable=True))
-        learned = seconds(lambda: train_epoch(run.model, run.loader, *parts), device)
+    trainer = new_trainer(config, samples)
+    images, targets = next(iter(trainer.loader))
+    per_step = seconds(lambda: trainer.step(images, targets), device)
     crop = f"{config.batch_size} x {config.crop} px, scale {config.scale:g}"
-    return [name, f"{millions:.1f}", f"{found:.2f}", f"{learned:.2f}", crop]
+    return [name, f"{millions:.1f}", f"{per_image:.2f}", f"{per_step:.2f}", crop]
 
 
 def main() -> None:
@@ -63,9 +59,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", help="a part of the recipe's name")
     options = parser.parse_args()
-    print("| recipe | M parameters | s a field | s a step | batch |\n|---|---|---|---|---|")
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    print("| recipe | M parameters | s per image | s per training step | its batch |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        root = make_demo(Path(folder) / "demo", train=8, test=1)
+        root = make_synthetic(Path(folder) / "demo", train=8, test=1)
         for name in RECIPES:
             if options.only in name:
                 row = measure(name, torch.device(options.device), root)

@@ -1,8 +1,8 @@
-"""Measures the same work done the stock way and ours: `python tests/benchmarks/run.py`.
+"""Measures the same work done by torchvision and by us: `python tests/benchmarks/run.py`.
 
 Each case and side runs in a fresh process: inputs are made, one warm-up, then repeats. Reported are
-the median seconds, the peak of memory above what the process holds after the warm-up (on a GPU, of
-the GPU's memory), and stock / ours. Nothing is asserted.
+the median seconds, the peak memory above what the process holds after the warm-up (on a GPU, of
+the GPU's memory), and baseline / ours. Nothing is asserted.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import time
 ROOT = Path(__file__).parents[2]
 LIMIT_GB = 12  # of memory for one process on the CPU; beyond it the table says out of memory
 LIMIT_SECONDS = 1200  # for one side of one case
-PATIENCE = 30  # seconds after which no further repeat begins
-OURS, STOCK = "ours", "stock"
+REPEAT_SECONDS = 30  # after which no further repeat begins
+OURS, BASELINE = "ours", "baseline"
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,22 @@ class Case:
 
 
 CASES = {
-    "training sample, 161 cells, 397x482": Case(
+    "training sample, 161 instances, 397x482": Case(
         "training_sample", dict(times=1), ("decode", "cached"), on_gpu=False
     ),
-    "training sample, 644 cells, 794x964": Case(
+    "training sample, 644 instances, 794x964": Case(
         "training_sample", dict(times=2), ("decode", "cached"), on_gpu=False
     ),
-    "training sample, 1,449 cells, 1191x1446": Case(
+    "training sample, 1,449 instances, 1191x1446": Case(
         "training_sample", dict(times=3), ("decode", "cached"), on_gpu=False, quick=False
     ),
     "colour of a crop of 512 px": Case("colour", on_gpu=False),
-    "200 crops of 50 real sizes, in pairs; stock: padded": Case(
+    "200 crops of 50 real sizes, in pairs; baseline: padded": Case(
         "padding", dict(batch=2), on_gpu=False, quick=False
     ),
-    "mask targets of 128 boxes, 644 cells": Case("box_targets"),
-    "161 cells matched to the anchors of a 1024 px crop": Case("matching", dict(count=161)),
-    "1,449 cells matched to the anchors of a 1024 px crop": Case("matching", dict(count=1449)),
+    "mask targets of 128 boxes, 644 instances": Case("box_targets"),
+    "161 instances matched to the anchors of a 1024 px crop": Case("matching", dict(count=161)),
+    "1,449 instances matched to the anchors of a 1024 px crop": Case("matching", dict(count=1449)),
     "200 detections at 1000x1000 to RLE": Case("paste", dict(count=200, height=1000, width=1000)),
     "1,000 detections at 1771x1760 to RLE": Case(
         "paste", dict(count=1000, height=1771, width=1760), quick=False
@@ -64,21 +64,21 @@ CASES = {
     "mask NMS of 2,000 detections at 2000x2000": Case(
         "mask_suppression", dict(count=2000, size=2000), on_gpu=False, quick=False
     ),
-    "AP of 6 images, 300 cells each": Case("ap", dict(images=6, cells=300), on_gpu=False),
-    "AP of 42 images, 300 cells each": Case(
+    "AP of 6 images, 300 instances each": Case("ap", dict(images=6, cells=300), on_gpu=False),
+    "AP of 42 images, 300 instances each": Case(
         "ap", dict(images=42, cells=300), on_gpu=False, quick=False
     ),
     "128 boxes cut from features of a 512 px crop, and back": Case(
         "pooling", dict(count=128, channels=256, size=512), on_gpu=False
     ),
-    "training epoch, 161 cells a field": Case("training", dict(times=1)),
-    "training epoch, 644 cells a field": Case("training", dict(times=2), quick=False),
-    "4 training steps; stock: contiguous layout, AdamW's default": Case("step_layout"),
+    "training epoch, 161 instances per image": Case("training", dict(times=1)),
+    "training epoch, 644 instances per image": Case("training", dict(times=2), quick=False),
+    "4 training steps; baseline: contiguous layout, AdamW's default": Case("step_layout"),
     "every 20th image of the test set to JSON": Case("inference", dict(step=20, detections=200)),
     "the test set of 101 images to JSON": Case(
         "inference", dict(step=1, detections=200), quick=False
     ),
-    "the same, up to 1,000 detections an image": Case(
+    "the same, up to 1,000 detections per image": Case(
         "inference", dict(step=1, detections=1000), quick=False
     ),
 }
@@ -90,12 +90,12 @@ def growth_cases(quick: bool) -> dict[str, list[tuple[int, str, Case]]]:
     step = 3 if quick else 1
 
     def point(x: int, cells: int, size: int):
-        name = f"growth, {cells} cells on {size} px"
+        name = f"growth, {cells} instances on {size} px"
         return x, name, Case("there_and_back", dict(cells=cells, size=size), on_gpu=False)
 
     return {
-        "cells on a field of 1024 x 1024 px": [point(n, n, 1024) for n in CELLS[::step]],
-        "side in px of a field with 500 cells": [point(s, 500, s) for s in SIDES[::step]],
+        "instances on an image of 1024 x 1024 px": [point(n, n, 1024) for n in CELLS[::step]],
+        "side in px of an image with 500 instances": [point(s, 500, s) for s in SIDES[::step]],
     }
 
 
@@ -136,7 +136,7 @@ def measure(name: str, side: str, device: str, quick: bool) -> dict:
         else:
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before = memory("VmRSS")
-        while len(seconds) < (3 if quick else 5) and sum(seconds) < PATIENCE:
+        while len(seconds) < (3 if quick else 5) and sum(seconds) < REPEAT_SECONDS:
             start = time.perf_counter()
             figures = work()
             if gpu:
@@ -174,7 +174,7 @@ def run_case(name: str, side: str, device: str = "cpu", quick: bool = False) -> 
 
 def as_row(name: str, found: dict[str, dict]) -> str:
     """A line of the table."""
-    stock, ours = found[STOCK], found[OURS]
+    baseline, ours = found[BASELINE], found[OURS]
 
     def text(result, key, digits):
         return result.get("failed") or f"{result[key]:,.{digits}f}"
@@ -182,29 +182,29 @@ def as_row(name: str, found: dict[str, dict]) -> str:
     cells = [name]
     for key, digits in (("seconds", 4), ("peak_mb", 1)):
         ratio = "-"
-        if "failed" not in stock and "failed" not in ours:
-            times = stock[key] / max(ours[key], 1e-9)
+        if "failed" not in baseline and "failed" not in ours:
+            times = baseline[key] / max(ours[key], 1e-9)
             ratio = f"x{times:,.{1 if times >= 10 else 2}f}"
-        cells += [text(stock, key, digits), text(ours, key, digits), ratio]
+        cells += [text(baseline, key, digits), text(ours, key, digits), ratio]
     notes = [
-        f"{side} {r['seconds']:.4f} s" for side, r in found.items() if side not in (STOCK, OURS)
+        f"{side} {r['seconds']:.4f} s" for side, r in found.items() if side not in (BASELINE, OURS)
     ]
     for key, value in ours.get("figures", {}).items():
-        other = stock.get("figures", {}).get(key, value)
-        shown = [f"{v:,}" if type(v) is int else f"{v:,.3g}" for v in (other, value)]
-        if "failed" in stock:
-            notes.append(f"{key} {shown[1]}")
+        other = baseline.get("figures", {}).get(key, value)
+        texts = [f"{v:,}" if type(v) is int else f"{v:,.3g}" for v in (other, value)]
+        if "failed" in baseline:
+            notes.append(f"{key} {texts[1]}")
         elif math.isclose(value, other, abs_tol=1e-6):
-            notes.append(f"{key} {shown[1]} both")
+            notes.append(f"{key} {texts[1]} both")
         else:
-            notes.append(f"{key} {' -> '.join(shown)}")
+            notes.append(f"{key} {' -> '.join(texts)}")
     return "| " + " | ".join([*cells, "; ".join(notes)]) + " |"
 
 
 def measure_growth(quick: bool) -> Iterator[tuple[str, str, list]]:
     """Yields title, side and points (x, result) of each line; a line ends where a side failed."""
     for title, points in growth_cases(quick).items():
-        for side in (STOCK, OURS):
+        for side in (BASELINE, OURS):
             line = []
             for x, name, _ in points:
                 line.append((x, run_case(name, side, quick=quick)))
@@ -214,7 +214,7 @@ def measure_growth(quick: bool) -> Iterator[tuple[str, str, list]]:
 
 
 def plot_growth(lines: list[tuple[str, str, list]], path: Path) -> None:
-    """Draws seconds above megabytes, one column a curve, both axes logarithmic."""
+    """Draws seconds above megabytes, one column per curve, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(title for title, _, _ in lines))
@@ -222,7 +222,7 @@ def plot_growth(lines: list[tuple[str, str, list]], path: Path) -> None:
     axes = figure.subplots(2, len(titles), sharex="col", sharey="row", squeeze=False)
     for title, side, line in lines:
         column = titles.index(title)
-        color = {STOCK: "#b04a2f", OURS: "#1f6fb4"}[side]
+        color = {BASELINE: "#b04a2f", OURS: "#1f6fb4"}[side]
         done = [(x, result) for x, result in line if "failed" not in result]
         for axis, key, unit in zip(
             axes[:, column], ("seconds", "peak_mb"), ("seconds", "MB"), strict=True
@@ -277,13 +277,13 @@ def main() -> None:
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-    print("| case | stock s | ours s | ratio | stock MB | ours MB | ratio | also |")
+    print("| case | baseline s | ours s | ratio | baseline MB | ours MB | ratio | also |")
     print("|---|---|---|---|---|---|---|---|")
     figures = {}
     for name, case in chosen.items():
         figures[name] = {
             side: run_case(name, side, options.device, options.quick)
-            for side in (STOCK, OURS, *case.extra)
+            for side in (BASELINE, OURS, *case.extra)
         }
         print(as_row(name, figures[name]), flush=True)
     if options.figure:

@@ -1,7 +1,6 @@
-"""What `ablate.py`, `leakage.py` and `race.py` share: timed trainings, kept results."""
+"""What `ablate.py`, `leakage.py` and `race.py` share: timed trainings, results in a file."""
 
 import argparse
-from dataclasses import replace
 import json
 import os
 from pathlib import Path
@@ -10,9 +9,15 @@ from types import SimpleNamespace
 
 import torch
 
-from src_snippets import train
-from src_snippets.config import Config, recipe
-from src_snippets.datasets import CellSamples, open_dataset, write_json
+from src_snippets.data.layouts import open_dataset
+from src_snippets.data.samples import CellSamples
+from src_snippets.data.structures import coco_ground_truth, Instances
+from src_snippets.inference.predict import predict_image
+from src_snippets.setup.config import change_config, Config, make_config
+from src_snippets.setup.files import write_json
+from src_snippets.training import trainer
+from src_snippets.training.checkpoints import load_trained
+from src_snippets.training.metrics import average_precision
 
 
 def core_seconds() -> float:
@@ -21,7 +26,7 @@ def core_seconds() -> float:
 
 
 def command_line(description: str, minutes: float, out: str) -> argparse.ArgumentParser:
-    """The options that all of them have, with their defaults of these two."""
+    """The options that all of them have, with their defaults of `minutes` and `out`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="a dataset's folder")
     parser.add_argument("--minutes", type=float, default=minutes, help="of one training")
@@ -38,28 +43,51 @@ def choose_clock(parser: argparse.ArgumentParser, device: str) -> None:
     Other work beside it makes threads wait for each other and costs steps.
     """
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when it is first asked
-        train.time = SimpleNamespace(perf_counter=core_seconds, time=time.time)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when CUDA is first used
+        trainer.time = SimpleNamespace(
+            perf_counter=core_seconds, monotonic=core_seconds, time=time.time
+        )
     elif not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU on this machine")
 
 
-def timed_settings(options, minutes: float, **changes) -> Config:
-    """Settings whose epochs have no limit but the time; their end is not looked at in training."""
+def timed_config(options, samples: CellSamples, minutes: float, **changes) -> Config:
+    """Settings that train until the minutes are over, without a validation in between."""
+    names = [str(name) for name in samples.dataset.categories.values()]
     limits = dict(epochs=10_000, eval_every=10_000, train_hours=minutes / 60, detections=600)
-    return recipe(options.recipe, **limits | options.settings | changes)
+    config = make_config(options.recipe, **limits | options.settings | changes)
+    return change_config(config, dict(class_names=names))
 
 
-def for_classes(config: Config, samples: CellSamples) -> Config:
-    """The settings with as many classes as the samples have."""
-    return replace(config, num_classes=len(samples.dataset.categories))
+def read_samples(options) -> CellSamples:
+    """The training images of the dataset."""
+    config = make_config(options.recipe)
+    return CellSamples(open_dataset(options.data, config), config.cache_gb)
 
 
-class Kept:
-    """Results in a file, with what they were measured of.
+def train_timed(config: Config, samples, folder: Path) -> int:
+    """Trains until the time is over, or continues; the number of epochs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return len(trainer.Trainer(config, samples, [], folder).fit())
+
+
+def predict_samples(checkpoint: Path, samples, config: Config) -> list[Instances]:
+    """Predicts samples with a checkpoint, by the thresholds of the settings."""
+    member = load_trained(checkpoint, config)
+    return [predict_image([member], sample.image, config) for sample in samples]
+
+
+def score(samples, predictions: list[Instances], config: Config) -> dict:
+    """`average_precision` of the predictions for samples, in their order."""
+    known = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
+    return average_precision(known, dict(enumerate(predictions, start=1)))
+
+
+class Results:
+    """Results in a JSON file, with what they depend on.
 
     Args:
-        path: of the JSON file.
+        path: of the file.
         options: of the command line; names: those that results depend on; digest: of the data.
 
     Raises:
@@ -77,14 +105,8 @@ class Kept:
 
     def get(self, row: str, column: str, work):
         """The result of a row and column; where there is none, `work()`'s, written at once."""
-        found = self.results.setdefault(row, {})
-        if column not in found:
-            found[column] = work()
+        columns = self.results.setdefault(row, {})
+        if column not in columns:
+            columns[column] = work()
             write_json(dict(about=self.about, results=self.results), self.path)
-        return found[column]
-
-
-def read_samples(options) -> CellSamples:
-    """The training fields of the dataset."""
-    settings = recipe(options.recipe)
-    return CellSamples(open_dataset(options.data, settings), settings.cache_gb)
+        return columns[column]

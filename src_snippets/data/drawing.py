@@ -1,0 +1,121 @@
+"""Draw images with outlined instances; show and save figures."""
+
+# %%
+# @title Drawing: outlines, and figures of samples, augmentations, predictions
+from collections.abc import Sequence
+from pathlib import Path
+
+import IPython
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+import numpy as np
+from scipy.ndimage import maximum_filter, minimum_filter
+
+from src_snippets.data.rle import draw_masks
+from src_snippets.data.samples import image_stem
+from src_snippets.data.structures import CellSample, ground_truth, Instances
+
+# Colours that stains do not have, bright enough to be seen on pink and on purple
+CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#0047ff", "#000000", "#c6a700")
+
+
+def class_color(label: int) -> str:
+    """The colour of a class 1..C, as hex; repeats after seven."""
+    return CLASS_COLORS[(label - 1) % len(CLASS_COLORS)]
+
+
+def brighten(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of an image (3, H, W) uint8 for drawing: a dark one becomes brighter."""
+    high = max(np.percentile(image, 99.9), image.max() / 2)  # few cells on black count too
+    factor = 230 / high if 0 < high < 100 else 1
+    return np.minimum(np.arange(256) * factor, 255).astype(np.uint8)[np.moveaxis(image, 0, 2)]
+
+
+def draw_outlines(image: np.ndarray, instances: Instances, side: int = 480) -> np.ndarray:
+    """(H * f, W * f, 3) uint8: an image (3, H, W) f times as large, about `side`, and outlines."""
+    factor = max(round(side / max(image.shape[1:])), 1)
+    order = np.argsort(instances.scores, kind="stable")  # the best on top
+    ids = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
+    canvas, ids = (p.repeat(factor, 0).repeat(factor, 1) for p in (brighten(image), ids))
+    width = 1 + 2 * max(round(max(ids.shape) / 700), 1)  # a large image is displayed small
+    nearby = maximum_filter(ids, width)
+    edge = nearby != minimum_filter(ids, width)
+    ids = np.where(ids > 0, ids, nearby)[edge]  # the line also lies around its instance
+    colors = np.array([to_rgb(class_color(label)) for label in instances.labels]).reshape(-1, 3)
+    canvas[edge] = (255 * colors[ids - 1]).round()
+    return canvas
+
+
+def add_class_legend(figure: Figure, names: Sequence[str]) -> None:
+    """Put the colours of classes 1..C, called `names`, under a figure."""
+    handles = [Line2D([], [], color=class_color(k + 1), lw=4, label=n) for k, n in enumerate(names)]
+    columns = max(int(12 * figure.get_figwidth() / max(map(len, names))), 1)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def show_image_row(axes, images: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+    """Show images (H, W, 3) with titles in a row of axes, without ticks."""
+    for axis, image, title in zip(axes, images, titles, strict=True):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=10)
+        axis.set_axis_off()
+
+
+def show_figure(figure: Figure, path: Path, alt: str = "") -> None:
+    """Save a figure as PNG; a notebook displays it, with `alt` or its label for screen readers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    if IPython.get_ipython() is None:
+        print(f"figure: {path}")
+    else:
+        alt_text = {"alt": alt or figure.get_label()}  # alt= came with IPython 8, Colab has 7
+        IPython.display.display(IPython.display.Image(filename=str(path), metadata=alt_text))
+
+
+def plot_samples(items: Sequence[tuple], names: Sequence[str]) -> Figure:
+    """Plot (image (3, H, W) uint8, `Instances`, name) each: the image, below it with outlines."""
+    tall = min(max(image.shape[1] / image.shape[2] for image, _, _ in items), 1.2)
+    figure = Figure(figsize=(3.4 * len(items), 6.6 * tall + 1.2), layout="constrained")
+    figure.set_label(f"{len(items)} images; below them the same with cells outlined by class")
+    axes = figure.subplots(2, len(items), squeeze=False)
+    for column, (image, instances, name) in zip(axes.T, items, strict=True):
+        title = f"{image_stem(name)[:12]}  {image.shape[2]} x {image.shape[1]} px"
+        drawn = [brighten(image), draw_outlines(image, instances)]
+        show_image_row(column, drawn, [title, f"{len(instances)} cells"])
+    add_class_legend(figure, names)
+    return figure
+
+
+def plot_augmentations(sample: CellSample, variants: Sequence[CellSample], names) -> Figure:
+    """Plot a sample and random variants of it, ground truth outlined on all."""
+    figure = Figure(figsize=(9.6, 7), layout="constrained")
+    figure.set_label("An image and random variants of it; the outlines move with the cells")
+    axes = figure.subplots(2, (len(variants) + 2) // 2).flat[: len(variants) + 1]
+    drawn = [draw_outlines(s.image.numpy(), ground_truth(s)) for s in (sample, *variants)]
+    show_image_row(axes, drawn, ["original", *(f"variant {k + 1}" for k in range(len(variants)))])
+    add_class_legend(figure, names)
+    return figure
+
+
+def plot_predictions(samples: Sequence[CellSample], predictions, names, marks=()) -> Figure:
+    """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample.
+
+    marks: (missed, false positive) `Instances` of each sample, marked o and X in the prediction.
+    """
+    heights = [sample.size[0] / sample.size[1] for sample in samples]
+    figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
+    figure.set_label("Image, ground truth and prediction side by side, cells outlined by class")
+    rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
+    rows = zip(rows, samples, predictions, marks or [()] * len(samples), strict=True)
+    for row, sample, prediction, marked in rows:
+        image, known = sample.image.numpy(), ground_truth(sample)
+        drawn = [brighten(image), *(draw_outlines(image, each) for each in (known, prediction))]
+        titles = [f"ground truth: {len(known)} cells", f"prediction: {len(prediction)} cells"]
+        for instances, name, marker in zip(marked, ("missed", "false"), "oX", strict=False):
+            x1, y1, x2, y2 = instances.boxes.T * (len(drawn[2]) / len(drawn[0]))  # enlarged
+            row[2].plot((x1 + x2) / 2, (y1 + y2) / 2, marker, ms=8, mfc="white", mec="black")
+            titles[1] += f", {len(instances)} {name} ({marker})"
+        show_image_row(row, drawn, [image_stem(sample.name)[:12], *titles])
+    add_class_legend(figure, names)
+    return figure

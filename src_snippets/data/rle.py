@@ -1,0 +1,152 @@
+"""Run-length encoding: masks as COCO RLE, encoded and decoded by runs or inside their boxes."""
+
+# %% [markdown]
+# ### Encode masks as run lengths
+# An RLE holds the lengths of background and foreground runs, column by column: an image with 1,000
+# instances takes kilobytes. In: runs, masks in their boxes, instance layers or CSV text; out: COCO
+# RLE, and back. The trap: COCO counts down the columns, Kaggle's CSV along the rows.
+
+# %%
+# @title RLE: encode and decode masks, COCO and CSV
+from itertools import pairwise
+
+import numpy as np
+import pycocotools.mask
+
+
+def encode_runs(starts, ends, height: int, width: int) -> dict:
+    """Encode the pixels in `[starts[k], ends[k])` as one COCO RLE; see `encode_many_runs`."""
+    return encode_many_runs(np.zeros(len(starts), np.int64), starts, ends, 1, height, width)[0]
+
+
+def encode_many_runs(owners, starts, ends, count: int, height: int, width: int) -> list[dict]:
+    """Encode runs of pixels as `count` COCO RLEs, `{"size": [height, width], "counts": str}`.
+
+    owners: (K,) ints, the mask 0 .. count - 1 of each run; starts, ends: (K,) ints, column-major
+    offsets of `[start, end)`. The runs of a mask do not overlap; any order.
+    """
+    owners, starts, ends = (np.asarray(v, np.int64) for v in (owners, starts, ends))
+    span, plain = height * width + 1, []
+    keys = np.r_[owners * span + starts, owners * span + ends]
+    keys, repeats = np.unique(keys, return_counts=True)
+    keys = keys[repeats % 2 == 1]  # where a run ends and the next one starts, nothing changes
+    cuts = np.searchsorted(keys, np.arange(count + 1) * span)
+    for owner, (first, last) in enumerate(pairwise(cuts)):
+        bounds = keys[first:last] - owner * span
+        counts = np.diff(bounds, prepend=0, append=height * width).tolist()
+        counts = counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
+        plain.append({"size": [int(height), int(width)], "counts": counts})
+    packed = pycocotools.mask.frPyObjects(plain, height, width) if plain else []
+    return [a | {"counts": b["counts"].decode("ascii")} for a, b in zip(plain, packed, strict=True)]
+
+
+def encode_masks(masks: np.ndarray, tops, lefts, height: int, width: int) -> list[dict]:
+    """Encode masks of one size, (N, h, w) bool, whose corners are at `tops`, `lefts`, (N,) ints.
+
+    A mask may reach over the image's edge where it is empty.
+    """
+    tops, lefts = np.asarray(tops, np.int64), np.asarray(lefts, np.int64)
+    columns = np.pad(masks.transpose(0, 2, 1).astype(np.int8), ((0, 0), (0, 0), (1, 1)))
+    steps, runs = np.diff(columns), []
+    for step in (1, -1):  # starts, then ends, in the same order
+        owners, x, y = np.nonzero(steps == step)
+        runs.append((lefts[owners] + x) * height + tops[owners] + y)
+    return encode_many_runs(owners, *runs, len(masks), height, width)
+
+
+def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
+    """Encode instance layers (L, H, W) ints: N = `count` RLEs, that of id `i` at `i - 1`."""
+    _, height, width = layers.shape
+    runs = [np.zeros((3, 0), np.int64)]
+    for layer in layers:
+        pixels = layer.T.ravel()
+        bounds = np.r_[0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1, pixels.size]
+        ids = pixels[bounds[:-1]].astype(np.int64)
+        runs.append(np.stack([ids - 1, bounds[:-1], bounds[1:]])[:, ids > 0])
+    return encode_many_runs(*np.concatenate(runs, axis=1), count, height, width)
+
+
+def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends, (K,) int64 column-major offsets, of the foreground runs of a COCO RLE.
+
+    Raises ValueError where counts do not fill H x W. Source: rleToString in COCO's maskApi.c.
+    """
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):  # 5 bits a character; bit 5: another character follows
+        text = counts.encode() if isinstance(counts, str) else counts
+        codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+        last = np.flatnonzero((codes & 0x20) == 0)
+        first = np.r_[0, last + 1][:-1]
+        codes = codes[: last[-1] + 1 if len(last) else 0]
+        place = 5 * (np.arange(len(codes)) - np.repeat(first, last - first + 1))
+        counts = np.add.reduceat((codes & 0x1F) << place, first)
+        counts -= (codes[last] >> 4 & 1) << place[last] + 5  # bit 4 of the last one is the sign
+        # From the fourth on, a count is stored as the difference to the one two places before.
+        counts[1::2], counts[2::2] = np.cumsum(counts[1::2]), np.cumsum(counts[2::2])
+    counts, (height, width) = np.asarray(counts, np.int64), rle["size"]
+    if (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(f"RLE counts add up to {counts.sum()}, expected {height} x {width} pixels")
+    bounds = np.cumsum(counts)
+    starts, ends = bounds[0:-1:2], bounds[1::2]
+    return starts[ends > starts], ends[ends > starts]
+
+
+def mask_areas(rles: list[dict]) -> np.ndarray:
+    """(N,) int64, the foreground pixels of N RLEs."""
+    return np.array([pycocotools.mask.area(rle) for rle in rles], np.int64)
+
+
+def run_pixels(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """(A,) int64, the offsets of all pixels in the runs `[starts[k], ends[k])`."""
+    lengths = ends - starts
+    return np.repeat(ends - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
+
+
+def pixel_indices(rle: dict) -> np.ndarray:
+    """(A,) int64, the row-major offsets of an RLE's pixels, ascending."""
+    height, width = rle["size"]
+    columns, rows = np.divmod(run_pixels(*decode_runs(rle)), height)
+    return np.sort(rows * width + columns)
+
+
+def crop_mask(rle: dict) -> tuple[np.ndarray, int, int]:
+    """The mask (h, w) bool in its tight box, its top row and left column; at least one pixel."""
+    columns, rows = np.divmod(run_pixels(*decode_runs(rle)), rle["size"][0])
+    top, left = int(rows.min()), int(columns.min())
+    mask = np.zeros((rows.max() - top + 1, columns.max() - left + 1), bool)
+    mask[rows - top, columns - left] = True
+    return mask, top, left
+
+
+def draw_masks(rles: list[dict], values, height: int, width: int) -> np.ndarray:
+    """Draw masks with `values` (N,) into (H, W) int32, 0 elsewhere; later ones on top."""
+    flat = np.zeros(height * width, np.int32)
+    for rle, value in zip(rles, values, strict=True):
+        flat[run_pixels(*decode_runs(rle))] = value
+    return flat.reshape(width, height).T
+
+
+def rle_to_csv(rle: dict) -> str:
+    """An RLE as pairs of start and length as Kaggle has them: row-major, the first pixel is 1."""
+    pixels = pixel_indices(rle)
+    runs = np.split(pixels, np.flatnonzero(np.diff(pixels) != 1) + 1)
+    return " ".join(f"{run[0] + 1} {len(run)}" for run in runs if len(run))
+
+
+def csv_to_pixels(text: str, count: int) -> np.ndarray:
+    """(A,) int64, ascending row-major offsets of the pixels in text as from `rle_to_csv`.
+
+    count: pixels of the image. Raises ValueError for other text, pixels outside or listed twice.
+    """
+    words = text.split()
+    if len(words) % 2 or not all(word.isdecimal() and len(word) < 19 for word in words):
+        raise ValueError(f"{text[:40]!r}; expected pairs of start and length")
+    starts, lengths = np.array(words, np.int64).reshape(-1, 2).T
+    ends = starts + lengths
+    if (np.minimum(starts, lengths) < 1).any() or (ends > count + 1).any():
+        raise ValueError(f"{text[:40]!r}; expected pixels from 1 to {count}, lengths from 1 on")
+    order = np.argsort(starts)
+    starts, ends = starts[order] - 1, ends[order] - 1
+    if (starts[1:] < ends[:-1]).any():
+        raise ValueError("pixels that are listed twice")
+    return run_pixels(starts, ends)

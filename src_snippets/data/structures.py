@@ -1,0 +1,135 @@
+"""The two data structures that everything passes through: `CellSample` and `Instances`."""
+
+# %% [markdown]
+# ### Hold images, ground truth and predictions
+# `CellSample` is an image with its ground truth, `Instances` is the prediction for one image.
+# Shape letters everywhere: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
+# The traps: boxes are XYXY in pixels with the right and lower edge outside (an instance in column 3
+# alone spans x from 3 to 4); crowds are left out of training and ignored in evaluation.
+
+# %%
+# @title CellSample, Instances, and layers that hold instances
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import find_objects
+import torch
+from torch import Tensor
+
+from src_snippets.data.rle import encode_layers, mask_areas
+
+
+@dataclass(frozen=True)
+class CellSample:
+    """One image and its ground truth; instances that do not overlap share a layer."""
+
+    image: Tensor  # (3, H, W) uint8, RGB
+    layers: Tensor  # (L, H, W) int16 (int32 from N = 32,768 on): ids 1..N, 0 = background; L >= 1
+    labels: Tensor  # (N,) int64, class 1..C of id i at labels[i - 1]; -k: a crowd of class k
+    name: str = ""  # path of the image below the dataset
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return tuple(self.image.shape[-2:])
+
+
+@dataclass(frozen=True, repr=False)
+class Instances:
+    """The prediction for one image, best first, or its ground truth with scores of 1."""
+
+    boxes: np.ndarray  # (N, 4) float32, XYXY pixels, inside the image
+    scores: np.ndarray  # (N,) float32, 0..1
+    labels: np.ndarray  # (N,) int64, 1..C
+    rles: Sequence[dict]  # N COCO RLEs at image size
+    size: tuple[int, int]  # height and width of the image in pixels
+
+    def __len__(self):
+        return len(self.rles)
+
+    def __repr__(self):
+        high, (height, width) = (self.scores >= 0.5).sum(), self.size
+        return f"Instances({len(self)} detections, {high} with score >= 0.5, {height} x {width} px)"
+
+    def select(self, index) -> "Instances":
+        """The instances at `index`, (N,) bool, (K,) ints or a slice, in that order."""
+        index = np.arange(len(self))[index]
+        rles = [self.rles[i] for i in index]
+        return Instances(self.boxes[index], self.scores[index], self.labels[index], rles, self.size)
+
+    def above(self, threshold: float) -> "Instances":
+        """The instances with at least that score."""
+        return self.select(self.scores >= threshold)
+
+
+def pack_layers(parts: Iterable[tuple], size: tuple[int, int], overlaps: bool = True):
+    """Pack instances into as few layers as overlaps allow; (layers, labels) of a `CellSample`.
+
+    Args:
+        parts: (pixels, ids, label) each: (K,) row-major offsets, (K,) ints from 1 on that tell the
+            instances of the part apart, and the label of them all.
+        size: H, W.
+        overlaps: False: a pixel belongs to the first part that claims it.
+    """
+    layers, labels = [np.zeros(size[0] * size[1], np.int16)], []
+    for pixels, ids, label in parts:
+        if not overlaps:
+            free = layers[0][pixels] == 0
+            pixels, ids = pixels[free], ids[free]
+        unique, ids = np.unique(ids, return_inverse=True)
+        ids = ids + len(labels) + 1
+        labels += [label] * len(unique)
+        if len(labels) >= 2**15 and layers[0].dtype == np.int16:
+            layers = [layer.astype(np.int32) for layer in layers]
+        layer = next((layer for layer in layers if not layer[pixels].any()), None)
+        if layer is None:
+            layers.append(layer := np.zeros_like(layers[0]))
+        layer[pixels] = ids
+    stacked = np.stack(layers).reshape(len(layers), *size)
+    return torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64)
+
+
+def instance_boxes(layers: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tight boxes (N, 4) float32 XYXY pixels, areas (N,) int64 pixels and layer_index (N,) int64.
+
+    layers: (L, H, W) ints; count: N. An id that does not occur has area 0 and a box of zeros.
+    """
+    boxes, areas = np.zeros((count, 4), np.float32), np.zeros(count + 1, np.int64)
+    layer_index = np.zeros(count, np.int64)
+    for index, layer in enumerate(layers.numpy()):
+        areas += np.bincount(layer.ravel(), minlength=count + 1)
+        for i, region in enumerate(find_objects(layer, max_label=count)):
+            if region is not None:
+                rows, columns = region
+                boxes[i] = columns.start, rows.start, columns.stop, rows.stop
+                layer_index[i] = index
+    return torch.from_numpy(boxes), torch.from_numpy(areas[1:]), torch.from_numpy(layer_index)
+
+
+def ground_truth(sample: CellSample, crowds: bool = False) -> Instances:
+    """The ground truth of a sample; crowds too (with their negative labels) where `crowds`."""
+    count, labels = len(sample.labels), sample.labels.numpy()
+    boxes, _, _ = instance_boxes(sample.layers, count)
+    rles = encode_layers(sample.layers.numpy(), count)
+    every = Instances(boxes.numpy(), np.ones(count, np.float32), labels, rles, sample.size)
+    return every if crowds else every.select(labels > 0)
+
+
+def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, str]) -> dict:
+    """The ground truth of samples as a COCO dictionary; image ids are 1, 2, .. in their order.
+
+    categories: the dataset's own ids and the names of classes 1..C, in this order.
+    """
+    images, rows, ids = [], [], list(categories)
+    for image_id, sample in enumerate(samples, start=1):
+        height, width = sample.size
+        images.append(dict(id=image_id, file_name=sample.name, height=height, width=width))
+        known = ground_truth(sample, crowds=True)
+        columns = (known.boxes.tolist(), known.labels.tolist(), known.rles, mask_areas(known.rles))
+        for (x1, y1, x2, y2), label, rle, area in zip(*columns, strict=True):
+            row = dict(id=len(rows) + 1, image_id=image_id, category_id=ids[abs(label) - 1])
+            row |= dict(segmentation=rle, area=int(area), bbox=[x1, y1, x2 - x1, y2 - y1])
+            rows.append(row | dict(iscrowd=int(label < 0)))
+    named = [dict(id=key, name=name) for key, name in categories.items()]
+    return dict(images=images, annotations=rows, categories=named)

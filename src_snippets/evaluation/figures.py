@@ -1,0 +1,204 @@
+"""Two figures of the evaluation: six panels of curves and counts, and a gallery of mistakes."""
+
+# %% [markdown]
+# ### Show what goes wrong
+# Matches of the validation images go in; a figure of six panels and a gallery of the worst mistakes
+# come out. The trap: precision, thresholds and scores take all detections; classes, counts, recall
+# and the gallery take those that are exported, from `export_score_threshold` on.
+
+# %%
+# @title plot_evaluation: six panels
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+from skimage.measure import find_contours
+from sklearn.metrics import ConfusionMatrixDisplay
+
+from src_snippets.data.drawing import add_class_legend, brighten, class_color
+from src_snippets.data.rle import crop_mask, mask_areas
+from src_snippets.data.structures import ground_truth, Instances
+from src_snippets.evaluation.matching import ap50, mask_pairs, matches_above, precision_curve
+from src_snippets.setup.config import Config
+
+
+def draw_scores(axes, table: pd.DataFrame, config: Config, names: Sequence[str]) -> None:
+    """Draw precision over recall, F1 and AP50 over the score threshold, and scores: 3 axes."""
+    labels, recall = range(1, len(names) + 1), np.linspace(0, 1, 101)
+    casing = [withStroke(linewidth=3, foreground="#777777")]  # yellow on white
+    for label, name in zip(labels, names, strict=True):
+        style = dict(color=class_color(label), path_effects=casing, label=name)
+        axes[0].plot(recall, precision_curve(table, label), **style)
+    for column, iou, line in (("tp50", 0.5, "k-"), ("tp75", 0.75, "k--")):
+        mean = pd.DataFrame([precision_curve(table, k, column) for k in labels]).mean()
+        axes[0].plot(recall, mean, line, label=f"mean, IoU {iou}: AP {mean.mean():.3f}")
+    axes[0].set(
+        xlabel="recall", ylabel="precision", title="Precision over recall, by class: IoU 0.5"
+    )
+    thresholds = np.linspace(0.05, 0.95, 19)
+    parts = [matches_above(table, threshold) for threshold in thresholds]
+    sizes = [max((p.label > 0).sum() + (p.target_label > 0).sum(), 1) for p in parts]
+    f1 = [2 * p.tp50.sum() / size for p, size in zip(parts, sizes, strict=True)]
+    axes[1].plot(thresholds, [ap50(part) for part in parts], "k-", label="AP50")
+    axes[1].plot(thresholds, f1, "k--", label="F1, all classes")
+    for name, line in (("score_threshold", "-"), ("export_score_threshold", "--")):
+        axes[1].axvline(getattr(config, name), color="#d62728", linestyle=line, label=name)
+    axes[1].set(xlabel="minimum score", title="AP50 and F1 over the threshold", ylim=(0, 1.02))
+    found = table[table.detection >= 0]
+    for hit, name, color in ((True, "true", "#2ca02c"), (False, "false", "#d62728")):
+        style = dict(color=color, label=f"{name} positives", histtype="step", linewidth=2)
+        axes[2].hist(found.score[found.tp50 == hit], np.linspace(0, 1, 21), **style)
+    axes[2].set(xlabel="score", ylabel="detections", title="Scores, IoU 0.5", yscale="symlog")
+
+
+def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
+    """Draw the confusion matrix, counts per image and recall by size: 3 axes."""
+    labels, rng = [*range(1, len(names) + 1), 0], np.random.default_rng(0)
+    counts = pd.crosstab(table.target_label, table.label)
+    counts = counts.reindex(index=labels, columns=labels, fill_value=0).to_numpy()
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    matrix = ConfusionMatrixDisplay(fractions, display_labels=[*names, "background"])
+    matrix.plot(ax=axes[0], cmap="Blues", colorbar=False, xticks_rotation=20)
+    for text, count, fraction in zip(matrix.text_.flat, counts.flat, fractions.flat, strict=True):
+        text.set_text(f"{count:,}\n{fraction:.0%}")
+    matrix.text_[-1, -1].set_text("")  # background is not counted
+    axes[0].set(xlabel="predicted", ylabel="true", title="Classes, percent of the row")
+    sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
+    sides = [side.reindex(columns=labels, fill_value=0) for side in sides]
+    for label, name in enumerate(names, start=1):
+        error = (sides[1][label] - sides[0][label]).abs().mean()
+        dots = [side[label] + rng.uniform(-0.3, 0.3, len(side)) for side in sides]
+        style = dict(color=class_color(label), markeredgecolor="#555555", alpha=0.6)
+        axes[1].plot(*dots, "o", label=f"{name}, mean error {error:.1f}", **style)
+    axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
+    ticks = [t for t in (0, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= max(axes[1].get_xlim()[1], 2)]
+    axes[1].set_xscale("symlog", linthresh=10)  # by ratio from 10 on
+    axes[1].set_yscale("symlog", linthresh=10)
+    axes[1].set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
+    axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
+    known = table[table.target >= 0].sort_values("target_area")
+    for part in np.array_split(np.arange(len(known)), 6):
+        group = known.iloc[part]
+        if len(group):
+            test = binomtest(int((group.label == group.target_label).sum()), len(group))
+            errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
+            side = np.sqrt(group.target_area).mean()
+            axes[2].errorbar(side, test.statistic, errors, fmt="o", color="#1f6fb4")
+    axes[2].set(xlabel="size (square root of the area), px", ylabel="recall", ylim=(0, 1.02))
+    axes[2].set_title("Recall by size, 95% CI")
+
+
+def plot_evaluation(table: pd.DataFrame, config: Config, class_names: Sequence[str]) -> Figure:
+    """Plot six panels from the matches of `match_table`."""
+    figure = Figure(figsize=(16, 9.5), layout="constrained")
+    figure.set_label(
+        "Precision, thresholds, scores, classes, counts and recall on validation images"
+    )
+    upper, lower = figure.subplots(2, 3)
+    draw_scores(upper, table, config, class_names)
+    draw_exported(lower, matches_above(table, config.export_score_threshold), class_names)
+    for axis in (*upper, lower[1]):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+# %%
+# @title plot_mistakes: a gallery, the worst first
+MISTAKES = ("missed", "invented", "wrong class", "merged or split", "duplicate")
+PREDICTION_STYLE = dict(color="black", gapcolor="white", linestyle=(0, (3, 2)), linewidth=2)
+WINNER_STYLE = dict(color="#d62728", linestyle=(0, (1, 1)), linewidth=2)
+
+
+def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
+    """List mistakes, worst first: kind, rank, image, detections and targets (lists of indices).
+
+    A merge has most of several instances in it, one of them missed; a split instance has most of
+    several detections in it, one without a match. After a duplicate comes the better detection.
+    """
+    rows = []
+    for image, own in table.groupby("image"):
+        found, truth = predictions[image], truths[image]
+        scores, areas, target_areas = found.scores, mask_areas(found.rles), mask_areas(truth.rles)
+        invented, missed = {*own.detection[own.target < 0]}, {*own.target[own.detection < 0]}
+        pairs, match = mask_pairs(found, truth), own.set_index("target").detection
+        pairs = pairs[pairs.detection.isin(own.detection) & pairs.target.isin(own.target)]
+        again = pairs[(pairs.iou >= 0.5) & pairs.detection.isin(invented)]
+        for d, t in zip(again.detection, again.target, strict=True):
+            rows.append(("duplicate", scores[d], image, [d, match[t]], [t]))
+        invented -= {*again.detection}
+        merges = pairs[2 * pairs.shared > target_areas[pairs.target]].groupby("detection").target
+        for d, group in merges:
+            if len(group) > 1 and missed & {*group}:
+                rows.append(("merged or split", len(group), image, [d], list(group)))
+                invented, missed = invented - {d}, missed - {*group}
+        splits = pairs[2 * pairs.shared > areas[pairs.detection]].groupby("target").detection
+        for t, group in splits:
+            if len(group) > 1 and invented & {*group}:
+                rows.append(("merged or split", len(group), image, list(group), [t]))
+                invented, missed = invented - {*group}, missed - {t}
+        wrong = own[(own.label > 0) & (own.target_label > 0) & (own.label != own.target_label)]
+        for d, t in zip(wrong.detection, wrong.target, strict=True):
+            rows.append(("wrong class", scores[d], image, [d], [t]))
+        rows += [("missed", target_areas[t], image, [], [t]) for t in sorted(missed)]
+        rows += [("invented", scores[d], image, [d], []) for d in sorted(invented)]
+    mistakes = pd.DataFrame(rows, columns=["kind", "rank", "image", "detections", "targets"])
+    return mistakes.sort_values("rank", ascending=False, kind="stable")
+
+
+def draw_outline(axis, rle: dict, **style) -> None:
+    """Draw the outline of a mask in pixels of its image."""
+    mask, top, left = crop_mask(rle)
+    for line in find_contours(np.pad(mask, 1), 0.5):
+        axis.plot(line[:, 1] + left - 1, line[:, 0] + top - 1, **style)
+
+
+def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Instances, names):
+    """Draw a row of `find_mistakes` where it is in its image (3, H, W) uint8."""
+    boxes = np.concatenate([found.boxes[mistake.detections], truth.boxes[mistake.targets]])
+    low, high, size = boxes[:, :2].min(0), boxes[:, 2:].max(0), np.array(truth.size[::-1])
+    side = max(2 * (high - low).max(), 64)  # px
+    first = ((low + high - side) / 2).clip(0, np.maximum(size - side, 0))
+    last = np.minimum(first + side, size)
+    axis.imshow(brighten(image))
+    near = (truth.boxes[:, :2] < last) & (truth.boxes[:, 2:] > first)
+    for index in np.flatnonzero(near.all(axis=1)):
+        style = dict(color=class_color(abs(truth.labels[index])))
+        draw_outline(axis, truth.rles[index], lw=3 if index in mistake.targets else 1, **style)
+    styles = [PREDICTION_STYLE] * len(mistake.detections)
+    styles[1:] = [WINNER_STYLE] if mistake.kind == "duplicate" else styles[1:]
+    for index, style in zip(mistake.detections, styles, strict=True):
+        draw_outline(axis, found.rles[index], **style)
+    axis.set(xlim=(first[0] - 0.5, last[0] - 0.5), ylim=(last[1] - 0.5, first[1] - 0.5))
+    texts = [f"{found.scores[k]:.2f} {names[found.labels[k] - 1]}" for k in mistake.detections]
+    true = {f"true: {names[truth.labels[k] - 1]}" for k in mistake.targets}
+    axis.set_title("\n".join([*texts[:2], *sorted(true)[:2]]), fontsize=8)
+
+
+def plot_mistakes(samples, predictions, table: pd.DataFrame, config: Config, columns=6) -> Figure:
+    """Plot the worst mistakes, a row for each kind; table: `match_table`, crowds included."""
+    truths = [ground_truth(sample, crowds=True) for sample in samples]
+    exported = matches_above(table, config.export_score_threshold)
+    mistakes, names = find_mistakes(truths, predictions, exported), config.class_names
+    groups = {kind: mistakes[mistakes.kind == kind] for kind in MISTAKES}
+    heights = [2.5 if len(group) else 0.4 for group in groups.values()]
+    figure = Figure(figsize=(2 * columns + 1.2, sum(heights) + 0.4), layout="constrained")
+    figure.set_label("Crops around the worst mistakes, ground truth solid, predictions dashed")
+    rows = figure.subplots(len(groups), columns, height_ratios=heights, squeeze=False)
+    for row, (kind, group) in zip(rows, groups.items(), strict=True):
+        text = f"{kind}:\n{len(group) or 'none'}"
+        row[0].text(-0.06, 0.5, text, ha="right", va="center", transform=row[0].transAxes)
+        for axis in row:
+            axis.set_axis_off()
+        for axis, mistake in zip(row, group.itertuples(), strict=False):
+            sides = truths[mistake.image], predictions[mistake.image]
+            draw_mistake(axis, mistake, samples[mistake.image].image.numpy(), *sides, names)
+    lines = {"prediction": PREDICTION_STYLE, "prediction that has the instance": WINNER_STYLE}
+    handles = [Line2D([], [], label=name, **style) for name, style in lines.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    add_class_legend(figure, [f"true {name}" for name in names])
+    return figure

@@ -1,0 +1,196 @@
+"""Exports: `Instances` -> label images, outlines for QuPath, tables of cells and counts, COCO."""
+
+# %% [markdown]
+# ### Export for Fiji, napari, QuPath and spreadsheets
+# Every file holds the same cells: overlaps are removed once, and a cell has one number in all of
+# them, from 1 on in each image. Coordinates count from the upper left edge of the image. The trap:
+# scores are lost in most of these files, so weak detections should be left out before.
+
+# %%
+# @title Outlines and measurements of cells
+from collections.abc import Mapping, Sequence
+import os
+from pathlib import Path
+import uuid
+
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+from skimage.color import hed_from_rgb
+from skimage.measure import find_contours, regionprops_table
+import tifffile
+from tqdm.auto import tqdm
+
+from src_snippets.data.drawing import class_color
+from src_snippets.data.layouts import ImageRecord
+from src_snippets.data.rle import crop_mask, draw_masks, mask_areas
+from src_snippets.data.structures import CellSample, ground_truth
+from src_snippets.data.synthetic import save_rgba
+from src_snippets.evaluation.matching import visible_instances
+from src_snippets.inference.submission import BadResults
+from src_snippets.setup.files import atomic_write, clear_folder, write_json
+from src_snippets.training.metrics import coco_results
+
+MEASURES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
+MEASURES += ("eccentricity", "solidity", "bbox", "intensity_mean")
+MEASURE_NAMES = ("cell", "area_px", "centroid_y_px", "centroid_x_px", "major_axis_px")
+MEASURE_NAMES += ("minor_axis_px", "eccentricity", "solidity", "top", "left", "bottom", "right")
+MEASURE_NAMES += ("intensity", "hematoxylin_od", "eosin_od")
+
+
+def measure_cells(numbers: np.ndarray, image: np.ndarray, um_per_px: float) -> pd.DataFrame:
+    """Measure each cell of a label image (H, W) ints and its image (3, H, W) uint8, a row each.
+
+    Lengths in pixels, also in um unless `um_per_px` is 0. Stains are optical densities to base 10,
+    NaN in a grey image. Source: Ruifrok and Johnston 2001, the vectors of scikit-image.
+    """
+    density = np.moveaxis(-np.log10(np.maximum(image, 1) / 255), 0, 2)
+    stains = density @ hed_from_rgb[:, :2] * (1 if (image != image[0]).any() else np.nan)
+    values = np.dstack([image.mean(axis=0), stains])
+    table = pd.DataFrame(regionprops_table(numbers, values, properties=MEASURES))
+    table = table.set_axis(MEASURE_NAMES, axis=1)
+    table[["centroid_x_px", "centroid_y_px"]] += 0.5  # from pixel centres to the image's edge
+    if um_per_px:
+        um = table.filter(regex="(centroid|axis).*_px") * um_per_px
+        table["area_um2"] = table.area_px * um_per_px**2
+        table = table.join(um.rename(columns=lambda name: name.replace("_px", "_um")))
+    return table.round(3)
+
+
+def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
+    """Trace a mask (h, w) bool along its pixels' edges; its corner is at row `top`, column `left`.
+
+    Returns a polygon per piece: closed rings of [x, y] px, the outer one, then holes, wound as RFC
+    7946 asks (counter-clockwise, clockwise if y goes up). No ring meets itself.
+    """
+    pieces, count = ndimage.label(mask)
+    polygons = [[] for _ in range(count)]
+    for piece, rings in enumerate(polygons, start=1):
+        # "high": of two holes that touch at a corner each has a ring of its own
+        for line in find_contours(np.pad(pieces == piece, 1), 0.5, "high"):
+            first, second = line[:-1] - 0.5, line[1:] - 0.5  # middles of pixel edges
+            bends = (first != second).all(axis=1)
+            corners = np.where(first % 1 == 0, first, second)[bends, ::-1] + (left, top)
+            rings.append(np.append(corners, corners[:1], axis=0).astype(int).tolist())
+        rings.sort(key=min)  # the outer one is farthest to the left
+    return polygons
+
+
+def qupath_feature(rle: dict, label: int, cell: dict) -> dict:
+    """A cell, a row of `cells.csv`, as a GeoJSON feature for QuPath (from 0.4 on).
+
+    Source: the fields that `QuPathTypeAdapters` in qupath-core reads.
+    """
+    polygons, key = trace_polygons(*crop_mask(rle)), f"{cell['image']} {cell['cell']} {rle}"
+    shape = dict(type="MultiPolygon", coordinates=polygons)
+    if len(polygons) == 1:
+        shape = dict(type="Polygon", coordinates=polygons[0])
+    color = list(bytes.fromhex(class_color(label)[1:]))
+    properties = dict(
+        objectType="detection",
+        name=str(cell["cell"]),
+        classification=dict(name=cell["class"], color=color),
+        measurements={k: v for k, v in list(cell.items())[3:] if v == v},  # without NaN
+    )
+    identity = str(uuid.uuid5(uuid.NAMESPACE_OID, key))
+    return dict(type="Feature", id=identity, geometry=shape, properties=properties)
+
+
+# %%
+# @title write_exports, write_cell_folder
+def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
+    """Write a label image (H, W): uint16, from 65,536 cells on uint32; its scale as in ImageJ."""
+    numbers = numbers.astype(np.uint16 if numbers.max(initial=0) < 2**16 else np.uint32)
+    options = dict(resolution=(1 / um_per_px,) * 2, resolutionunit="NONE") if um_per_px else {}
+    options |= dict(description="ImageJ=1.54f\nunit=um\n") if um_per_px else {}
+    with atomic_write(path) as partial:
+        tifffile.imwrite(partial, numbers, compression="zlib", metadata=None, **options)
+
+
+def coco_dataset(instances, images: Sequence[ImageRecord], categories: Mapping[int, str]) -> dict:
+    """A COCO dataset of `Instances` by image id, with scores; categories: names by id."""
+    rows, ids = coco_results(instances), list(categories)
+    areas = mask_areas([row["segmentation"] for row in rows]).tolist()
+    for number, (row, area) in enumerate(zip(rows, areas, strict=True), start=1):
+        row |= dict(id=number, category_id=ids[row["category_id"] - 1], area=area, iscrowd=0)
+    records, above = [], Path(os.path.commonpath([image.path.parent for image in images]))
+    for path, image_id, height, width in images:
+        name = path.relative_to(above).as_posix()
+        records.append(dict(id=image_id, file_name=name, height=height, width=width))
+    named = [dict(id=key, name=name) for key, name in categories.items()]
+    return dict(images=records, annotations=rows, categories=named)
+
+
+def write_exports(
+    predictions, images: Sequence[ImageRecord], read, folder: Path, categories, um_per_px=0.0
+) -> pd.DataFrame:
+    """Write labels/*.tif, qupath/*.geojson, cells.csv, counts.csv and cells.coco.json.
+
+    Args:
+        predictions: `Instances` by image id; see `visible_instances` for what is left of overlaps.
+        images: at least one; read: gives the (3, H, W) uint8 of one.
+        categories: names of the classes 1..C by the dataset's own ids.
+        um_per_px: micrometres per pixel; 0: unknown, and nothing is given in um or mm.
+
+    Returns:
+        The table of counts.csv, a row per image; raises BadResults for a wrong prediction.
+    """
+    kinds, visible, stems = list(categories.values()), {}, [i.path.stem.casefold() for i in images]
+    for path, image_id, *size in images:
+        found = predictions.get(image_id)
+        if found is None or found.size != tuple(size) or found.labels.max(initial=0) > len(kinds):
+            raise BadResults(f"{path}: {found}, expected {size} px, {len(kinds)} classes.")
+        visible[image_id] = visible_instances(found)
+    coco, tables, areas = coco_dataset(visible, images, categories), [], {}
+    for part, suffix in (("labels", ".tif"), ("qupath", ".geojson")):
+        clear_folder(folder / part, suffix)
+    for image in tqdm(images, desc="exports"):
+        instances, pixels, name = visible[image.image_id], read(image), image.path.stem
+        if pixels.shape != (3, *instances.size):
+            raise BadResults(f"{image.path}: {pixels.shape}, expected (3, *{instances.size}).")
+        name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
+        numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
+        save_label_image(numbers, folder / "labels" / f"{name}.tif", um_per_px)
+        table = measure_cells(numbers, pixels, um_per_px)
+        table.insert(0, "image", name)
+        table.insert(2, "class", [kinds[label - 1] for label in instances.labels])
+        table.insert(3, "score", instances.scores.astype(float).round(4))
+        rows = zip(instances.rles, instances.labels, table.to_dict("records"), strict=True)
+        content = dict(type="FeatureCollection", features=[qupath_feature(*row) for row in rows])
+        write_json(content, folder / "qupath" / f"{name}.geojson")
+        tables.append(table)
+        areas[name] = numbers.size * um_per_px**2 / 1e6
+    cells = pd.concat(tables)
+    counts = pd.crosstab(cells.image, cells["class"])
+    counts = counts.reindex(index=list(areas), columns=kinds, fill_value=0)
+    counts["all"] = counts.sum(axis=1)
+    if um_per_px:
+        density = counts.div(pd.Series(areas), axis=0).add_suffix("_per_mm2").round(3)
+        counts = counts.assign(area_mm2=pd.Series(areas)).join(density)
+    counts = counts.rename_axis(index="image", columns=None).reset_index()
+    for name, table in (("cells.csv", cells), ("counts.csv", counts)):
+        with atomic_write(folder / name) as partial:
+            table.to_csv(partial, index=False)
+    write_json(coco, folder / "cells.coco.json")
+    hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
+    print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
+    return counts
+
+
+def write_cell_folder(sample: CellSample, folder: Path) -> None:
+    """Write a sample as a training folder: `image.tif`, and `classK.tif` for each class in it.
+
+    Raises ValueError for a crowd, and for instances of one class that overlap.
+    """
+    truth, maps = ground_truth(sample, crowds=True), {}
+    for label in np.unique(truth.labels).tolist():
+        own = np.flatnonzero(truth.labels == label)
+        rles = [truth.rles[index] for index in own]
+        maps[label] = draw_masks(rles, own + 1, *truth.size).astype(np.float64)
+        if label < 0 or (maps[label] > 0).sum() < mask_areas(rles).sum():
+            problem = "a crowd" if label < 0 else "instances that overlap"
+            raise ValueError(f"{sample.name}: {problem} of class {abs(label)}, expected a map.")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_rgba(np.moveaxis(sample.image.numpy(), 0, 2), folder / "image.tif")
+    for label, drawn in maps.items():
+        tifffile.imwrite(folder / f"class{label}.tif", drawn)

@@ -1,0 +1,124 @@
+"""Submission: predictions -> `test-results.json`, its zip and CSV files; the validator of them."""
+
+# %% [markdown]
+# ### Write and check the submission
+# Predictions by image id go out as COCO results in `test-results.json`, in a zip with just that
+# file, and for CSV datasets as Kaggle's tables. Every entry is checked before a file gets its name:
+# one that lies in the results folder is valid. The trap: category ids are the dataset's own.
+
+# %%
+# @title Checked results, CSV submissions, download
+import json
+import os
+from pathlib import Path
+import sys
+import zipfile
+
+from IPython.display import display, FileLink
+import pandas as pd
+import pycocotools.mask
+
+from src_snippets.data.images import require
+from src_snippets.data.layouts import ImageRecord
+from src_snippets.data.rle import decode_runs, rle_to_csv
+from src_snippets.model.detect import without_overlaps
+from src_snippets.setup.files import atomic_write
+from src_snippets.training.metrics import coco_results
+
+ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
+
+
+class BadResults(ValueError):
+    """Results break a rule; the message names the file, the entry and the rule."""
+
+
+def check_entry(entry, sizes: dict[int, tuple], category_ids: list[int]) -> None:
+    """Raise ValueError, with what is wrong with an entry of results; sizes: (H, W) by image id."""
+    known = isinstance(entry, dict) and entry.keys() >= set(ENTRY_KEYS)
+    require(known, f"expected an object with {', '.join(ENTRY_KEYS)}")
+    image_id, category, score, box, rle = (entry[key] for key in ENTRY_KEYS)
+    known = type(image_id) is int and image_id in sizes
+    require(known, f"image_id {image_id!r}; expected that of a test image")
+    known = type(category) is int and category in category_ids
+    require(known, f"category_id {category!r}; expected one of {category_ids}")
+    require(type(score) in (int, float) and 0 <= score <= 1, f"score {score!r}; expected 0..1")
+    known = isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4
+    require(known, f"bbox {box!r}; expected x, y, width, height")
+    (x, y, width, height), size, edge = box, list(sizes[image_id]), 1e-3  # px, float32 edges
+    inside = min(x, y) >= -edge and x + width <= size[1] + edge and y + height <= size[0] + edge
+    known = inside and min(width, height) > 0
+    require(known, f"bbox {box} is empty or leaves the image of {size} (H, W)")
+    known = isinstance(rle, dict) and type(rle.get("counts")) is str and rle.get("size") == size
+    require(known, f"segmentation {str(rle)[:80]}; expected size {size}, counts as text")
+    starts, ends = decode_runs(rle)  # first: pycocotools reads past the end of a broken RLE
+    area, other = int((ends - starts).sum()), int(pycocotools.mask.area(rle))
+    require(area == other > 0, f"segmentation of {area} pixels, for pycocotools {other}")
+
+
+def check_results(path: Path, images: list[ImageRecord], category_ids: list[int]) -> int:
+    """Check every entry of a results file and return their number; raises BadResults."""
+    sizes, part = {image.image_id: (image.height, image.width) for image in images}, "JSON"
+    try:
+        entries = json.loads(Path(path).read_text())
+        require(isinstance(entries, list), f"{type(entries).__name__}; expected a list")
+        for number, entry in enumerate(entries):
+            part = f"entry {number}"
+            check_entry(entry, sizes, category_ids)
+    except ValueError as error:
+        raise BadResults(f"{path}: {part}: {error}") from error
+    return len(entries)
+
+
+def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path, Path]:
+    """Write `test-results.json` and `test-results.zip`, equal bytes for equal predictions.
+
+    predictions: `Instances` by id of every image; category_ids: ids of classes 1..C. Raises
+    BadResults where an image has no prediction or an entry breaks a rule; earlier files stay.
+    """
+    if missing := sorted({image.image_id for image in images} - set(predictions)):
+        raise BadResults(f"No prediction for {len(missing)} images, such as id {missing[0]}.")
+    results, archive = folder / "test-results.json", folder / "test-results.zip"
+    ids, rows = dict(enumerate(category_ids, start=1)), coco_results(predictions)
+    for row in rows:
+        row["category_id"] = ids.get(row["category_id"])
+    with atomic_write(results) as partial:
+        partial.write_text(json.dumps(rows, allow_nan=False))
+        check_results(partial, images, list(ids.values()))
+    with atomic_write(archive) as partial, zipfile.ZipFile(partial, "w") as file:
+        member = zipfile.ZipInfo(results.name)  # without the time of day
+        member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+        file.writestr(member, results.read_bytes())
+    empty = sum(not len(predictions[image.image_id]) for image in images)
+    print(f"{results}: checked, {len(rows)} detections, {empty} of {len(images)} images without.")
+    return results, archive
+
+
+def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) -> list[Path]:
+    """Write `submission.csv` (id, predicted) and `submission-idx.csv` (idx, id, annotation).
+
+    ids are file names without suffix; an image without detections has "" or -1. No pixel belongs
+    to two instances. Scores are lost: leave weak detections out before.
+    """
+    rows = []
+    for image in images:
+        instances = without_overlaps(predictions[image.image_id])
+        texts = [rle_to_csv(rle) for rle in instances.rles]
+        rows += [(image.path.stem, text) for text in texts or [""]]
+    table = pd.DataFrame(rows, columns=["id", "predicted"])
+    with atomic_write(folder / "submission.csv") as partial:
+        table.to_csv(partial, index=False)
+    table = table.replace("", "-1").rename(columns={"predicted": "annotation"})
+    with atomic_write(folder / "submission-idx.csv") as partial:
+        table.to_csv(partial, index_label="idx")
+    print(f"{folder / 'submission.csv'}: {len(table)} rows for {len(images)} images, no overlaps.")
+    return [folder / "submission.csv", folder / "submission-idx.csv"]
+
+
+def offer_download(path: Path) -> None:
+    """Download a file on Colab; show a link in Jupyter, the path in a script."""
+    if "google.colab" in sys.modules:
+        sys.modules["google.colab"].files.download(str(path))
+    else:
+        link = FileLink(os.path.relpath(path))
+        link.html_link_str = "<a href='%s' download>%s</a>"  # else JupyterLab would open it
+        display(link)

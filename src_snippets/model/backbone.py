@@ -1,0 +1,192 @@
+"""Backbones of timm with an FPN, and the weights they start from."""
+
+# %% [markdown]
+# ### Build the backbone and the FPN
+# A backbone of timm with ImageNet weights extracts features; a feature pyramid (FPN,
+# arXiv:1612.03144) merges them at strides 4 to 64. Weights are looked for below `/kaggle/input`,
+# then downloaded; a run never starts from random weights unless `weights="none"` says so. Where
+# only ImageNet-1k is allowed, take no model of timm whose name has `in12k`, `in21k` or `in22k`.
+
+# %%
+# @title Attention: SE and CBAM
+from itertools import pairwise
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn, Tensor
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from src_snippets.setup.config import Config
+
+
+class SEAttention(nn.Module):
+    """Weighs channels by the whole image (arXiv:1709.01507, equations 2 to 4).
+
+    Twice the sigmoid with zeros in the last layer: the identity at the start of training.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = max(channels // 16, 4)
+        layers = nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+        self.mlp = nn.Sequential(*layers)
+        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self, x):
+        return x * 2 * self.mlp(x.mean((2, 3), keepdim=True)).sigmoid()
+
+    def replace_output(self, stage, inputs, output):
+        """A forward hook of a stage, so that the names of pretrained parameters stay."""
+        return self(output)
+
+
+class CBAMAttention(SEAttention):
+    """Weighs channels, then pixels (arXiv:1807.06521, equations 2 and 3); starts as identity."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3)
+        nn.init.zeros_(self.spatial.weight)
+        nn.init.zeros_(self.spatial.bias)
+
+    def forward(self, x):
+        x = x * 2 * sum(self.mlp(pool((2, 3), keepdim=True)) for pool in (x.mean, x.amax)).sigmoid()
+        maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return x * 2 * self.spatial(maps).sigmoid()
+
+
+# %%
+# @title Backbone, FPN and initial weights
+STRIDES = (4, 8, 16, 32)  # of the backbone's features; the FPN adds 64
+ALIASES = {  # short names for models of timm
+    "resnet10": "resnet18",  # with one block per stage
+    "resnet50_v1": "resnet50",  # with the stride in a block's first convolution, as in detectron2
+    "resnet50_v2": "resnet50.tv2_in1k",
+    "resnext50_32x4d": "resnext50_32x4d.tv_in1k",
+    "mobilenet_v2": "mobilenetv2_100.ra_in1k",
+    "efficientnet_b0": "efficientnet_b0.ra_in1k",
+    "efficientnet_b1": "efficientnet_b1.ft_in1k",
+    **{f"resnet{depth}": f"resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101)},
+    **{f"convnext_{size}": f"convnext_{size}.fb_in1k" for size in ("tiny", "small", "base")},
+}
+ATTENTION = {"none": nn.Identity, "se": SEAttention, "cbam": CBAMAttention}
+
+
+class WeightsNotFound(FileNotFoundError):
+    """Initial weights cannot be had; the message says where they were looked for."""
+
+
+def find_weights_file(names, folders=("/kaggle/input",)) -> Path | None:
+    """The first file with one of these names below the folders, at any depth."""
+    return next((p for folder in folders for name in names for p in Path(folder).rglob(name)), None)
+
+
+def read_state_dict(path: Path | str) -> dict[str, Tensor]:
+    """Reads a state dict, or that of a checkpoint, without running code from the file."""
+    if not Path(path).is_file():
+        raise WeightsNotFound(f"weights={str(path)!r}: no such file, nor imagenet, coco or none.")
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("expected names to tensors")
+    except Exception as error:  # of many types; each means a bad file
+        raise ValueError(f"{path}: not a state dict that can be read safely: {error}") from error
+    print(f"Initial weights: {path}")
+    return state
+
+
+def backbone_stages(body: nn.Module) -> list[list[nn.Module]]:
+    """Modules of a timm backbone: the stem, then four stages, each up to one of `STRIDES`.
+
+    A single group where timm does not say which modules are its stages.
+    """
+    names = dict(zip(body.feature_info.reduction(), body.feature_info.module_name(), strict=True))
+    ends, modules = [names[stride].replace(".", "_") for stride in STRIDES], {}
+    for name, child in body.named_children():
+        inner = {f"{name}_{key}": module for key, module in child.named_children()}
+        modules |= inner if inner.keys() & set(ends) else {name: child}
+    if not set(ends) <= modules.keys():
+        return [list(body.children())]
+    order = list(modules)
+    cuts = [0, order.index(ends[0]), *(order.index(end) + 1 for end in ends)]
+    return [[modules[name] for name in order[i:j]] for i, j in pairwise(cuts)]
+
+
+class Backbone(nn.Module):
+    """A timm backbone, attention and the FPN; ResNets have torchvision's parameter names.
+
+    Images (B, 3, H, W) -> features "0".."3", "pool", (B, out_channels, H / stride, W / stride)
+    with strides 4 to 64. `mean` and `std` are those of the images it was trained on.
+    """
+
+    def __init__(self, body: nn.Module, config: Config):
+        super().__init__()
+        self.levels = [body.feature_info.reduction().index(stride) for stride in STRIDES]
+        channels = [body.feature_info.channels()[level] for level in self.levels]
+        self.body, self.out_channels = body, config.fpn_channels
+        self.attention = nn.ModuleList(ATTENTION[config.attention](width) for width in channels)
+        norm = nn.BatchNorm2d if config.head_norm == "batch" else None
+        self.fpn = FeaturePyramidNetwork(channels, self.out_channels, LastLevelMaxPool(), norm)
+        self.mean, self.std = (tuple(body.pretrained_cfg[key]) for key in ("mean", "std"))
+        self.is_nhwc = str(getattr(body, "output_fmt", "")).endswith("NHWC")
+        stages = [] if self.is_nhwc or config.attention == "none" else backbone_stages(body)[1:]
+        self.attends_inside = bool(stages)
+        for stage, attention in zip(stages, self.attention, strict=False):
+            stage[-1].register_forward_hook(attention.replace_output)
+
+    def forward(self, x):
+        maps = [features for level, features in enumerate(self.body(x)) if level in self.levels]
+        maps = [features.permute(0, 3, 1, 2) for features in maps] if self.is_nhwc else maps
+        if not self.attends_inside:
+            maps = [attention(m) for attention, m in zip(self.attention, maps, strict=True)]
+        return self.fpn({str(level): features for level, features in enumerate(maps)})
+
+
+def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
+    """Builds backbone and FPN with the weights of the settings ("coco": see `build_model`).
+
+    Raises:
+        WeightsNotFound: the weights cannot be had.
+        ValueError: the file does not fit, or timm has no such model with features of `STRIDES`.
+    """
+    name = ALIASES.get(config.backbone, config.backbone.removeprefix("timm:"))
+    weights = config.weights if load_initial else "none"
+    cfg = timm.models.get_pretrained_cfg(name)
+    names = [f"{name}.safetensors", f"{name}.pth", f"{name}.bin"]
+    names += [Path(cfg.url).name] if cfg and cfg.url else []
+    file = find_weights_file(names) if weights == "imagenet" else weights
+    state = {} if file in (None, "none") else read_state_dict(file)
+    options = dict(strict_img_size=False) if name.startswith("swin") else {}
+    options |= dict(layers=(1, 1, 1, 1)) if config.backbone == "resnet10" else {}
+    options |= dict(pretrained_cfg_overlay=dict(file=str(file))) if state else {}
+    try:
+        if weights == "imagenet" and config.backbone in ("resnet10", "resnet50_v1"):
+            raise LookupError("nobody publishes these weights")
+        body = timm.create_model(name, weights != "none", features_only=True, **options)
+        if missing := set(STRIDES) - set(body.feature_info.reduction()):
+            raise LookupError(f"no features with strides {missing}")
+        # timm skips names that it does not know: compare the number and the maximum of the values.
+        values = {(v.numel(), v.max().item()) for v in state.values() if v.numel()}
+        own = {key: (v.numel(), v.max().item()) for key, v in body.named_parameters()}
+        if state and (missing := [key for key, value in own.items() if value not in values]):
+            raise LookupError(f"{len(missing)} parameters are not in the file: {missing[:3]}")
+    except Exception as error:  # timm and the Hugging Face hub raise many types
+        raise (WeightsNotFound if weights == "imagenet" else ValueError)(
+            f"backbone={config.backbone!r}, weights={weights!r}: {error}. Files looked for below "
+            f"/kaggle/input: {', '.join(names)}. Attach one of them, turn the internet on, or set "
+            "weights to a path; weights='none' starts from random weights."
+        ) from error
+    if config.backbone == "resnet50_v1":
+        for block in (m for m in body.modules() if isinstance(m, timm.models.resnet.Bottleneck)):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+    if config.norm == "frozen":
+        body = timm.layers.freeze_batch_norm_2d(body)
+    stages, frozen = backbone_stages(body), 5 - config.trainable_stages
+    if len(stages) == 1 and 0 < frozen < 5:
+        raise ValueError(f"trainable_stages: timm names no stages of {name}; expected 0 or 5.")
+    modules = [module for stage in stages[:frozen] for module in stage]
+    if modules:
+        timm.utils.freeze(body, [key for key, module in body.named_modules() if module in modules])
+    return Backbone(body, config)

@@ -1,0 +1,174 @@
+"""Mask targets at points, matching by blocks, and RoI heads without image-size masks."""
+
+# %% [markdown]
+# ### Match instances and compute the losses
+# Parts and losses are torchvision's (`maskrcnn_resnet50_fpn_v2`), so its weights load. Two things
+# differ: mask targets are read from the instance map at points under each box, and boxes are
+# compared block by block. Neither ever makes an array of N image-size masks.
+
+# %%
+# @title Mask targets and matcher
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_inference, RoIHeads
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_iou
+
+
+@torch.no_grad()
+def sample_mask_targets(target, boxes: Tensor, matched: Tensor, size: int, points=4) -> Tensor:
+    """What the mask head should predict: (R, M, M) float32, 0..1.
+
+    Args:
+        target: from `training_target`; boxes: (R, 4), XYXY pixels of its `layers`.
+        matched: (R,) int64, the instance of each box; size: M; points: per bin and axis.
+    """
+    layers, ids = target["layers"], target["ids"][matched]
+    layer = target["layer_index"][matched]
+    height, width = layers.shape[1:]
+    steps = (torch.arange(size * points, device=boxes.device) + 0.5) / (size * points)
+    masks = []
+    for part in torch.arange(len(boxes), device=boxes.device).split(64):  # bounds the memory
+        x1, y1, x2, y2 = boxes[part].float()[..., None].unbind(1)
+        x = (x1 + (x2 - x1) * steps).long().clamp(0, width - 1)
+        y = (y1 + (y2 - y1) * steps).long().clamp(0, height - 1)
+        hits = layers[layer[part, None, None], y[:, :, None], x[:, None]] == ids[part, None, None]
+        masks.append(F.avg_pool2d(hits[:, None].float(), points)[:, 0])
+    return torch.cat(masks)
+
+
+class BlockMatcher(Matcher):
+    """torchvision's `Matcher` without its table of N x A overlaps, gigabytes on a dense image.
+
+    Neighbouring anchors form a block, which is compared only with the instances that touch it.
+    Equal to torchvision's but for an instance that overlaps no anchor: here it matches none.
+    """
+
+    def __call__(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        """Instances (N, 4), N >= 1, and anchors (A, 4), XYXY -> (A,) int64.
+
+        Index of the instance; -1 below the low threshold, -2 between the two.
+        """
+        instances, anchors = pair
+        values, nearest = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors[:, 0]).long()
+        best = [(nearest[:0], nearest[:0], values[:0])]  # instance, its best anchors by block, IoU
+        size = 16_384 if anchors.is_cuda else 2048  # fewer launches; a CPU's cache
+        for start in range(0, len(anchors), size):
+            block = anchors[start : start + size]
+            low, high = block[:, :2].amin(0), block[:, 2:].amax(0)
+            near = ((instances[:, :2] < high) & (instances[:, 2:] > low)).all(1).nonzero()[:, 0]
+            if len(near) == 0:
+                continue
+            overlaps = box_iou(instances[near], block)
+            values[start : start + size], index = overlaps.max(0)
+            nearest[start : start + size] = near[index]
+            highest = overlaps.amax(1, keepdim=True)
+            row, column = ((overlaps == highest) & (overlaps > 0)).nonzero().unbind(1)
+            best.append((near[row], column + start, highest[row, 0]))
+        matches = nearest.clone()
+        matches[values < self.high_threshold] = self.BETWEEN_THRESHOLDS
+        matches[values < self.low_threshold] = self.BELOW_LOW_THRESHOLD
+        if self.allow_low_quality_matches:  # the best anchors of an instance, whatever their IoU
+            owner, anchor, value = map(torch.cat, zip(*best, strict=True))
+            highest = values.new_zeros(len(instances)).scatter_reduce(0, owner, value, "amax")
+            anchor = anchor[value == highest[owner]]
+            matches[anchor] = nearest[anchor]
+        return matches
+
+
+class CountingSampler(BalancedPositiveNegativeSampler):
+    """torchvision's sampler; `count` is the number of boxes in the last batch's losses."""
+
+    def __call__(self, matched_idxs):
+        positives, negatives = super().__call__(matched_idxs)
+        self.count = sum(mask.sum() for mask in positives + negatives)
+        return positives, negatives
+
+
+# %%
+# @title RPN and RoI heads
+class Float32Anchors(AnchorGenerator):
+    """Anchors in float32: bfloat16 has steps of 4 px near 512, half of the smallest anchor."""
+
+    def forward(self, image_list, feature_maps):
+        return super().forward(image_list, [features.float() for features in feature_maps])
+
+
+class Float32RPNHead(RPNHead):
+    """Objectness and box offsets in float32, whatever the type of the features."""
+
+    def forward(self, x):
+        logits, offsets = super().forward(x)
+        return [v.float() for v in logits], [v.float() for v in offsets]
+
+
+class CellRoIHeads(RoIHeads):
+    """torchvision's RoI heads, with mask targets of `training_target` and bounded memory.
+
+    Boxes are network pixels; the `layers` of the targets may have another resolution.
+    """
+
+    def check_targets(self, targets):
+        if any("layer_index" not in target for target in targets or [{}]):
+            raise ValueError("A target without layer_index; expected those of training_target.")
+
+    def predict_boxes(self, features, proposals, image_shapes):
+        """Class logits (R, C + 1) and box offsets (R, 4C + 4), float32."""
+        pooled = self.box_roi_pool(features, proposals, image_shapes)
+        logits, offsets = self.box_predictor(self.box_head(pooled))
+        return logits.float(), offsets.float()
+
+    def predict_masks(self, features, boxes, image_shapes):
+        """Mask logits (R, C + 1, M, M), float32."""
+        pooled = self.mask_roi_pool(features, boxes, image_shapes)
+        return self.mask_predictor(self.mask_head(pooled)).float()
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """Detections with masks (R, 1, M, M) inside their boxes; in training the losses."""
+        if self.training:
+            return [], self.compute_losses(features, proposals, image_shapes, targets)
+        prediction = self.predict_boxes(features, proposals, image_shapes)
+        boxes, scores, labels = self.postprocess_detections(*prediction, proposals, image_shapes)
+        chunks = []
+        for start in range(0, max(map(len, boxes)), 200) or [0]:  # bounds the memory
+            some, classes = ([v[start : start + 200] for v in parts] for parts in (boxes, labels))
+            logits = self.predict_masks(features, some, image_shapes)
+            chunks.append(maskrcnn_inference(logits, classes))
+        masks = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        names = ("boxes", "scores", "labels", "masks")
+        images = zip(boxes, scores, labels, masks, strict=True)
+        return [dict(zip(names, parts, strict=True)) for parts in images], {}
+
+    def compute_losses(self, features, proposals, image_shapes, targets):
+        """The losses of classes, boxes and masks by name, each a float32 scalar."""
+        proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
+        prediction = self.predict_boxes(features, proposals, image_shapes)
+        loss_classifier, loss_box_reg = fastrcnn_loss(*prediction, labels, offsets)
+        positive = [label > 0 for label in labels]
+        boxes, matched, labels = (
+            [value[own] for value, own in zip(values, positive, strict=True)]
+            for values in (proposals, matched, labels)
+        )
+        logits, mask_targets = self.predict_masks(features, boxes, image_shapes), []
+        for target, box, match, shape in zip(targets, boxes, matched, image_shapes, strict=True):
+            box = resize_boxes(box, shape, target["layers"].shape[1:])  # to pixels of the layers
+            mask_targets.append(sample_mask_targets(target, box, match, logits.shape[-1]))
+        loss_mask = mask_loss(logits, torch.cat(labels), torch.cat(mask_targets))
+        self.mask_count = len(logits)
+        # Add your own loss here: each entry is added to the sum and plotted.
+        return dict(loss_classifier=loss_classifier, loss_box_reg=loss_box_reg, loss_mask=loss_mask)
+
+
+def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy of each box's own class; 0 where there are no boxes.
+
+    logits: (R, C + 1, M, M); labels: (R,) int64, 1..C; targets: (R, M, M) float32, 0..1.
+    """
+    if len(labels) == 0:
+        return logits.sum() * 0
+    own = logits[torch.arange(len(labels), device=labels.device), labels]
+    return F.binary_cross_entropy_with_logits(own, targets)

@@ -1,0 +1,200 @@
+"""The Mask R-CNN as a whole: input, model, its weights and its anchors."""
+
+# %% [markdown]
+# ### Build the Mask R-CNN
+# `build_model` puts torchvision's parts together: backbone and FPN, region proposals (RPN), box and
+# mask heads. Images go in as uint8 of any size; detections come out in image pixels, with masks of
+# 28 x 28 inside their boxes. Anchors need sizes like those of the cells: see the figure.
+
+# %%
+# @title Model and initial weights
+from pathlib import Path
+
+from matplotlib.figure import Figure
+import numpy as np
+from timm.layers import convert_sync_batchnorm
+import torch
+from torch import nn, Tensor
+import torch.nn.functional as F
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+from src_snippets.model.backbone import (
+    build_backbone,
+    find_weights_file,
+    read_state_dict,
+    WeightsNotFound,
+)
+from src_snippets.model.heads import (
+    BlockMatcher,
+    CellRoIHeads,
+    CountingSampler,
+    Float32Anchors,
+    Float32RPNHead,
+)
+from src_snippets.model.roi_align import CellRoIAlign
+from src_snippets.setup.config import Config
+
+# Layers that initial weights may lack; attention starts as the identity
+CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+CLASS_LAYERS += ("backbone.attention.",)
+
+
+class InputTransform(GeneralizedRCNNTransform):
+    """uint8 images -> one normalised float32 batch at network scale; instance maps stay.
+
+    Sides are padded to multiples of 32. Detections leave with boxes in image pixels.
+    """
+
+    def __init__(self, config: Config, mean, std):
+        super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std)
+        self.scale, self.grey = config.scale, config.grey
+        self.fixed_scale = None  # takes the place of `scale`
+
+    def normalize(self, image):
+        if image.dtype != torch.uint8:
+            raise TypeError(f"Image of type {image.dtype}; expected uint8, 0..255.")
+        image = rgb_to_grayscale(image, 3) if self.grey else image
+        return super().normalize(image.float() / 255)
+
+    def resize(self, image, target=None):
+        old, scale = image.shape[-2:], self.fixed_scale or self.scale
+        new = [max(round(side * scale), 1) for side in old]
+        image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target = target | dict(boxes=resize_boxes(target["boxes"], old, new))
+        return image, target
+
+    def batch_images(self, images, size_divisible=32):
+        # Of 32 px the top level of the FPN is one pixel, too few for batch norm in training.
+        is_tiny = max(max(image.shape[-2:]) for image in images) <= 32
+        batch = super().batch_images(images, 64 if is_tiny else size_divisible)
+        return batch.contiguous(memory_format=torch.channels_last)
+
+    def postprocess(self, result, image_shapes, original_image_sizes):
+        for detections, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
+            detections["boxes"] = resize_boxes(detections["boxes"], *sizes)
+        return result
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def whole_model_state(config: Config) -> dict[str, Tensor] | None:
+    """The state dict of a whole model that `weights` names; None where it is of a backbone."""
+    if config.weights in ("none", "imagenet"):
+        return None
+    if config.weights != "coco":
+        state = read_state_dict(config.weights)
+        return state if any(name.startswith("roi_heads.") for name in state) else None
+    if config.backbone != "resnet50":
+        raise ValueError(f"weights='coco' needs backbone='resnet50', not {config.backbone!r}.")
+    coco = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
+    name = Path(coco.url).name
+    if file := find_weights_file([name]):
+        return read_state_dict(file)
+    try:
+        return coco.get_state_dict(check_hash=True, weights_only=True)
+    except Exception as error:  # downloads fail in many ways
+        message = f"weights='coco': no {name} below /kaggle/input and no download ({error})."
+        raise WeightsNotFound(f"{message} Attach it or turn the internet on.") from error
+
+
+def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bool = False) -> None:
+    """Loads a state dict; raises ValueError where it does not fit.
+
+    With `new_classes`, layers of `CLASS_LAYERS` may differ: they stay, and a line is printed.
+    """
+    own, new = ({k: v.shape for k, v in side.items()} for side in (model.state_dict(), state))
+    differ = {name for name, _ in own.items() ^ new.items()}
+    differ = sorted(k for k in differ if "num_batches" not in k)  # frozen norms do not count them
+    if wrong := [name for name in differ if not (new_classes and name.startswith(CLASS_LAYERS))]:
+        raise ValueError(
+            f"The weights do not fit the model: {len(wrong)} parameters are missing, unknown or of "
+            f"another shape, such as {', '.join(wrong[:3])}. Set backbone, fpn_channels and heads "
+            "as they were when the weights were made."
+        )
+    model.load_state_dict({k: v for k, v in state.items() if k not in differ}, strict=False)
+    if differ:
+        print(f"Not in these weights, so left as built: {', '.join(differ)}")
+
+
+def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
+    """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
+
+    Args:
+        config: the settings.
+        load_initial: False leaves random weights, for a checkpoint that is loaded next.
+
+    Raises:
+        WeightsNotFound: initial weights cannot be had.
+        ValueError: they do not fit, or over 200 million parameters are trainable.
+    """
+    torch.manual_seed(config.seed)
+    state = whole_model_state(config) if load_initial else None
+    backbone = build_backbone(config, load_initial and state is None)
+    width, norm = config.fpn_channels, nn.BatchNorm2d if config.head_norm == "batch" else None
+    anchors = Float32Anchors(tuple((v,) for v in config.anchor_sizes), (config.anchor_ratios,) * 5)
+    head = Float32RPNHead(width, len(config.anchor_ratios), config.rpn_convs)
+    count = dict(training=config.proposals, testing=config.proposals)
+    sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
+    rpn = RegionProposalNetwork(anchors, head, *sampling, count, count, config.rpn_nms)
+    rpn.fg_bg_sampler = CountingSampler(*sampling[2:])
+    rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
+    rpn.box_similarity = lambda *boxes: boxes  # for BlockMatcher
+    sampling = 0.5, 0.5, config.roi_batch_size, config.roi_positive_fraction
+    layers, classes = [config.box_features] * config.box_layers, config.num_classes + 1
+    box_head = FastRCNNConvFCHead((width, 7, 7), [width] * config.box_convs, layers, norm)
+    box_parts = CellRoIAlign(7), box_head, FastRCNNPredictor(config.box_features, classes)
+    mask_head = MaskRCNNHeads(width, [width] * config.mask_convs, 1, norm)
+    mask_parts = CellRoIAlign(14), mask_head, MaskRCNNPredictor(width, width, classes)
+    limits = config.score_threshold, config.box_nms, config.detections
+    roi_heads = CellRoIHeads(*box_parts, *sampling, None, *limits, *mask_parts)
+    roi_heads.fg_bg_sampler = CountingSampler(*sampling[2:])
+    # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.compute_losses
+    transform = InputTransform(config, backbone.mean, backbone.std)
+    model = GeneralizedRCNN(backbone, rpn, roi_heads, transform)
+    model = convert_sync_batchnorm(model) if config.norm == "sync" else model
+    if state is not None:
+        load_model_state(model, state, new_classes=True)
+    if (trainable := count_parameters(model) / 1e6) > 200:
+        message = f"{trainable:.1f} M trainable parameters; at most 200 M are allowed."
+        raise ValueError(f"{message} Take a smaller backbone, or lower trainable_stages.")
+    return model.to(memory_format=torch.channels_last)
+
+
+# %%
+# @title Anchors and the boxes that they fit
+def anchor_shapes(config: Config) -> np.ndarray:
+    """(A, 2) float64, width and height of all anchors in network pixels."""
+    sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
+    return np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
+
+
+def has_anchor(sides: np.ndarray, config: Config) -> np.ndarray:
+    """(N,) bool: which sides (N, 2), network pixels, an anchor fits: IoU 0.5 centre on centre."""
+    shapes = anchor_shapes(config)
+    overlap = np.minimum(sides[:, None], shapes).prod(-1)
+    union = sides.prod(-1)[:, None] + shapes.prod(-1) - overlap
+    return (overlap / union).max(1) >= 0.5
+
+
+def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
+    """Width and height of boxes (N, 2) and of the anchors, in network pixels."""
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axes, fits, shapes = figure.subplots(), has_anchor(sides, config), anchor_shapes(config)
+    for chosen, color, label in ((fits, "0.5", "box"), (~fits, "tab:red", "box without anchor")):
+        label = f"{label} ({chosen.sum():,})"
+        axes.scatter(*sides[chosen].T, s=3, alpha=0.3, color=color, label=label)
+    axes.scatter(*shapes.T, s=60, marker="+", color="tab:blue", label=f"anchor ({len(shapes)})")
+    axes.set(xscale="log", yscale="log", xlabel="width, px", ylabel="height, px")
+    axes.set_title("Box sizes and anchors, network px", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,270 @@
+"""Settings: one frozen dataclass, and recipes that state only what they change."""
+
+# %%
+# @title Config: every setting with its default, range and meaning
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+import json
+
+import pandas as pd
+
+
+def within(default, low, high):
+    """A dataclass field with a default and the inclusive range of its value (of each element)."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def one_of(default, *others):
+    """A dataclass field that takes `default` or one of `others`."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings. Lengths are image pixels unless a line says network pixels (after `scale`)."""
+
+    recipe: str = "baseline"  # the recipe these settings started from; set by make_config
+    seed: int = within(0, 0, 2**31 - 1)  # split, initial weights, order, augmentation
+    # Data
+    class_names: tuple[str, ...] = ("class1", "class2", "class3", "class4")  # of class1.tif, ..
+    um_per_px: float = within(0.0, 0.0, 1000.0)  # micrometres per pixel, for tables; 0: unknown
+    val_fraction: float = within(0.2, 0.0, 0.9)  # fraction of the images for validation
+    folds: int = within(1, 1, 100)  # k: cross-validation with k models; 1: one split
+    fold: int = within(0, 0, 100)  # train this fold only, from 1 on; 0: all of them
+    split_by: str = one_of("appearance", "image")  # appearance: similar images stay on one side
+    cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded images kept in memory
+    workers: int = within(-1, -1, 64)  # loader processes; -1: cores per process, at most 4
+    grey: bool = False  # the model sees brightness only
+    # Augmentation of the training part
+    crop: int = within(512, 32, 8192)  # px, side of a training crop; smaller: less GPU memory
+    scale_jitter: tuple[float, float] = within((0.8, 1.25), 0.1, 10.0)  # random scale, from, to
+    flips: bool = True  # random flips and quarter turns
+    color_jitter: float = within(0.2, 0.0, 1.0)  # strength; stains differ between laboratories
+    class_crops: float = within(0.0, 0.0, 1.0)  # fraction of crops around a cell of a random class
+    copy_paste: float = within(0.0, 0.0, 1.0)  # fraction of crops with cells of another image
+    # Model
+    backbone: str = "resnet50"  # resnet10, resnet50_v1, resnet50_v2, or any timm name: timm:NAME
+    weights: str = "imagenet"  # imagenet, coco (data beyond ImageNet), none, or a file
+    trainable_stages: int = within(5, 0, 5)  # of stem and four stages, from the top
+    norm: str = one_of("batch", "frozen", "sync")  # batch norm of the backbone
+    attention: str = one_of("none", "se", "cbam")  # after each stage; identity at the start
+    fpn_channels: int = within(256, 8, 1024)  # width of FPN and heads; coco weights need 256
+    head_norm: str = one_of("batch", "none")  # in FPN and heads; none: older detectron2 weights
+    scale: float = within(1.0, 0.25, 8.0)  # network px per image px; 2: 4 times the compute
+    rpn_convs: int = within(2, 1, 8)  # 3x3 convolutions of the RPN head
+    box_convs: int = within(4, 0, 8)  # convolutions of the box head
+    box_layers: int = within(1, 1, 4)  # fully connected layers of the box head
+    box_features: int = within(1024, 16, 4096)  # width of these layers
+    mask_convs: int = within(4, 1, 8)  # convolutions of the mask head
+    anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, per level
+    anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height / width
+    rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU threshold of NMS on proposals
+    proposals: int = within(2000, 1, 20_000)  # per image; more for images with many cells
+    roi_batch_size: int = within(512, 8, 4096)  # proposals per image that the heads learn from
+    roi_positive_fraction: float = within(0.25, 0.01, 1.0)  # maximum fraction of positives in it
+    # Training
+    epochs: int = within(50, 1, 10_000)  # maximum passes over the training part
+    train_hours: float = within(0.0, 0.0, 1000.0)  # h; the schedule ends then; 0: with epochs
+    max_hours: float = within(-1.0, -1.0, 1000.0)  # h of the session; 0: no end; -1: 8.8 on Kaggle
+    gpus: int = within(0, 0, 64)  # GPUs to use, one process each; 0: all
+    batch_size: int = within(2, 1, 256)  # crops per step and GPU
+    accumulate: int = within(1, 1, 256)  # batches per optimiser step
+    optimizer: str = one_of("adamw", "adam", "sgd")  # sgd: momentum 0.9, needs 50 times the lr
+    lr: float = within(1e-4, 1e-7, 1.0)  # peak learning rate
+    lr_factors: tuple[float, ...] = within((1.0,) * 4, 0.0, 10.0)  # stem, backbone, FPN, heads
+    layer_decay: float = within(1.0, 0.1, 1.0)  # lr factor per backbone stage, from the top down
+    weight_decay: float = within(0.01, 0.0, 1.0)  # not for norms and biases
+    warmup_steps: int = within(500, 0, 100_000)  # linear warm-up; at most a fifth of all steps
+    schedule: str = one_of("constant", "cosine", "plateau")  # plateau: lr / 10 after 3 evaluations
+    clip_norm: float = within(1.0, 0.0, 1000.0)  # maximum gradient norm; 0: no clipping
+    ema: float = within(0.0, 0.0, 0.99999)  # decay of the EMA of the weights; 0: off
+    precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU
+    eval_every: int = within(1, 1, 10_000)  # epochs between evaluations
+    best_by: str = one_of("AP50", "AP", "loss")  # validation metric that chooses best.pt
+    patience: int = within(0, 0, 10_000)  # evaluations without improvement to stop after; 0: never
+    # Prediction
+    score_threshold: float = within(0.05, 0.0, 1.0)  # minimum score in test-results.json
+    mask_threshold: float = within(0.5, 0.0, 1.0)  # minimum probability of a mask pixel
+    box_nms: float = within(0.5, 0.0, 1.0)  # IoU threshold of NMS on boxes, by class
+    overlaps: bool = True  # False: each pixel belongs to one instance
+    detections: int = within(300, 1, 20_000)  # maximum per image, and per tile
+    tile: int = within(0, 0, 8192)  # px, side of tiles with half overlap; 0: whole images
+    tta: str = one_of("none", "flips", "d4")  # test-time augmentation: 1, 3 or 8 views
+    tta_scales: tuple[float, ...] = within((1.0,), 0.1, 10.0)  # scales of each view
+    fusion_iou: float = within(0.5, 0.0, 1.0)  # mask IoU at which tiles, views, models are fused
+    export_score_threshold: float = within(0.5, 0.0, 1.0)  # minimum score in figures and exports
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes without background."""
+        return len(self.class_names)
+
+
+# %%
+# @title RECIPES, and make_config: checked settings
+# fmt: off
+BEST = dict(
+    backbone="timm:convnext_tiny.fb_in1k", crop=768, class_crops=0.5, copy_paste=0.5,
+    epochs=300, train_hours=7.0, weight_decay=0.05, layer_decay=0.8, schedule="cosine",
+    ema=0.999, eval_every=10, score_threshold=0.01, detections=600, tile=512, tta="flips",
+)
+RECIPES = {
+    # torchvision's maskrcnn_resnet50_fpn_v2 with small anchors
+    "baseline": dict(
+        scale=2.0, box_nms=0.3, detections=200, score_threshold=0.5, mask_threshold=0.6,
+    ),
+    # CBAM after each stage; 250 steps are three epochs of HW3
+    "attention": dict(
+        scale=2.0, attention="cbam", warmup_steps=250, schedule="cosine", best_by="AP",
+        patience=30, box_nms=0.3,
+    ),
+    # Grey input and small, flat anchors
+    "small_anchors": dict(
+        grey=True, anchor_sizes=(4, 8, 16, 32, 48), anchor_ratios=(0.25, 0.5, 1.0), mask_convs=6,
+        box_convs=6, optimizer="sgd", lr=5e-3, batch_size=4, schedule="cosine", patience=10,
+    ),
+    # ConvNeXt-Tiny on the whole 520 x 704 px images of Sartorius (CSV data)
+    "convnext": dict(
+        crop=704, scale_jitter=(1.0, 1.0), backbone="timm:convnext_tiny.fb_in1k", epochs=20,
+        batch_size=1, weight_decay=5e-4, schedule="plateau", best_by="loss", overlaps=False,
+    ),
+    # Large-scale jitter, learning rates by part, ensemble of five folds
+    "lsj_ensemble": dict(
+        folds=5, crop=1024, scale_jitter=(0.1, 2.0), optimizer="adam", schedule="cosine",
+        lr_factors=(0.1, 0.3, 1.0, 1.0), weight_decay=0.0,
+    ),
+    # What gained on CoNSeP with the small model; for a T4 in one session of 9 hours
+    "best": BEST,
+    # 88 instead of 28 million parameters in the backbone: a larger GPU, or several sessions
+    "best_large": BEST | dict(backbone="timm:convnextv2_base.fcmae_ft_in1k", train_hours=20.0),
+    # Small enough for the synthetic dataset on a CPU
+    "demo": dict(
+        crop=128, backbone="resnet10", weights="none", fpn_channels=64, rpn_convs=1, box_convs=0,
+        box_features=256, mask_convs=2, proposals=300, roi_batch_size=64, epochs=18, batch_size=4,
+        lr=2e-3, warmup_steps=50, schedule="cosine", eval_every=6, detections=200,
+    ),
+}
+# fmt: on
+# Names of earlier versions, refused with the present one
+RENAMED = dict(
+    zoom="scale_jitter",
+    quarter_turns="flips",
+    rare_crops="class_crops",
+    trained_stages="trainable_stages",
+    rois="roi_batch_size",
+    roi_cells="roi_positive_fraction",
+    group_lr="lr_factors",
+    score_floor="score_threshold",
+    show_floor="export_score_threshold",
+    test_views="tta",
+    test_scales="tta_scales",
+    num_classes="class_names",
+)
+FREE_LENGTH = ("class_names", "anchor_ratios", "tta_scales")  # tuples of any number of values
+
+
+def check_setting(item, value):
+    """The value in its field's own type; raises ValueError that says what is valid.
+
+    Args:
+        item: a `dataclasses.Field` of `Config`.
+        value: JSON lists stand for tuples, whole numbers for floats.
+    """
+    name, default, limits = item.name, item.default, item.metadata
+    is_tuple, free = isinstance(default, tuple), name in FREE_LENGTH
+    items = list(value) if is_tuple and isinstance(value, (list, tuple)) else [value]
+    kind = type(default[0] if is_tuple else default)
+    if kind is float:
+        items = [float(v) if type(v) is int else v for v in items]
+    expected = "True or False (in JSON true or false)" if kind is bool else kind.__name__
+    if is_tuple:
+        expected = f"{'' if free else f'{len(default)} '}values of type {expected}"
+    valid = all(type(v) is kind for v in items)
+    valid = valid and (len(items) > 0 if free else len(items) == len(default) if is_tuple else True)
+    if "choices" in limits:
+        expected += " out of " + ", ".join(limits["choices"])
+        valid = valid and items[0] in limits["choices"]
+    elif limits:
+        expected += f" from {limits['low']} to {limits['high']}"
+        valid = valid and all(limits["low"] <= v <= limits["high"] for v in items)
+    if not valid:
+        raise ValueError(f"Setting {name}={value!r}: expected {expected}; default {default!r}.")
+    return tuple(items) if is_tuple else items[0]
+
+
+def change_config(config: Config, changes: Mapping) -> Config:
+    """A copy of the settings with some fields changed and all of them checked.
+
+    Raises:
+        ValueError: unknown or renamed field, value of wrong type or out of range, fields that
+            contradict each other.
+    """
+    known = {item.name: item for item in fields(Config) if item.name != "recipe"}
+    for name in sorted(set(changes) - set(known)):
+        if name in RENAMED:
+            raise ValueError(f"Setting {name} is called {RENAMED[name]} now.")
+        close = get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"There is no setting {name}.{hint} There are: {', '.join(known)}.")
+    checked = {name: check_setting(known[name], value) for name, value in changes.items()}
+    config = replace(config, **checked)
+    names, (low, high) = config.class_names, config.scale_jitter
+    if "" in names or len(set(names)) < len(names) or len(names) > 255:
+        raise ValueError(f"Setting class_names={names}: expected one name per class, each once.")
+    if low > high:
+        raise ValueError(f"Setting scale_jitter={(low, high)}: expected from <= to.")
+    if config.fold > (config.folds if config.folds > 1 else 0):
+        raise ValueError(f"Setting fold={config.fold}: expected at most folds={config.folds}.")
+    return config
+
+
+def make_config(recipe: str, /, **changes) -> Config:
+    """The settings of a recipe with some fields changed; raises ValueError as `change_config`."""
+    if recipe not in RECIPES:
+        raise ValueError(f"There is no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
+    return change_config(Config(recipe=recipe), {**RECIPES[recipe], **changes})
+
+
+def with_class_names(config: Config, names: Sequence[str]) -> Config:
+    """The settings with the class names of a dataset, unless the user named its classes.
+
+    Raises:
+        ValueError: the user named another number of classes than the dataset has.
+    """
+    if config.class_names in (Config.class_names, tuple(names)):
+        return replace(config, class_names=tuple(names))
+    if len(config.class_names) != len(names):
+        raise ValueError(
+            f"Setting class_names={config.class_names}: expected {len(names)} names, for the "
+            f"classes {', '.join(names)} of the dataset."
+        )
+    return config
+
+
+def config_table(config: Config) -> pd.DataFrame:
+    """The settings that differ from the defaults, and who changed them."""
+    by_recipe = make_config(config.recipe)
+    rows = []
+    for item in fields(Config)[1:]:
+        value = getattr(config, item.name)
+        changed_by = "recipe" if value == getattr(by_recipe, item.name) else "you or the data"
+        if value != item.default:
+            rows.append((item.name, value, item.default, changed_by))
+    return pd.DataFrame(rows, columns=["setting", "value", "default", "changed by"])
+
+
+def read_settings(changes: Mapping, environ: Mapping[str, str]) -> dict:
+    """Changes to settings, and over them those in `HW3_SETTINGS`, such as `{"epochs": 3}`.
+
+    Raises:
+        ValueError: `HW3_SETTINGS` is not a JSON object.
+    """
+    text = environ.get("HW3_SETTINGS") or "{}"
+    try:
+        more = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"HW3_SETTINGS={text!r} is not JSON ({error}).") from error
+    if not isinstance(more, dict):
+        raise ValueError(f'HW3_SETTINGS={text!r}: expected an object such as {{"epochs": 3}}.')
+    return {**changes, **more}

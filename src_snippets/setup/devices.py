@@ -1,0 +1,190 @@
+"""Devices and processes: GPU or CPU, its precision, and one process for each GPU."""
+
+# %%
+# @title Devices, precision, and launch: one process per GPU
+import atexit
+from datetime import timedelta
+from functools import partial
+import gc
+from io import StringIO
+from multiprocessing.connection import wait
+import os
+from pathlib import Path
+import pickle
+import signal
+from socket import create_server
+import sys
+from tempfile import TemporaryDirectory
+
+from accelerate.state import AcceleratorState
+from IPython import get_ipython
+import torch
+from torch import distributed
+from torch.multiprocessing import ProcessRaisedException, start_processes
+
+from src_snippets.setup.config import Config
+
+
+def default_device() -> torch.device:
+    """The GPU of this process, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(config: Config, device: torch.device) -> str:
+    """`no`, `fp16` or `bf16` for a device; ValueError for a setting that it cannot compute."""
+    on_gpu = device.type == "cuda"
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    possible = ["no"] + ["fp16"] * on_gpu + ["bf16"] * has_bf16
+    if config.precision not in ("auto", *possible):
+        expected = f"expected auto, {' or '.join(possible)} on this {device.type}"
+        raise ValueError(f"Setting precision={config.precision!r}: {expected}.")
+    return config.precision if config.precision != "auto" else possible[-1] if on_gpu else "no"
+
+
+def autocast_for(config: Config, device: torch.device) -> torch.autocast:
+    """The context in which a device computes in the precision of the settings."""
+    precision = choose_precision(config, device)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "no")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS have their own."""
+    texts = ("out of memory", "unable to find an engine", "_STATUS_ALLOC_FAILED")
+    known = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return known or isinstance(error, torch.OutOfMemoryError)
+
+
+def free_memory() -> None:
+    """Release memory that nothing uses, of the GPU's cache too."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+
+
+def rank() -> int:
+    """Rank of this process, from 0 on."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes that work together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints, shows bars and writes files."""
+    return rank() == 0
+
+
+def join_processes() -> None:
+    """Join the processes that `accelerate launch` (or `launch`) started, if it did."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+        atexit.register(distributed.destroy_process_group)
+        sys.stdout = sys.stdout if is_main() else StringIO()
+
+
+def private_folder() -> Path:
+    """A folder that goes with this process, for what only the main process keeps."""
+    folder = TemporaryDirectory(prefix="hw3-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def rank_indices(count: int) -> range:
+    """Which of `count` items this process works on: dealt in turns."""
+    return range(rank(), count, world_size())
+
+
+def gather(items: list) -> list:
+    """The items of all processes, in every one, in the order in which `rank_indices` dealt them."""
+    parts = [items] * world_size()
+    if len(parts) > 1:
+        distributed.all_gather_object(parts, items)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def broadcast(function, *arguments):
+    """The result of `function` in the main process, in all; the others do not call it."""
+    results = [function(*arguments) if is_main() else None]
+    if world_size() > 1:
+        distributed.broadcast_object_list(results)
+    return results[0]
+
+
+def all_max(*values: float) -> list[float]:
+    """The maximum of each value over all processes."""
+    return [max(column) for column in zip(*gather([values]), strict=True)]
+
+
+def run_process(index: int, count: int, port: str, path: Path, function, arguments) -> None:
+    """Run one of the processes of `launch`; the main one leaves its result in a file."""
+    ranks = dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count))
+    os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
+    if kernel := getattr(get_ipython(), "kernel", None):
+        kernel.session.check_pid = False  # or bars and figures of a fork are dropped
+    join_processes()
+    atexit.unregister(distributed.destroy_process_group)
+    result = function(*arguments)
+    if index == 0:
+        path.write_bytes(pickle.dumps(result))
+    distributed.destroy_process_group()
+
+
+def launch(config: Config, function, *arguments):
+    """Call `function(*arguments)` here, or in one forked process per GPU where there are several.
+
+    Returns its result in the main process. Raises RuntimeError with the traceback of the first
+    process that fails or is killed; the others are ended. SIGTERM is passed on to all of them.
+    """
+    count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
+    if count < 2 or world_size() > 1:
+        return function(*arguments)
+    fork = partial(start_processes, start_method="fork")
+    try:
+        fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?
+    except ProcessRaisedException as error:
+        reason = str(error).splitlines()[-1]
+        print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
+        return function(*arguments)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "result")
+        with create_server(("127.0.0.1", 0)) as server:  # finds a free port
+            port = str(server.getsockname()[1])
+        context = fork(run_process, (count, port, path, function, arguments), count, join=False)
+        processes, before = context.processes, signal.getsignal(signal.SIGTERM)
+
+        def forward(number, frame):
+            for process in processes:
+                process.terminate()
+            if callable(before):
+                before(number, frame)
+
+        signal.signal(signal.SIGTERM, forward)
+        try:
+            running = processes
+            while running and not any(process.exitcode for process in processes):
+                wait([process.sentinel for process in running])
+                running = [process for process in processes if process.exitcode is None]
+            codes = [process.exitcode or 0 for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            signal.signal(signal.SIGTERM, before)
+        traces = [Path(file) for file in context.error_files if Path(file).is_file()]
+        if traces and min(codes) >= 0:  # others may fail for want of the first one
+            first = min(traces, key=lambda file: file.stat().st_mtime_ns)
+            index = context.error_files.index(str(first))
+            raise RuntimeError(f"Process {index} failed:\n{pickle.loads(first.read_bytes())}")
+        if not path.is_file():
+            raise RuntimeError(
+                f"A process was killed (exit codes {codes}). Where the machine's memory was full, "
+                "lower cache_gb or workers, or set gpus=1. Run again to go on."
+            )
+        return pickle.loads(path.read_bytes())

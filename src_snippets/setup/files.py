@@ -1,0 +1,97 @@
+"""Files: where results go, and how they are written whole."""
+
+# %%
+# @title Files: output folder, atomic writing, session hours; tables
+from contextlib import contextmanager
+import json
+import os
+from pathlib import Path
+import shutil
+import traceback
+
+import IPython
+import pandas as pd
+
+KAGGLE_WORKING = Path("/kaggle/working")  # exists on Kaggle, whose sessions keep what is in it
+
+
+class BadInput(ValueError):
+    """A file or folder is not what it should be; the message names it and says what to do."""
+
+
+@contextmanager
+def keep_going(part: str):
+    """Show an error of an optional part, and go on after it."""
+    try:
+        yield
+    except Exception:
+        print(f"{part} failed; the rest goes on.\n{traceback.format_exc()}")
+
+
+def show_table(table: pd.DataFrame) -> None:
+    """Show a table in a notebook, print it in a script; `-` for what is not defined."""
+    if IPython.get_ipython() is None:
+        print(table.to_string(na_rep="-", float_format="{:.3f}".format))
+    else:
+        IPython.display.display(table.style.format(precision=3, na_rep="-"))
+
+
+@contextmanager
+def atomic_write(path: Path):
+    """Yield a partial path beside `path`; after the block it is flushed to disk and renamed.
+
+    If the block raises, `path` stays as it was and the partial file is removed.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(content, path: Path) -> None:
+    """Write JSON in one step; see `atomic_write`. NaN and infinity raise ValueError."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+
+
+def output_folder(out: str) -> Path:
+    """The folder for results, made if absent; raises OSError where nothing can be written."""
+    folder = Path(out or (KAGGLE_WORKING if KAGGLE_WORKING.is_dir() else "results"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json({}, folder / ".probe")
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise OSError(
+            f"OUT={str(folder)!r}: results cannot be written there ({error}). Set OUT to a folder "
+            "that can be written."
+        ) from error
+    return folder
+
+
+def clear_folder(folder: Path, suffix: str) -> Path:
+    """Make a folder, or remove the files with that suffix (all of them for "") from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"*{suffix}"):
+        path.unlink()
+    return folder
+
+
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Raise OSError where the disk of a folder has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{folder}: {free / 1e9:.1f} GB are free, expected {needed_bytes / 1e9:.1f}. Free some "
+            "space, or set OUT to a folder on another disk."
+        )
+
+
+def session_hours(max_hours: float) -> float:
+    """Hours after which a session ends, 0: no end. Below 0: 8.8 on Kaggle (limit 9), else 0."""
+    return max_hours if max_hours >= 0 else 8.8 if KAGGLE_WORKING.is_dir() else 0.0

@@ -1,0 +1,68 @@
+"""Install what the notebook needs and the machine lacks; check that the GPU computes."""
+
+# %%
+# @title Install missing packages, check the GPU
+from importlib import invalidate_caches
+from importlib.metadata import distributions
+import os
+import subprocess
+import sys
+from warnings import filterwarnings
+
+NEEDED = """torch>=2.6 torchvision>=0.21 timm>=1.0 safetensors>=0.4 accelerate>=1.1 psutil>=5.9
+    pandas>=2.0 scikit-learn>=1.3 scipy>=1.11 scikit-image>=0.22 pillow>=10.0 tifffile>=2024.1.30
+    pycocotools>=2.0.8 jinja2>=3.1 tqdm>=4.66 matplotlib>=3.8 ipython>=7.34"""
+PACKAGES = dict.fromkeys(NEEDED.split(), "") | {  # and what happens without the others
+    "imagecodecs>=2024.1.1": "Pillow reads the compressed images",
+    "faster-coco-eval>=1.6": "pycocotools computes AP, more slowly",
+}
+KEPT = ("numpy", "torch", "torchvision")  # at the version that the machine has
+GPU_CHECK = """
+import torch
+if torch.cuda.is_available():
+    count = torch.cuda.device_count()
+    print(torch.cuda.get_device_name() + f" x{count}" * (count > 1), flush=True)
+    torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+"""
+
+
+def install_missing(packages=PACKAGES) -> None:
+    """Install missing packages of `{requirement: what happens without it, "" if it is needed}`.
+
+    Raises ModuleNotFoundError where a needed one cannot be installed.
+    """
+    filterwarnings("ignore", "IProgress not found")  # progress bars are text then
+    present = {item.name.lower().replace("_", "-"): item.version for item in distributions()}
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=10"]
+    pip += [f"{name}=={present[name]}" for name in KEPT if name in present]
+    for requirement, without in packages.items():
+        if requirement.split(">")[0] not in present:
+            print(f"Installing {requirement}")  # alone: one that fails does not stop others
+            failed = subprocess.run([*pip, requirement], stderr=subprocess.DEVNULL).returncode
+            if failed and without:
+                print(f"{requirement} is missing: {without}.")
+            elif failed:
+                raise ModuleNotFoundError(
+                    f"{requirement} is missing and cannot be installed. Turn the internet on "
+                    "(Kaggle: right panel, Session options), or pip install its wheel from a file."
+                )
+    invalidate_caches()
+
+
+def check_gpu() -> str:
+    """Print and return the GPU's name, "" for none; CUDA stays untouched in this process.
+
+    Raises RuntimeError where the GPU cannot compute, as Kaggle's P100 with newer torch.
+    """
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # from here on GPUs are counted, not used
+    done = subprocess.run([sys.executable, "-c", GPU_CHECK], capture_output=True, text=True)
+    name = done.stdout.strip()
+    if done.returncode:
+        reason = next((v for v in done.stderr.splitlines() if "Error: " in v), done.stderr[-200:])
+        raise RuntimeError(
+            f"{name or 'The GPU'} cannot be used: {reason}. Choose another accelerator: on Kaggle "
+            "GPU T4 x2, on Colab T4, L4 or A100."
+        )
+    hint = 'set RECIPE = "demo", or choose a GPU (Kaggle: Settings > Accelerator; Colab: Runtime)'
+    print(f"GPU: {name}" if name else f"No GPU: {hint}.")
+    return name

@@ -1,0 +1,152 @@
+"""Checkpoints, and the folder and fingerprint of a run."""
+
+# %% [markdown]
+# ### Keep each run in a folder of its own
+# A run's folder is named after its recipe and a fingerprint of settings, images and the source code
+# that trains. The same ones continue it; a change of any of them starts another run and overwrites
+# nothing. Settings that only shape predictions (`PREDICTION_SETTINGS`) stay out of the fingerprint.
+
+# %%
+# @title Fingerprints, checkpoints and trained models
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from dis import get_instructions
+import hashlib
+import inspect
+import json
+from pathlib import Path
+import re
+from types import CodeType, FunctionType
+
+import torch
+from torch import nn
+
+from src_snippets.model.mask_rcnn import build_model, load_model_state
+from src_snippets.setup.config import change_config, Config
+from src_snippets.setup.devices import broadcast, default_device
+from src_snippets.setup.files import atomic_write, BadInput
+
+PREDICTION_SETTINGS = (
+    *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "fold"),
+    *("score_threshold", "mask_threshold", "box_nms", "detections", "overlaps", "fusion_iou"),
+    *("tile", "tta", "tta_scales", "export_score_threshold"),
+)
+
+
+def code_digest(*roots) -> str:
+    """Digest of the source of functions and classes, and of all of ours that their code uses."""
+    pending, known, sources = [("", root) for root in roots], set(), set()
+    while pending:
+        name, item = pending.pop()
+        item = inspect.unwrap(getattr(item, "__func__", getattr(item, "fget", item)))
+        if isinstance(item, (str, int, float, tuple, list, dict)) and name[:2] != "__":
+            sources.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(item))}")
+        if not isinstance(item, (type, FunctionType)) or item in known:
+            continue
+        known.add(item)
+        if item.__module__.split(".")[0] not in ("__main__", __name__.split(".")[0]):
+            continue
+        if isinstance(item, type):  # method by method: in a notebook a class has no source
+            pending += [*vars(item).items(), *(("", base) for base in item.__bases__)]
+            continue
+        with suppress(OSError):  # nor have methods that `dataclass` makes
+            sources.add(inspect.getsource(item))
+        codes = [item.__code__]
+        for code in codes:  # grows by the functions inside
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+            used = {i.argval for i in get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+            pending += [(n, item.__globals__[n]) for n in used & item.__globals__.keys()]
+    return hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()
+
+
+def training_settings(config: Config) -> dict:
+    """The settings that shape training."""
+    settings = {k: v for k, v in asdict(config).items() if k not in PREDICTION_SETTINGS}
+    return settings | dict(num_classes=config.num_classes)
+
+
+def run_folder(out: Path, config: Config, data: dict, code: str) -> Path:
+    """`out/runs/<recipe>-<fingerprint>`, made if absent; data: JSON that identifies the images."""
+    text = json.dumps([training_settings(config), data, code], sort_keys=True)
+    name = f"{config.recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    (out / "runs" / name).mkdir(parents=True, exist_ok=True)
+    return out / "runs" / name
+
+
+def save_checkpoint(content: dict, path: Path, previous: Path | None = None) -> None:
+    """Writes a checkpoint whole or not at all; the one that is there moves to `previous`."""
+    with atomic_write(path) as partial:
+        try:
+            torch.save(content, partial)
+        except (OSError, RuntimeError) as error:  # torch raises either on a full disk
+            message = f"{path}: cannot be written ({error}). Free some space and run again: "
+            raise OSError(f"{message}the checkpoint before it is kept.") from error
+        if previous and path.exists():
+            path.replace(previous)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state | dict(model=state["model"], config=Config(**state["config"]))
+    except Exception as error:  # of many types; each means a file that cannot be used
+        raise BadInput(
+            f"{path}: expected a best.pt of this version of the notebook, found none or a damaged "
+            f"one ({error!r}). Correct the path; remove it from the folder of a run to train anew."
+        ) from error
+
+
+def latest_checkpoint(folder: Path) -> dict | None:
+    """`last.pt` of a run, or `previous.pt` where that is missing or damaged; None without both."""
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    if last.exists():
+        try:
+            return load_checkpoint(last)
+        except BadInput as error:
+            if not previous.exists():
+                raise
+            print(f"The checkpoint before it is used: {error}")
+            last.unlink()  # or it would replace the good one
+    return load_checkpoint(previous) if previous.exists() else None
+
+
+def open_run(folder: Path, resume: bool) -> dict | None:
+    """The latest checkpoint of a run; `resume=False` removes all of them first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in () if resume else ("last.pt", "previous.pt", "best.pt", "history.csv"):
+        (folder / name).unlink(missing_ok=True)
+    return latest_checkpoint(folder)
+
+
+def check_same_settings(saved: Config, config: Config, path: Path, names=None) -> None:
+    """Raises ValueError where settings `names`, by default all that shape training, differ."""
+    before, now = training_settings(saved), training_settings(config)
+    if differ := [k for k in names or now if before[k] != now[k]]:
+        pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)
+        raise ValueError(f"{path}: made with other settings: {pairs}. Run from the settings on.")
+
+
+def saved_config(path: Path, changes: Mapping) -> Config:
+    """The settings of a checkpoint with changes of prediction settings; ValueError for others."""
+    if shaping := sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"}):
+        known = ", ".join(PREDICTION_SETTINGS)
+        raise ValueError(f"Setting {shaping[0]}: without training only these can change: {known}.")
+    config = broadcast(load_checkpoint, path)["config"]
+    return change_config(replace(config, precision="auto"), changes)
+
+
+def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
+    """The model of a checkpoint on the device, and its settings with `config`'s of prediction.
+
+    Raises BadInput for a file that is none, ValueError for other training settings than `config`'s;
+    with `same=False` it may be of any recipe with as many classes.
+    """
+    state = broadcast(load_checkpoint, path)
+    check_same_settings(state["config"], config, path, () if same else ("num_classes",))
+    names = PREDICTION_SETTINGS if same else (*PREDICTION_SETTINGS, "precision")
+    own = replace(state["config"], **{name: getattr(config, name) for name in names})
+    model = build_model(own, load_initial=False)
+    load_model_state(model, state["model"])
+    return model.to(default_device()).eval(), own

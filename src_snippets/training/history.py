@@ -1,0 +1,67 @@
+"""Draw a training while it goes on."""
+
+# %% [markdown]
+# ### Watch the training
+# One figure says how a training goes: losses, validation scores, and a validation image with its
+# ground truth beside the prediction. In: the history, a dict for each epoch; out: a PNG that is
+# drawn anew in place. The trap: a script has no display, so it prints a line for each epoch.
+
+# %%
+# @title plot_history, LiveHistory
+from collections.abc import Sequence
+from pathlib import Path
+import time
+
+import IPython
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from tqdm.auto import tqdm
+
+from src_snippets.data.drawing import add_class_legend, draw_outlines, show_image_row
+from src_snippets.data.structures import ground_truth
+
+
+def plot_history(history: Sequence[dict], names: Sequence[str], example=None) -> Figure:
+    """Plot losses and scores over epochs; below them `example`, a sample and its `Instances`."""
+    heights = [3.4, min(5.1 * example[0].size[0] / example[0].size[1], 7)] if example else [3.4]
+    figure = Figure(figsize=(10.5, sum(heights) + 0.6), layout="constrained")
+    figure.set_label("Losses and validation scores by epoch, and an example with its prediction")
+    rows = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights)
+    for axis, prefixes in zip(rows[0], (("loss", "val_loss"), ("AP",)), strict=True):
+        known = (k for row in history for k in row if k.startswith(prefixes) and row[k] is not None)
+        for key in dict.fromkeys(known):
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+            axis.plot(*zip(*points, strict=True), marker=".", label=key.replace("_", " "))
+            axis.legend(fontsize=8, frameon=False, ncols=2)
+        axis.set(xlabel="epoch", xlim=(0.5, max(len(history), 2) + 0.5), ylim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    rows[0, 0].set(ylabel="mean loss", title="Losses")
+    rows[0, 1].set(ylabel="score (0 to 1)", title="Validation", ylim=(0, 1))
+    if example:
+        image, both = example[0].image.numpy(), (ground_truth(example[0]), example[1])
+        titles = [f"ground truth: {len(both[0])} cells", f"prediction: {len(both[1])} cells"]
+        show_image_row(rows[1], [draw_outlines(image, each) for each in both], titles)
+        add_class_legend(figure, names)
+    return figure
+
+
+class LiveHistory:
+    """Draw `plot_history` into the PNG at `path` and one display, `pause` seconds apart or more."""
+
+    def __init__(self, path: Path, names: Sequence[str], pause: float = 2.0):
+        self.path, self.names, self.pause, self.drawn_at = path, names, pause, None
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, history: Sequence[dict], example=None, is_last: bool = False) -> None:
+        row, in_notebook = history[-1], IPython.get_ipython() is not None
+        if not in_notebook and not is_last:
+            scores = [f"{k} {row[k]:.3f}" for k in ("loss", "AP50", "val_loss") if row.get(k)]
+            tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
+        is_first, now = self.drawn_at is None, time.monotonic()
+        if is_first or is_last or now > self.drawn_at + self.pause:
+            figure, self.drawn_at = plot_history(history, self.names, example), now
+            figure.savefig(self.path, dpi=80, bbox_inches="tight")
+            if in_notebook:
+                alt_text = {"alt": figure.get_label()}
+                drawn = IPython.display.Image(filename=str(self.path), metadata=alt_text)
+                IPython.display.display(drawn, display_id=str(self.path), update=not is_first)

@@ -1,0 +1,84 @@
+"""COCO average precision, with 100 detections per image and class and with all of them."""
+
+# %% [markdown]
+# ### Score with COCO average precision
+# AP50 is the area under the precision-recall curve when a detection counts as correct from a mask
+# IoU of 0.5 on; AP is the mean over IoU 0.50 to 0.95. COCO's own evaluation code computes both.
+# The trap: it keeps the best 100 detections per image and class, fewer than many images have
+# instances, so the scores are given with that cap (`_100`) and without.
+
+# %%
+# @title Average precision
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+
+from src_snippets.data.structures import Instances
+
+
+def coco_classes() -> tuple[type, type]:
+    """COCO and COCOeval of faster-coco-eval (the same values, sooner), else of pycocotools."""
+    if find_spec("faster_coco_eval"):
+        faster = import_module("faster_coco_eval")
+        return faster.COCO, faster.COCOeval_faster
+    return import_module("pycocotools.coco").COCO, import_module("pycocotools.cocoeval").COCOeval
+
+
+def coco_results(predictions: Mapping[int, Instances]) -> list[dict]:
+    """Predictions by image id as COCO results: boxes XYWH in pixels, category ids = labels."""
+    rows, names = [], ("image_id", "category_id", "segmentation", "score", "bbox")
+    for image_id, found in sorted(predictions.items()):
+        x1, y1, x2, y2 = found.boxes.astype(float).T
+        boxes = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
+        columns = (v.tolist() for v in (found.labels, found.scores, boxes))
+        for label, score, box, rle in zip(*columns, found.rles, strict=True):
+            rows.append(dict(zip(names, (image_id, label, rle, score, box), strict=True)))
+    return rows
+
+
+def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndarray:
+    """(10, 101, C, len(caps)) precision by IoU 0.50 .. 0.95, recall 0 .. 1, class, cap.
+
+    -1 for a class without ground truth. caps: ascending maximum detections per image and class.
+    """
+    (coco, coco_eval), sides = coco_classes(), []
+    known = dict(area=1, iscrowd=0)  # of detections; with one range of sizes any area will do
+    with redirect_stdout(None):  # both libraries print their progress
+        for annotations in (ground_truth["annotations"], coco_results(predictions)):
+            # Ids from 1 on, since COCOeval takes 0 for "matched by none"
+            rows = [{**known, **row, "id": k} for k, row in enumerate(annotations, start=1)]
+            sides.append(coco())
+            sides[-1].dataset = {**ground_truth, "annotations": rows}
+            sides[-1].createIndex()
+        evaluator = coco_eval(*sides, "segm")
+        evaluator.extra_calc = False  # of faster-coco-eval: a list of matches, not used here
+        evaluator.params.maxDets = caps
+        evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return np.asarray(evaluator.eval["precision"])[:, :, :, 0]
+
+
+def average_precision(ground_truth: dict, predictions: Mapping[int, Instances]) -> dict:
+    """AP, AP50 and AP75 of predictions by the image ids of a COCO `ground_truth`.
+
+    Returns:
+        `AP`, `AP50`, `AP75`; `AP_100`, .. of the best 100 per image and class; `classes`:
+        {category id: {AP, AP50, AP75, instances}}. 0..1; None where there is no ground truth.
+    """
+    largest = max([101, *(len(instances) for instances in predictions.values())])
+    table = precision_table(ground_truth, predictions, [100, largest])
+
+    def means(part: np.ndarray, suffix="") -> dict:
+        rows = {"AP": part, "AP50": part[:1], "AP75": part[5:6]}
+        defined = {name: values[values > -1] for name, values in rows.items()}
+        return {n + suffix: float(v.mean()) if v.size else None for n, v in defined.items()}
+
+    scores = means(table[..., 1]) | means(table[..., 0], "_100") | dict(classes={})
+    owners = [a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"]]
+    for column, key in enumerate(sorted(c["id"] for c in ground_truth["categories"])):
+        scores["classes"][key] = means(table[:, :, column, 1]) | dict(instances=owners.count(key))
+    return scores

@@ -1,0 +1,465 @@
+"""Training: one step, the loop over epochs, checkpoints, exact resume."""
+
+# %% [markdown]
+# ### Train
+# A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
+# precision and several GPUs. After each epoch the whole state goes to `last.pt`, the weights of the
+# best epoch to `best.pt`. A stopped run continues from there with the same numbers, since each
+# epoch's random draws depend on the seed and its number alone.
+
+# %%
+# @title Session, optimizer, learning rate, batches
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+import json
+import math
+import os
+from pathlib import Path
+import signal
+from statistics import mean
+import time
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    send_to_device,
+)
+import pandas as pd
+from psutil import Process
+from timm.utils import ModelEmaV3
+import torch
+from torch import nn, Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from src_snippets.data.structures import CellSample, coco_ground_truth
+from src_snippets.data.transforms import collate, network_scale, training_target, TrainingSet
+from src_snippets.model.backbone import backbone_stages
+from src_snippets.model.detect import detect
+from src_snippets.model.mask_rcnn import build_model
+from src_snippets.setup.config import Config
+from src_snippets.setup.devices import (
+    all_max,
+    autocast_for,
+    broadcast,
+    choose_precision,
+    default_device,
+    free_memory,
+    gather,
+    is_main,
+    is_out_of_memory,
+    rank,
+    rank_indices,
+    world_size,
+)
+from src_snippets.setup.files import atomic_write
+from src_snippets.training.checkpoints import (
+    check_same_settings,
+    open_run,
+    save_checkpoint,
+)
+from src_snippets.training.metrics import average_precision
+
+
+class Session:
+    """When training has to stop: some hours after this process began, or at SIGTERM.
+
+    max_hours: 0: no end; reserve_seconds: what predicting and writing need after training.
+    """
+
+    def __init__(self, max_hours: float, reserve_seconds: float = 0.0):
+        seconds = 3600 * max_hours - reserve_seconds if max_hours else math.inf
+        self.end = self.until = Process().create_time() + seconds
+        self.terminated = False
+
+    def share(self, parts: int) -> None:
+        """Gives the next training one of so many equal parts of the time that is left."""
+        self.until = time.time() + (self.end - time.time()) / parts
+
+    def is_over(self) -> bool:
+        """Whether training has to stop now."""
+        return self.terminated or time.time() >= self.until
+
+    @contextmanager
+    def listen(self):
+        """Inside, SIGTERM, by which a machine is taken back, only ends training."""
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer, with `lr_factors` and `layer_decay`; norms and biases do not decay."""
+    stem, body, fpn, heads = config.lr_factors
+    parts = [(fpn, [model.backbone.attention, model.backbone.fpn])]
+    parts.append((heads, [model.rpn, model.roi_heads]))
+    stages = backbone_stages(model.backbone.body)
+    for depth, stage in enumerate(reversed(stages)):  # the highest stage has the whole factor
+        factor = stem if depth == len(stages) - 1 else body
+        parts.append((factor * config.layer_decay**depth, stage))
+    groups = []
+    for factor, modules in parts:
+        weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+        rates = dict(lr=factor * config.lr, peak_lr=factor * config.lr)
+        groups.append(dict(params=[p for p in weights if p.ndim > 1], **rates))
+        groups.append(dict(params=[p for p in weights if p.ndim <= 1], weight_decay=0.0, **rates))
+    sgd = partial(torch.optim.SGD, momentum=0.9)
+    kinds = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam, sgd=sgd)
+    groups = [group for group in groups if group["params"]]
+    return kinds[config.optimizer](groups, weight_decay=config.weight_decay, fused=True)
+
+
+def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> float:
+    """What learning rates are multiplied with at a step out of `total`, 0..1.
+
+    A linear warm-up over at most a fifth of the steps, then `schedule`: constant, half a cosine
+    down to 0, or a tenth after each 3 evaluations in a row without a lower validation loss.
+    """
+    warmup = min(config.warmup_steps, total // 5)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    factor, best, waited = 1.0, math.inf, 0
+    for row in history if config.schedule == "plateau" else []:
+        if "val_loss" in row:
+            best, waited = (row["val_loss"], 0) if row["val_loss"] < best else (best, waited + 1)
+            factor, waited = (factor / 10, 0) if waited == 3 else (factor, waited)
+    return factor
+
+
+def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
+    """The score of each evaluation, higher is better; 0 where there is nothing to score."""
+    if best_by == "loss":
+        return [-row["val_loss"] for row in history if "val_loss" in row]
+    return [row[best_by] or 0.0 for row in history if best_by in row]
+
+
+def stop_reason(history: list[dict], seconds: float, config: Config) -> str:
+    """Why no epoch follows a history that took so many seconds, empty where one does."""
+    scores, patience = evaluation_scores(history, config.best_by), config.patience
+    if patience and scores[:-patience] and max(scores[-patience:]) < max(scores[:-patience]):
+        return f"no better {config.best_by} in {patience} evaluations"
+    if config.train_hours and seconds >= 3600 * config.train_hours:
+        return f"train_hours={config.train_hours:g} are over"
+    return "all epochs are done" if len(history) >= config.epochs else ""
+
+
+def training_loader(samples, config: Config, batch_size: int) -> DataLoader:
+    """Shuffled batches of augmented crops, made by other processes while a GPU computes."""
+    on_gpu, workers = default_device().type == "cuda", config.workers
+    if workers < 0:
+        workers = min(os.cpu_count() // world_size(), 4) if on_gpu else 0
+    options = dict(num_workers=workers, pin_memory=on_gpu, collate_fn=collate, shuffle=True)
+    drop_last = len(samples) >= batch_size * world_size()
+    return DataLoader(TrainingSet(samples, config), batch_size, drop_last=drop_last, **options)
+
+
+# %%
+# @title Memory, evaluation, and what a checkpoint holds
+def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
+    """The batch size, halved until a training step on crops full of instances fits into memory.
+
+    copies: of all weights, that the optimizer is going to keep. Leaves all as it was.
+    """
+    row, device = torch.arange(config.crop) // 24, default_device()
+    ids = (row[:, None] * (row[-1] + 1) + row + 1).int()[None]  # a grid of instances of 24 px
+    image, labels = torch.zeros(3, *ids.shape[1:]).byte(), torch.ones(int(ids.max())).long()
+    pair = image, training_target(CellSample(image, ids, labels))
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    batch_size, is_full = 2 * config.batch_size, True
+    while is_full:
+        batch_size, is_full = batch_size // 2, False
+        try:
+            with torch.random.fork_rng([device] * (device.type == "cuda")):
+                batch = send_to_device(collate([pair] * batch_size), device)
+                batch += ([torch.zeros_like(p) for p in model.parameters() for _ in range(copies)],)
+                sum(model.train()(*batch[:2]).values()).backward()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                message = "The GPU's memory does not suffice for one crop: lower crop or scale."
+                raise RuntimeError(message) from error
+            is_full = True
+        batch = None
+        model.zero_grad()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        free_memory()  # not in the handler, which holds the tensors that did not fit
+        is_full = all_max(is_full)[0] > 0
+    return batch_size
+
+
+def loss_weights(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Weights by which the mean of a loss over processes is that over all sampled items."""
+    boxes, anchors = model.roi_heads.fg_bg_sampler.count, model.rpn.fg_bg_sampler.count
+    names = ("classifier", "box_reg", "mask", "objectness", "rpn_box_reg")
+    counts = (boxes, boxes, model.roi_heads.mask_count, anchors, anchors)
+    own = torch.stack([torch.as_tensor(n, device=accelerator.device) for n in counts]).float()
+    weights = own * world_size() / accelerator.reduce(own, "sum").clamp(min=1)
+    return {f"loss_{name}": weight for name, weight in zip(names, weights, strict=True)}
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, samples, config: Config) -> float:
+    """Mean loss on whole images, with the same draws each time and norms as in prediction."""
+    model.eval()
+    for part in (model, model.rpn, model.roi_heads):
+        part.training = True  # these compute losses; the layers inside stay in eval mode
+    losses, device = [], default_device()
+    for i in rank_indices(len(samples)):
+        torch.manual_seed(config.seed + i)  # each epoch of training sets its own
+        model.transform.fixed_scale = network_scale(samples[i].size, config)
+        pair = send_to_device((samples[i].image, training_target(samples[i])), device)
+        with autocast_for(config, device):
+            losses.append(float(sum(model(*collate([pair])).values())))
+    model.transform.fixed_scale = None
+    model.eval()
+    return mean(gather(losses))
+
+
+def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
+    """Evaluates on whole, unaugmented images, from a score of 0.05 on.
+
+    Returns:
+        AP, AP50, AP75 (0..1, uncapped, None without ground truth), and val_loss where a setting
+        needs it; the sample with most instances and its predictions.
+    """
+    config = replace(config, tile=0, score_threshold=min(config.score_threshold, 0.05))
+    images = (samples[i].image for i in rank_indices(len(samples)))
+    predictions = gather([detect(model, image, config) for image in images])
+    ground_truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
+    scores = average_precision(ground_truth, dict(enumerate(predictions, start=1)))
+    row = {name: scores[name] for name in ("AP", "AP50", "AP75")}
+    if config.best_by == "loss" or config.schedule == "plateau":
+        row["val_loss"] = validation_loss(model, samples, config)
+    counts = Counter(a["image_id"] for a in ground_truth["annotations"])
+    index = max(counts, key=counts.get, default=1) - 1
+    return row, (samples[index], predictions[index].above(config.export_score_threshold))
+
+
+PROGRESS = ("history", "steps", "seconds")  # what last.pt holds beside the parts and settings
+
+
+class TrainingState:
+    """Model, optimizer, EMA, scaler and history of a run, new or as in the folder's `last.pt`."""
+
+    def __init__(self, config: Config, folder: Path, resume: bool):
+        self.config, self.folder = config, Path(folder)
+        self.history, self.steps, self.seconds = [], 0, 0.0
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run may differ
+        options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
+        self.accelerator = Accelerator(
+            cpu=default_device().type == "cpu",
+            mixed_precision=choose_precision(config, default_device()),
+            dataloader_config=DataLoaderConfiguration(**options),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        if len(set(gather([self.folder.name]))) > 1:
+            raise ValueError(f"{folder}: other processes have other settings or images.")
+        state = broadcast(open_run, self.folder, resume)
+        self.model = build_model(config, load_initial=state is None and is_main())
+        self.model.to(self.accelerator.device)
+        optimizer = build_optimizer(self.model, config)
+        self.parts, self.best_model = dict(model=self.model, optimizer=optimizer), self.model
+        if config.ema:  # with a warm-up, by which the first weights are soon forgotten
+            options = dict(use_warmup=True, warmup_power=0.75, exclude_buffers=True)
+            self.parts["ema"] = ModelEmaV3(self.model, config.ema, **options)
+            self.best_model = self.parts["ema"].module
+        if self.accelerator.scaler:
+            self.parts["scaler"] = self.accelerator.scaler
+        if state:
+            check_same_settings(state["config"], config, self.folder / "last.pt")
+            for name in self.parts.keys() & state.keys():
+                self.parts[name].load_state_dict(state[name])
+            vars(self).update({name: state[name] for name in PROGRESS})
+        self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    def save_best(self) -> None:
+        """Writes `best.pt`: the weights that are evaluated, with settings and history."""
+        content = dict(model=self.best_model.state_dict(), history=self.history)
+        save_checkpoint(content | dict(config=asdict(self.config)), self.folder / "best.pt")
+
+    def save(self, row: dict) -> None:
+        """Adds an epoch to the history; writes `history.csv`, `last.pt`, perhaps `best.pt`.
+
+        The best epoch is the last one of the highest score, or the last where nothing is scored.
+        """
+        evaluations = len(evaluation_scores(self.history, self.config.best_by))
+        # Through JSON, or equal values of a resumed run would pickle to other bytes
+        self.history = json.loads(json.dumps([*self.history, row]))
+        scores = evaluation_scores(self.history, self.config.best_by)
+        if not is_main():
+            return
+        with atomic_write(self.folder / "history.csv") as partial:
+            pd.DataFrame(self.history).to_csv(partial, index=False)
+        if not scores or (len(scores) > evaluations and scores[-1] == max(scores)):
+            self.save_best()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
+        save_checkpoint(state, self.folder / "last.pt", self.folder / "previous.pt")
+
+
+# %%
+# @title Trainer: step, epoch, fit
+MAX_BAD_STEPS = 10  # in a row
+
+
+class Trainer(TrainingState):
+    """Trains a model, or continues the run in `folder`.
+
+    Args:
+        train_samples, val_samples: `CellSample`s; without the latter the last epoch is the best.
+        folder: gets `best.pt`, `last.pt`, `previous.pt` and `history.csv`.
+        session: its end stops training; the same call continues it later.
+        callback: called in the main process with (history, example, is_last), after each epoch and
+            at the end; example: a validation sample and its predictions, or None.
+        resume: False removes what is in `folder` and trains anew.
+    """
+
+    def __init__(
+        self, config, train_samples, val_samples, folder, session=None, callback=None, resume=True
+    ):
+        super().__init__(config, folder, resume)
+        self.train_samples, self.val_samples = train_samples, val_samples
+        self.session, self.callback, self.example = session or Session(0.0), callback, None
+        self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
+
+    def step(self, images, targets) -> list[dict]:
+        """Learns from a batch; returns the losses of those that have changed the weights now."""
+        with self.accelerator.accumulate(self.network):
+            losses = self.network(images, targets)
+            # Add your own loss here: losses["loss_mine"] = ...
+            weights = loss_weights(self.model, self.accelerator)
+            losses = {name: loss * weights.get(name, 1.0) for name, loss in losses.items()}
+            self.accelerator.backward(sum(losses.values()))
+            values = self.accelerator.reduce(torch.stack([*losses.values()]).detach(), "mean")
+            losses = dict(zip(losses, values.tolist(), strict=True))
+            self.pending.append((losses, ", ".join(target["name"] for target in targets)))
+            return self.update() if self.accelerator.sync_gradients else []
+
+    def update(self) -> list[dict]:
+        """Updates the weights, unless the gradients, equal in all processes, are not finite."""
+        (losses, names), self.pending = zip(*self.pending, strict=True), []
+        max_norm = self.config.clip_norm or math.inf
+        if self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm).isfinite():
+            factor = lr_factor(self.steps, self.total_steps, self.config, self.history)
+            for group in self.optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+            self.optimizer.step()
+            self.steps, self.bad_steps = self.steps + 1, 0
+            self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
+            if self.config.ema:
+                self.parts["ema"].update(self.model, self.steps)
+        else:
+            self.bad_steps += 1
+            message = f"Gradients are not finite on {', '.join(gather(list(names)))}: {losses}"
+            if self.bad_steps == MAX_BAD_STEPS:
+                hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
+                raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times {hint}")
+            for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
+                buffer.copy_(good)  # what norms have seen
+            if scaler := self.accelerator.scaler:
+                scaler.update(scaler.get_scale() / 2)
+            if not scaler or not all(math.isfinite(sum(row.values())) for row in losses):
+                tqdm.write(f"{message}: this step is skipped.")  # else fp16's scale was too high
+            losses = []
+        self.optimizer.zero_grad()
+        return list(losses)
+
+    def run_epoch(self, epoch: int, bar) -> None:
+        """Trains an epoch, evaluates where that is due, writes the checkpoints.
+
+        One that the session's end cuts is dropped, or `best.pt` where there is none yet.
+        """
+        config, start, losses = self.config, time.perf_counter() - self.seconds, []
+        limit = 3600 * config.train_hours or math.inf
+        torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
+        self.loader.set_epoch(epoch)  # order of the images
+        self.model.train()
+        self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
+        for images, targets in self.loader:
+            losses += self.step(images, targets)
+            bar.update()
+            bar.set_postfix(losses[-1] if losses else {}, refresh=False)
+            used, is_over = all_max((time.perf_counter() - start) / limit, self.session.is_over())
+            if used * self.steps:  # the schedule ends with the steps that fit into `train_hours`
+                self.total_steps = min(self.steps / min(used, 1), self.max_steps)
+                bar.total = math.ceil(bar.n * self.total_steps / self.steps)
+            if used >= 1 or is_over:
+                break
+        for own, buffer in zip(self.best_model.buffers(), self.model.buffers(), strict=True):
+            if buffer.is_floating_point():  # each process has seen other images
+                own.copy_(buffer.copy_(self.accelerator.reduce(buffer, "mean")))
+        if all_max(self.session.is_over())[0]:
+            if is_main() and not (self.folder / "best.pt").exists():
+                self.save_best()
+            return
+        if not losses:
+            raise FloatingPointError("Every step of the epoch was skipped: see the lines above.")
+        row = dict(epoch=epoch, lr=max(group["lr"] for group in self.optimizer.param_groups))
+        row |= {name: mean(step[name] for step in losses) for name in losses[0]}
+        row["loss"] = mean(sum(step.values()) for step in losses)
+        if scaler := self.accelerator.scaler:
+            row["scale"] = scaler.get_scale()
+            if row["scale"] < 1:
+                bar.write(f"WARNING: fp16 scale {row['scale']:g}, below 1: set precision='no'.")
+        self.seconds = all_max(time.perf_counter() - start)[0]
+        is_last = self.seconds >= limit or epoch == config.epochs
+        if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
+            scores, self.example = evaluate(self.best_model, self.val_samples, config)
+            row |= scores
+            self.seconds = all_max(time.perf_counter() - start)[0]
+        self.save(row)
+        free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
+
+    def fit(self) -> list[dict]:
+        """Trains to the end, or to that of the session; returns a row for each epoch.
+
+        It has epoch, lr, mean losses, fp16's `scale` and, if it was due, what `evaluate` says.
+        """
+        config, done, batch_size = self.config, len(self.history), self.config.batch_size
+        if reason := stop_reason(self.history, self.seconds, config):
+            print(f"ALREADY TRAINED: {self.folder} is used again ({done} epochs, {reason}).")
+            print("Set RESUME = False to train again.")
+        elif done:
+            print(f"{self.folder}: {done} of {config.epochs} epochs are done, training continues.")
+        if default_device().type == "cuda" and not reason:
+            batch_size = fit_memory(self.model, config, 0 if done else 2)  # Adam keeps two
+        accumulate = config.accumulate * config.batch_size // batch_size
+        if batch_size < config.batch_size:
+            print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
+        self.accelerator.gradient_accumulation_steps = accumulate
+        loader = training_loader(self.train_samples, config, batch_size)
+        self.loader = self.accelerator.prepare(loader)
+        batches = len(self.loader)
+        self.max_steps = self.total_steps = config.epochs * math.ceil(batches / accumulate)
+        options = dict(total=config.epochs * batches, initial=done * batches, unit="batch")
+        bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
+        with self.session.listen(), bar:
+            while not reason:
+                self.run_epoch(len(self.history) + 1, bar)
+                if self.callback and is_main() and len(self.history) > done:
+                    self.callback(self.history, self.example, False)
+                done, reason = len(self.history), stop_reason(self.history, self.seconds, config)
+                if not reason and all_max(self.session.is_over())[0]:
+                    reason = "the session ends (max_hours or SIGTERM); run again to continue"
+                if reason:
+                    bar.write(f"Training ends after epoch {done}: {reason}.")
+        if self.callback and is_main() and self.history:
+            self.callback(self.history, self.example, True)
+        return self.history
+
+
+def train(*arguments) -> list[dict]:
+    """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
+    history = Trainer(*arguments).fit()
+    free_memory()
+    return history

@@ -1,0 +1,426 @@
+from itertools import product
+from types import SimpleNamespace
+import weakref
+
+from hypothesis import given, settings, strategies
+import numpy as np
+import pycocotools.mask
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src_snippets.data.rle import encode_masks
+from src_snippets.data.structures import Instances
+from src_snippets.model import detect as module
+from src_snippets.model.detect import (
+    detect,
+    greedy_groups,
+    join_tiles,
+    paste_masks,
+    tile_corners,
+    View,
+    without_overlaps,
+)
+from src_snippets.model.mask_rcnn import build_model
+from src_snippets.setup.config import change_config, make_config
+from tests.conftest import field_of_cells, random_boxes
+
+
+def make_instances(masks, scores, labels=None) -> Instances:
+    """Instances of (N, H, W) masks."""
+    masks = np.asarray(masks, bool).reshape(-1, *np.shape(masks)[-2:])
+    zeros = np.zeros(len(masks), np.int64)
+    rles = encode_masks(masks, zeros, zeros, *masks.shape[1:])
+    xywh = np.array(pycocotools.mask.toBbox(rles)).reshape(-1, 4)
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1).astype(np.float32)
+    labels = zeros + 1 if labels is None else np.array(labels)
+    return Instances(boxes, np.array(scores, np.float32), labels, rles, masks.shape[1:])
+
+
+def decoded(instances) -> np.ndarray:
+    """(N, H, W) bool."""
+    masks = [pycocotools.mask.decode(rle) for rle in instances.rles]
+    return np.array(masks, bool).reshape(-1, *instances.size)
+
+
+# Paste
+
+
+def paste_one(box, mask=1.0, threshold=0.5):
+    masks = torch.as_tensor(mask).float().expand(1, 28, 28)
+    return paste_masks(masks, torch.tensor([box]).float(), (4, 16), threshold)[0]
+
+
+def test_paste_worked_by_hand():
+    rows = np.zeros((4, 16), int)
+    rows[1:3, 2:5] = 1
+    assert np.array_equal(pycocotools.mask.decode(paste_one([2, 1, 5, 3])), rows)
+    # A pixel belongs to the box when its centre lies inside
+    assert pycocotools.mask.toBbox(paste_one([1.4, 0.6, 3.4, 2.6])).tolist() == [1, 1, 2, 2]
+    assert pycocotools.mask.area(paste_one([-9, -9, 99, 99])) == 64
+    assert pycocotools.mask.area(paste_one([2, 1, 5, 3], threshold=0.0)) == 6
+    nothing = (
+        paste_one([2, 1, 5, 3], 0.4),
+        paste_one([2.1, 1.1, 2.3, 1.3]),
+        paste_one([17, 1, 19, 3]),
+    )
+    assert nothing == (None, None, None)
+    assert paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (4, 6), 0.5) == []
+
+
+def test_a_step_in_the_mask_is_pasted_where_it_lies():
+    left = torch.arange(28) < 14  # of the columns
+    # 14 px for 28 bins: each pixel is the mean of two bins, the first 7 of them 1
+    assert pycocotools.mask.toBbox(paste_one([1, 0, 15, 4], left)).tolist() == [1, 0, 7, 4]
+    top = left[:, None].expand(28, 28)
+    assert pycocotools.mask.toBbox(paste_one([1, 0, 15, 4], top)).tolist() == [1, 0, 14, 2]
+
+
+def sampled(mask, box, size):
+    """(H, W) probabilities of one mask at the centres of all pixels, -1 outside of its box."""
+    y, x = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
+    x1, y1, x2, y2 = box
+    grid = torch.stack([(x - x1) / (x2 - x1), (y - y1) / (y2 - y1)], -1) * 2 - 1
+    options = dict(padding_mode="border", align_corners=False)
+    values = F.grid_sample(mask[None, None], grid[None], **options)[0, 0]
+    return torch.where((grid.abs() < 1).all(-1), values, -1.0).numpy()
+
+
+@settings(max_examples=25, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.sampled_from([0.3, 0.5]))
+def test_paste_equals_bilinear_sampling_of_each_mask(seed, threshold):
+    generator = torch.Generator().manual_seed(seed)
+    boxes = random_boxes(12, 70, 90, seed) + torch.rand(12, 4, generator=generator)
+    masks = F.avg_pool2d(torch.rand(12, 28, 28, generator=generator), 5, 1, 2)
+    for rle, mask, box in zip(
+        paste_masks(masks, boxes, (70, 90), threshold), masks, boxes, strict=True
+    ):
+        expected = sampled(mask, box, (70, 90))
+        found = pycocotools.mask.decode(rle) if rle else np.zeros((70, 90))
+        differs = (found != (expected >= threshold)) & (np.abs(expected - threshold) > 1e-4)
+        assert not differs.any()
+
+
+def test_masks_in_chunks_are_those_pasted_alone():
+    boxes = torch.cat([random_boxes(9, 500, 600, 0), random_boxes(40, 60, 50, 1)])
+    masks = F.avg_pool2d(torch.rand(49, 28, 28), 5, 1, 2)
+    alone = [paste_masks(masks[[k]], boxes[[k]], (500, 600), 0.5)[0] for k in range(49)]
+    assert paste_masks(masks, boxes, (500, 600), 0.5) == alone
+
+
+# Overlaps and groups
+
+ROWS = [[[1, 1, 1, 0, 0, 0]], [[0, 1, 1, 0, 0, 0]], [[0, 0, 0, 1, 1, 1]], [[0, 0, 1, 1, 0, 0]]]
+
+
+def test_overlaps_go_to_the_best():
+    instances = without_overlaps(make_instances(ROWS, [0.5, 0.9, 0.6, 0.7]))
+    assert decoded(instances)[:, 0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 1, 0, 0],
+    ]
+    assert instances.boxes.tolist() == [[0, 0, 1, 1], [1, 0, 3, 1], [4, 0, 6, 1], [3, 0, 4, 1]]
+    assert without_overlaps(make_instances(ROWS[:2], [0.9, 0.5], [3, 4])).labels.tolist() == [3]
+    equal = make_instances(ROWS[:2], [0.5, 0.5], [7, 8])
+    assert without_overlaps(equal).labels.tolist() == [7]  # of equal ones the first
+    assert len(without_overlaps(equal.select([]))) == 0
+
+
+def random_instances(rng, count, size=(12, 12)) -> Instances:
+    masks = np.zeros((count, *size), bool)
+    for mask in masks:
+        y, x, h, w = (*rng.integers(0, 8, 2), *rng.integers(2, 6, 2))
+        mask[y : y + h, x : x + w] = True
+    return make_instances(masks, np.sort(rng.random(count))[::-1], rng.integers(1, 3, count))
+
+
+@pytest.mark.parametrize("with_cut", [False, True])
+def test_blocks_of_rows_change_no_group(with_cut):
+    rng = np.random.default_rng(0)
+    every, owners = random_instances(rng, 90), rng.integers(0, 3, 90)
+    cut = rng.random(90) < 0.5 if with_cut else None
+    whole, blocks = (list(greedy_groups(every, owners, 0.5, cut, rows)) for rows in (1000, 4))
+    assert whole == blocks
+    assert sorted(index for group in whole for index in group) == list(range(90))
+    assert max(map(len, whole)) > 1
+    shared = [group for group in whole if len(set(owners[group])) < len(group)]
+    assert bool(shared) == with_cut  # without `cut` each owner has one voice
+
+
+@settings(max_examples=30, deadline=None)
+@given(strategies.integers(0, 2**31))
+def test_pixels_belong_to_one_instance_and_none_is_lost(seed):
+    every = random_instances(np.random.default_rng(seed), 20)
+    apart = decoded(without_overlaps(every))
+    assert apart.sum(0).max() == 1
+    assert np.array_equal(apart.any(0), decoded(every).any(0))
+
+
+# Tiles joined
+
+
+def row(*filled, length=8):
+    """A mask of one row."""
+    return [[int(k in filled) for k in range(length)]]
+
+
+def joined_scores(parts, cut, **changes):
+    """Scores that stay of [(mask, score, label), ..] per tile, with whether each one is cut."""
+    pieces = [
+        make_instances(*(list(column) for column in zip(*part, strict=True))) for part in parts
+    ]
+    joined = join_tiles(pieces, [np.array(c, bool) for c in cut], make_config("demo", **changes))
+    return joined.scores.astype(float).round(2).tolist()
+
+
+def test_tiles_joined_worked_by_hand():
+    whole = [(row(2, 3, 4, 5), 0.4, 1), (row(6, 7), 0.9, 1)]
+    pieces = [(row(2, 3, 4), 0.8, 1), (row(0), 0.3, 1)]
+    # The better but cut piece gives way to the whole one; a piece that nobody holds stays
+    assert joined_scores([whole, pieces], [[0, 0], [1, 1]]) == [0.9, 0.4, 0.3]
+    assert joined_scores([whole, pieces], [[0, 0], [1, 1]], detections=2) == [0.9, 0.4]
+    again = [(row(2, 3, 4, 5, 6), 0.6, 1)]
+    assert joined_scores([whole, again], [[0, 0], [0]]) == [0.9, 0.6]  # of doubles the better
+    other = [(row(2, 3, 4, 5, 6), 0.6, 2)]
+    assert joined_scores([whole, other], [[0, 0], [0]]) == [0.9, 0.6, 0.4]  # of another class
+    assert joined_scores([[whole[0], whole[0]]], [[0, 0]]) == [0.4, 0.4]  # of one tile
+    empty = make_instances(np.zeros((0, 1, 8)), [])
+    assert len(join_tiles([empty, empty], [np.zeros(0, bool)] * 2, make_config("demo"))) == 0
+
+
+def test_a_cut_instance_goes_where_over_half_of_it_is_held():
+    whole = [(row(2, 3, 4, 5), 0.4, 1)]
+    three_quarters, half = [(row(3, 4, 5, 6), 0.8, 2)], [(row(4, 5, 6, 7), 0.8, 2)]
+    assert joined_scores([whole, three_quarters], [[0], [1]]) == [0.4]
+    assert joined_scores([whole, half], [[0], [1]]) == [0.8, 0.4]
+
+
+def test_of_cut_instances_the_largest_comes_first():
+    large, small = [(row(0, 1, 2, 3, 4, 5), 0.3, 1)], [(row(0, 1, 2), 0.9, 1)]
+    assert joined_scores([large, small], [[1], [1]]) == [0.3]
+    assert joined_scores([small, large], [[1], [1]]) == [0.3]
+
+
+# Views and tiles of a model
+
+
+class Squares:
+    """A model that detects regions of one brightness exactly, in every view and tile.
+
+    It runs out of memory where the images of a batch have over `limit` pixels.
+    """
+
+    def __init__(self, limit=np.inf):
+        self.transform, self.roi_heads = SimpleNamespace(fixed_scale=None), SimpleNamespace()
+        self.limit, self.calls, self.tiles = limit, [], []
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def eval(self):
+        return self
+
+    def __call__(self, images):
+        self.tiles = [weakref.ref(image) for image in images]
+        self.calls.append((len(images), tuple(images[0].shape[1:]), self.transform.fixed_scale))
+        if sum(image[0].numel() for image in images) > self.limit:
+            raise torch.OutOfMemoryError("no memory")
+        return [self.find(image[0].numpy()) for image in images]
+
+    def find(self, image):
+        boxes, scores, masks = [], [], []
+        for level in np.unique(image[image > 0]):
+            rows, columns = np.nonzero(image == level)
+            top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+            boxes.append([left, top, right, bottom])
+            scores.append(len(rows) / 1000 + 0.1)
+            # One bin a pixel where the region is 28 px wide; exact for full squares else
+            crop = (image[top:bottom, left:right] == level).astype(np.float32)
+            grid = [((np.arange(28) + 0.5) * n / 28).astype(int) for n in crop.shape]
+            masks.append(crop[np.ix_(*grid)])
+        return result(boxes, scores, masks=masks)
+
+
+def result(boxes, scores, labels=None, masks=None):
+    """What torchvision's models return for an image; masks are full unless given."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    masks = torch.ones(len(boxes), 28, 28) if masks is None else torch.tensor(np.array(masks))
+    return dict(
+        boxes=boxes,
+        scores=torch.tensor(scores, dtype=torch.float32),
+        labels=torch.tensor(labels or [1] * len(boxes), dtype=torch.int64),
+        masks=masks.float().reshape(-1, 1, 28, 28),
+    )
+
+
+class Scripted(Squares):
+    """A model whose results for the tiles of an image are given."""
+
+    def __init__(self, *results):
+        super().__init__()
+        self.results = list(results)
+
+    def __call__(self, images):
+        return [self.results.pop(0) for _ in images]
+
+
+def draw(cells, height, width):
+    """(3, H, W) uint8 with a brightness of its own for each (top, left, bottom, right)."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for number, (top, left, bottom, right) in enumerate(cells, start=1):
+        image[:, top:bottom, left:right] = number
+    return image
+
+
+@pytest.mark.parametrize(("turns", "mirrored"), list(product(range(4), (False, True))))
+def test_every_view_is_undone_exactly(turns, mirrored):
+    # An L of 28 x 28 px, so that each bin is a pixel, off the middle of an oblong image
+    image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    image[:, 10:38, 50:60] = 1
+    image[:, 31:38, 50:78] = 1
+    model = Squares()
+    found = detect(model, image, make_config("demo"), View(1.0, turns, mirrored))
+    assert model.calls[0][1] == ((60, 90) if turns % 2 == 0 else (90, 60))
+    assert found.boxes.tolist() == [[50, 10, 78, 38]]
+    assert np.array_equal(decoded(found)[0], (image[0] == 1).numpy())
+
+
+def test_views_are_turned_to_the_left_then_mirrored():
+    image = torch.arange(6).view(1, 2, 3)
+    assert View(1.0, 0, True).apply(image)[0].tolist() == [[2, 1, 0], [5, 4, 3]]
+    assert View(1.0, 1, False).apply(image)[0].tolist() == [[2, 5], [1, 4], [0, 3]]
+    assert View(1.0, 1, True).apply(image)[0].tolist() == [[5, 2], [4, 1], [3, 0]]
+
+
+def test_tiles_cover_a_side_and_overlap_by_half():
+    assert tile_corners(50, 0) == tile_corners(50, 64) == tile_corners(64, 64) == [0]
+    assert tile_corners(65, 64) == [0, 1]
+    assert tile_corners(128, 64) == [0, 32, 64]
+    for length in range(65, 400, 7):
+        corners = tile_corners(length, 64)
+        assert (corners[0], corners[-1]) == (0, length - 64)
+        assert max(np.diff(corners)) <= 32
+
+
+@pytest.mark.parametrize("view", [View(1.0, 0, False), View(1.0, 3, True)])
+def test_instances_on_every_seam_are_detected_once(view):
+    cells = [(y, x, y + 12, x + 12) for y in range(2, 150, 15) for x in range(2, 190, 15)]
+    image, model = draw(cells, 160, 200), Squares()
+    found = detect(model, image, make_config("demo", tile=64, detections=1000), view)
+    assert sorted(map(tuple, found.boxes[:, [1, 0, 3, 2]].round(3).tolist())) == sorted(cells)
+    assert {size for _, size, _ in model.calls} == {(64, 64)}
+    assert np.array_equal(decoded(found).sum(0), (image[0] > 0).numpy())
+
+
+def test_an_instance_larger_than_the_overlap_stays():
+    image = draw([(10, 4, 40, 92)], 64, 100)
+    found = detect(Squares(), image, make_config("demo", tile=64))
+    assert len(found) >= 1
+    assert found.boxes[0].tolist()[1::2] == [10, 40]
+
+
+WIDE = torch.zeros(3, 64, 96, dtype=torch.uint8)  # tiles of 64 px begin at x = 0 and 32
+
+
+def test_a_pixel_beside_the_edge_of_a_tile_is_cut():
+    piece, whole = [43, 10, 63.4, 30], [11, 10, 53, 30]  # the second in its own tile
+    model = Scripted(result([piece], [0.9]), result([whole], [0.4]))
+    found = detect(model, WIDE, make_config("demo", tile=64))
+    assert found.scores.astype(float).round(2).tolist() == [0.4]
+    piece[2] = 62.9
+    model = Scripted(result([piece], [0.9]), result([whole], [0.4]))
+    assert len(detect(model, WIDE, make_config("demo", tile=64))) == 2
+
+
+def test_the_border_of_the_image_is_no_cut():
+    # Four tiles of 64 px; a small one at each border, a larger one of another tile holds it
+    small = [[40, 0, 50, 10], [0, 40, 10, 50]], [[54, 8, 64, 18], [8, 54, 18, 64]]
+    large = [[4, 0, 28, 30], [34, 36, 64, 60]], [[0, 4, 30, 28], [36, 34, 60, 64]]
+    tiles = [result(small[0], [0.9, 0.8]), *(result(boxes, [0.6, 0.5], [2, 2]) for boxes in large)]
+    tiles.append(result(small[1], [0.9, 0.8]))
+    found = detect(Scripted(*tiles), torch.zeros(3, 96, 96).byte(), make_config("demo", tile=64))
+    assert found.labels.tolist() == [1] * 4 + [2] * 4
+
+
+def test_one_tile_is_the_whole_image(tiny_config):
+    config = change_config(tiny_config, dict(score_threshold=0.0))
+    model, image = build_model(config), field_of_cells(0, 64).image
+    whole = detect(model, image, config)
+    assert len(whole) > 0
+    assert (np.diff(whole.scores) <= 0).all()
+    assert (whole.size, {tuple(rle["size"]) for rle in whole.rles}) == ((64, 64), {(64, 64)})
+    for tile in (64, 100):
+        tiled = detect(model, image, change_config(config, dict(tile=tile)))
+        assert (tiled.rles, tiled.boxes.tolist()) == (whole.rles, whole.boxes.tolist())
+    tiles = detect(model, image, change_config(config, dict(tile=40, detections=7)))
+    assert len(tiles) == 7
+
+
+def test_settings_are_those_of_the_call(tiny_config):
+    model, image = build_model(tiny_config), field_of_cells(0, 64).image
+    changes = dict(score_threshold=0.2, box_nms=0.33, detections=7, scale=2.0)
+    detect(model, image, change_config(tiny_config, changes))
+    heads = model.roi_heads
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.2, 0.33, 7)
+    assert not model.training
+    assert model.transform.fixed_scale is None
+    assert len(detect(model, image, change_config(tiny_config, dict(score_threshold=1.0)))) == 0
+
+
+def test_tiles_are_scaled_as_their_image():
+    model, image = Squares(), draw([(5, 5, 15, 15)], 40, 40)
+    found = detect(model, image, make_config("demo", scale=2.0), View(1.5, 0, False))
+    detect(model, image, make_config("demo", scale=2.0, tile=32))
+    assert [scale for _, _, scale in model.calls] == [3.0, 2.0]
+    assert found.boxes.tolist() == [[5, 5, 15, 15]]
+
+
+# Memory
+
+
+def test_full_memory_shrinks_batches_then_tiles(monkeypatch, capsys):
+    model, image = Squares(150 * 150), draw([(5, 5, 33, 33)], 600, 600)
+    alive = []  # for each time that memory is freed: how many of the failed tiles still exist
+
+    def free():
+        alive.append(sum(tile() is not None for tile in model.tiles))
+
+    monkeypatch.setattr(module, "free_memory", free)
+    found = detect(model, image, make_config("demo", tile=300))
+    assert [call[:2] for call in model.calls[:5]] == [
+        (4, (300, 300)),
+        (2, (300, 300)),
+        (1, (300, 300)),
+        (1, (150, 150)),
+        (1, (150, 150)),
+    ]
+    assert alive == [0, 0, 0]
+    assert found.boxes.tolist() == [[5, 5, 33, 33]]
+    assert "1 tile(s) of 150 px at a time" in capsys.readouterr().out
+    assert model.transform.fixed_scale is None
+    model.calls.clear()
+    detect(model, image, make_config("demo", tile=300))
+    assert {call[:2] for call in model.calls} == {(1, (150, 150))}  # remembered
+    model.calls.clear()
+    detect(model, image, make_config("demo"))  # whole images
+    assert [call[1] for call in model.calls[:4]] == [(600, 600), (300, 300), (150, 150), (150, 150)]
+
+
+def test_memory_for_not_one_small_tile_is_an_error():
+    model, image = Squares(limit=0), draw([], 200, 300)
+    with pytest.raises(torch.OutOfMemoryError):
+        detect(model, image, make_config("demo"))
+    assert [call[1] for call in model.calls] == [(200, 300), (150, 150), (128, 128)]
+    with pytest.raises(RuntimeError, match="another"):
+        detect(Raises(RuntimeError("another")), image, make_config("demo"))
+
+
+class Raises(Squares):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def __call__(self, images):
+        raise self.error

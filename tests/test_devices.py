@@ -1,0 +1,285 @@
+"""Devices, and processes: two of them, forked as the notebook does, on the CPU."""
+
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+from accelerate import Accelerator
+import pytest
+import torch
+
+from src_snippets.setup import devices
+from src_snippets.setup.config import make_config
+from src_snippets.setup.devices import (
+    all_max,
+    autocast_for,
+    broadcast,
+    choose_precision,
+    gather,
+    is_main,
+    is_out_of_memory,
+    launch,
+    private_folder,
+    rank,
+    rank_indices,
+    world_size,
+)
+from src_snippets.setup.files import BadInput
+
+ROOT = Path(__file__).parent.parent
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DEMO = make_config("demo")
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """As if there were two GPUs; their processes find none and take the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def exchange(word):
+    print("said by process", rank())
+    calls = []
+    broadcast(calls.append, 1)
+    return dict(
+        calls=gather([len(calls)]),
+        count=world_size(),
+        turns=gather([f"{i} by {rank()}" for i in rank_indices(5)]),
+        fewer=gather([rank()] * len(rank_indices(1))),
+        first=broadcast(lambda suffix: f"{word} {rank()}{suffix}", "!"),
+        highest=all_max(rank(), -rank(), rank() == 1),
+        main=gather([is_main()]),
+    )
+
+
+def test_what_processes_exchange(two, capfd):
+    assert launch(DEMO, exchange, "made by") == dict(
+        calls=[1, 0],
+        count=2,
+        turns=["0 by 0", "1 by 1", "2 by 0", "3 by 1", "4 by 0"],
+        fewer=[0],
+        first="made by 0!",
+        highest=[1, 0, True],
+        main=[True, False],
+    )
+    out = capfd.readouterr().out
+    assert "said by process 0" in out
+    assert "said by process 1" not in out
+    assert (world_size(), os.environ.get("RANK")) == (1, None)  # this process stays as it was
+
+
+def test_one_process_has_all_to_itself():
+    found = launch(DEMO, exchange, "made by")
+    assert (found["count"], found["first"], found["main"]) == (1, "made by 0!", [True])
+    assert found["turns"] == [f"{i} by 0" for i in range(5)]
+    assert (found["fewer"], found["highest"]) == ([0], [0, 0, False])
+    assert (gather([]), list(rank_indices(0)), all_max()) == ([], [], [])
+
+
+def test_gpus_are_used_up_to_the_setting(two, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    counts = [launch(make_config("demo", gpus=gpus), world_size) for gpus in (0, 1, 2, 4)]
+    assert counts == [3, 1, 2, 3]
+
+
+def learn():
+    """The gradient that Accelerator's DDP gives, and what else a process has."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(1, 1))
+    accelerator.backward(model(torch.full((1, 1), 2.0 + 4 * rank())).sum())
+    weight = next(model.parameters())
+    parts = gather([(weight.item(), weight.grad.item(), torch.get_num_threads())])
+    return accelerator.num_processes, parts
+
+
+def test_accelerate_joins_the_processes_and_the_gradients_are_their_mean(two):
+    before = torch.get_num_threads()
+    Accelerator(cpu=True)  # its state in this process is not that of the forks
+    torch.set_num_threads(2)
+    try:
+        count, (first, second) = launch(DEMO, learn)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert (count, first) == (2, second)
+    assert first[1:] == (4.0, 1)
+
+
+def test_outputs_of_the_first_fork_reach_a_notebook(two, monkeypatch):
+    session = SimpleNamespace(check_pid=True)
+    shell = SimpleNamespace(kernel=SimpleNamespace(session=session))
+    monkeypatch.setattr(devices, "get_ipython", lambda: shell)
+    assert launch(DEMO, lambda: session.check_pid) is False
+    assert session.check_pid
+
+
+def fail_in_second():
+    if rank() == 1:
+        raise BadInput("field.tif: broken")
+    return gather([1])  # waits for the other
+
+
+def vanish_in_second():
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gather([1])
+
+
+def test_an_error_in_one_process_ends_all_with_it(two):
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"(?s)Process 1 .*fail_in_second.*field\.tif: broken"):
+        launch(DEMO, fail_in_second)
+    assert time.perf_counter() - start < 10
+
+
+def fail_one_after_the_other():
+    time.sleep(0.0 if rank() else 0.3)
+    raise BadInput(f"broken in {rank()}")
+
+
+def test_of_several_errors_the_first_is_raised(two, monkeypatch):
+    monkeypatch.setattr(devices, "wait", lambda _: time.sleep(0.8))  # until all have failed
+    with pytest.raises(RuntimeError, match=r"(?s)Process 1 failed.*broken in 1"):
+        launch(DEMO, fail_one_after_the_other)
+
+
+def sleep_unless_first():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank() == 0:
+        raise BadInput("field.tif: broken")
+    time.sleep(60)
+
+
+def test_a_process_that_ignores_the_end_is_ended_too(two):
+    start = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"Process 0 failed"):
+        launch(DEMO, sleep_unless_first)
+    assert time.perf_counter() - start < 10
+
+
+def test_a_process_that_is_killed_ends_all(two, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"A process was killed \(exit codes .*-9"):
+        launch(DEMO, vanish_in_second)
+    monkeypatch.setattr(devices, "wait", lambda _: time.sleep(0.8))  # until the other has failed
+    with pytest.raises(RuntimeError, match=r"A process was killed \(exit codes .*-9"):
+        launch(DEMO, vanish_in_second)
+
+
+def test_one_gpu_is_used_where_forks_cannot_use_it(two, monkeypatch, capsys):
+    def refuse():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.")
+
+    monkeypatch.setattr(devices, "default_device", refuse)
+    assert launch(DEMO, world_size) == 1
+    expected = "1 of 2 GPUs is used. Restart the session to use all of them (RuntimeError: Cannot"
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def until_stopped(stops):
+    """Works until all processes are told to end."""
+    while -all_max(-len(stops))[0] < 1:
+        time.sleep(0.01)
+    return gather([len(stops)])
+
+
+def test_sigterm_reaches_the_processes_and_this_one(two):
+    stops, before = [], signal.getsignal(signal.SIGTERM)
+
+    def handler(*_):
+        stops.append(1)
+
+    signal.signal(signal.SIGTERM, handler)
+    try:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert launch(DEMO, until_stopped, stops) == [1, 1]
+        assert stops == [1]
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write_pid_and_sleep(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_an_interrupt_ends_the_processes(two, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of the background
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(DEMO, write_pid_and_sleep, tmp_path)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_script_joins_the_processes_of_accelerate_launch():
+    code = "from src_snippets.setup.devices import *; join_processes(); join_processes(); "
+    code += "print(gather([rank()]), launch(Config(), world_size))"
+    with devices.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=shared | dict(RANK=index, LOCAL_RANK=index),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in "01"
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0]
+    assert printed == ["[0, 1] 2\n", ""]
+
+
+def test_a_private_folder_is_there():
+    assert private_folder() != private_folder()
+    assert list(private_folder().iterdir()) == []
+
+
+def test_precision(monkeypatch):
+    def chosen(device):
+        return [choose_precision(make_config("demo", precision=p), device) for p in ("auto", "no")]
+
+    assert chosen(CPU) == ["no", "no"]
+    assert choose_precision(make_config("demo", precision="bf16"), CPU) == "bf16"
+    with pytest.raises(
+        ValueError, match=r"precision='fp16': expected auto, no or bf16 on this cpu"
+    ):
+        choose_precision(make_config("demo", precision="fp16"), CPU)
+    options = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **o: options.append(o) or has_bf16)
+    has_bf16 = True
+    assert chosen(GPU) == ["bf16", "no"]
+    assert options[0] == dict(including_emulation=False)  # a T4 emulates it, slowly
+    has_bf16 = False
+    assert chosen(GPU) == ["fp16", "no"]
+    with pytest.raises(ValueError, match="expected auto, no or fp16 on this cuda"):
+        choose_precision(make_config("demo", precision="bf16"), GPU)
+
+
+def test_autocast_computes_in_the_precision_of_the_settings():
+    a = torch.ones(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("auto", torch.float32)):
+        with autocast_for(make_config("demo", precision=precision), CPU):
+            assert (a @ a).dtype == dtype
+
+
+def test_which_errors_say_that_memory_is_full():
+    texts = ["CUDA out of memory. Tried to allocate 2 GiB", "CUDNN_STATUS_ALLOC_FAILED"]
+    texts += ["CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+    texts += ["GET was unable to find an engine to execute this computation"]
+    assert all(is_out_of_memory(RuntimeError(text)) for text in texts)
+    assert is_out_of_memory(torch.OutOfMemoryError(""))
+    others = [RuntimeError("shapes differ"), MemoryError("out of memory"), BadInput("no memory")]
+    assert not any(is_out_of_memory(error) for error in others)

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from src_snippets.setup import files
+from src_snippets.setup.files import (
+    atomic_write,
+    check_disk_space,
+    clear_folder,
+    keep_going,
+    output_folder,
+    session_hours,
+    write_json,
+)
+
+
+def test_output_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "KAGGLE_WORKING", tmp_path / "absent")
+    assert list(output_folder(str(tmp_path / "deep" / "out")).iterdir()) == []  # made, no probe
+    assert output_folder("") == Path("results")
+    monkeypatch.setattr(files, "KAGGLE_WORKING", tmp_path)
+    assert output_folder("") == tmp_path
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"OUT=.*file/out'.*Set OUT to a folder"):
+        output_folder(str(tmp_path / "file" / "out"))
+
+
+def fail_halfway(path):
+    with atomic_write(path) as partial:
+        partial.write_text("half")
+        assert partial.parent == path.parent
+        raise RuntimeError("full disk")
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "file.txt"
+    with pytest.raises(RuntimeError, match="full disk"):
+        fail_halfway(path)
+    assert list(tmp_path.iterdir()) == []
+    with atomic_write(path) as partial:
+        partial.write_text("old")
+        assert not path.exists()
+    before = path.stat().st_ino
+    with pytest.raises(RuntimeError, match="full disk"):
+        fail_halfway(path)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
+    write_json([1, {"a": None}], path)
+    assert json.loads(path.read_text()) == [1, {"a": None}]
+    assert path.stat().st_ino != before  # renamed, not copied into the old file
+    with pytest.raises(ValueError, match="JSON"):
+        write_json([float("nan")], path)
+    assert json.loads(path.read_text()) == [1, {"a": None}]
+
+
+def test_a_cleared_folder_has_no_files_of_that_suffix(tmp_path):
+    folder = clear_folder(tmp_path / "new", ".png")
+    for name in ("a.png", "b.txt"):
+        (folder / name).touch()
+    assert [path.name for path in clear_folder(folder, ".png").iterdir()] == ["b.txt"]
+
+
+def test_an_optional_part_that_fails_is_shown_and_the_rest_goes_on(capsys):
+    with keep_going("the figure"):
+        raise ZeroDivisionError("no cells")
+    out = capsys.readouterr().out
+    assert out.startswith("the figure failed")
+    assert "ZeroDivisionError: no cells" in out
+    with pytest.raises(KeyboardInterrupt), keep_going("the figure"):
+        raise KeyboardInterrupt
+
+
+def test_a_disk_that_is_too_full_is_refused(tmp_path):
+    check_disk_space(tmp_path, 0)
+    with pytest.raises(OSError, match=r"GB are free, expected 1000000000\.0\."):
+        check_disk_space(tmp_path, 10**18)
+
+
+def test_a_session_ends_by_itself_on_kaggle_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "KAGGLE_WORKING", tmp_path / "none")
+    assert [session_hours(hours) for hours in (-1.0, 0.0, 3.0)] == [0.0, 0.0, 3.0]
+    monkeypatch.setattr(files, "KAGGLE_WORKING", tmp_path)
+    assert [session_hours(hours) for hours in (-1.0, 0.0, 11.8)] == [8.8, 0.0, 11.8]
