@@ -90,7 +90,13 @@ from src_snippets.setup.files import (
 )
 
 # %%
-from src_snippets.setup.devices import is_main, join_processes, launch, private_folder
+from src_snippets.setup.devices import (
+    broadcast,
+    is_main,
+    join_processes,
+    launch,
+    private_folder,
+)
 
 # %%
 join_processes()
@@ -289,7 +295,7 @@ for fold, split in splits.items():
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
     session.share(len(splits) - len(runs))
     launch(config, train, config, *parts.values(), folder, session, live, RESUME)
-    if (folder / "best.pt").exists():
+    if broadcast((folder / "best.pt").exists):  # not where the session ended before
         runs[fold] = folder
 
 # %% [markdown]

@@ -70,7 +70,9 @@ def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
     with pytest.raises(AttributeError):  # what cannot be pickled leaves the file that was there
         save_checkpoint(content(f=lambda: None), path, previous)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    number = path.stat().st_ino
     save_checkpoint(content(epoch=2), path, previous)
+    assert previous.stat().st_ino == number  # renamed in one step, not copied
     assert [load_checkpoint(p)["epoch"] for p in (path, previous)] == [2, 1]
 
     def full_disk(_, partial):
@@ -93,7 +95,8 @@ def test_the_latest_whole_checkpoint(tmp_path, capsys):
     last.write_bytes(last.read_bytes()[:-100])
     assert latest_checkpoint(tmp_path)["epoch"] == 1
     assert f"The checkpoint before it is used: {last}" in capsys.readouterr().out
-    assert latest_checkpoint(tmp_path)["epoch"] == 1  # killed between the two renames
+    assert not last.exists()  # or the next save would put it in the place of the good one
+    assert latest_checkpoint(tmp_path)["epoch"] == 1
     last.write_bytes(b"damaged")
     previous.unlink()
     with pytest.raises(ValueError, match=r"last\.pt: expected .*remove it"):

@@ -6,7 +6,6 @@ import pytest
 from src_snippets.setup import files
 from src_snippets.setup.files import (
     atomic_write,
-    check_disk_space,
     clear_folder,
     keep_going,
     output_folder,
@@ -72,12 +71,6 @@ def test_an_optional_part_that_fails_is_shown_and_the_rest_goes_on(capsys):
     assert "ZeroDivisionError: no cells" in out
     with pytest.raises(KeyboardInterrupt), keep_going("the figure"):
         raise KeyboardInterrupt
-
-
-def test_a_disk_that_is_too_full_is_refused(tmp_path):
-    check_disk_space(tmp_path, 0)
-    with pytest.raises(OSError, match=r"GB are free, expected 1000000000\.0\."):
-        check_disk_space(tmp_path, 10**18)
 
 
 def test_a_session_ends_by_itself_on_kaggle_alone(tmp_path, monkeypatch):

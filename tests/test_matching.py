@@ -72,11 +72,11 @@ def jittered_fields(seed=0, crowds=False):
 
 def test_pairs_worked_by_hand():
     found = instances([(0, 0, 10, 5, 1, 0.5), (30, 30, 5, 5, 1, 0.4), (0, 5, 10, 20, 2, 0.3)])
-    for rows in (256, 1):
-        pairs = mask_pairs(found, FOUR, rows)
-        assert pairs[["detection", "target"]].to_numpy().tolist() == [[0, 0], [2, 0], [2, 1]]
-        assert pairs.iou.tolist() == pytest.approx([0.5, 50 / 250, 50 / 250])
-        assert pairs.shared.tolist() == [50, 50, 50]
+    pairs = mask_pairs(found, FOUR)
+    assert pairs[["detection", "target"]].to_numpy().tolist() == [[0, 0], [2, 0], [2, 1]]
+    assert pairs.iou.tolist() == pytest.approx([0.5, 50 / 250, 50 / 250])
+    areas = pairs[["area", "target_area", "shared"]].to_numpy().tolist()
+    assert areas == [[50, 100, 50], [200, 100, 50], [200, 100, 50]]
     for found, truth in ((NOTHING, FOUR), (FOUR, NOTHING), (NOTHING, NOTHING)):
         assert len(mask_pairs(found, truth)) == 0
 
@@ -90,7 +90,7 @@ def test_matches_worked_by_hand():
             (0, 0, 10, 9, 2, 0.9),  # the first instance, of a wrong class
             (0, 0, 10, 10, 1, 0.8),  # the same again: right for AP50, though another has it
             (20, 0, 4, 10, 2, 0.7),  # too little of the third
-            (0, 20, 10, 6, 1, 0.6),  # enough for AP50, not for AP75
+            (0, 20, 10, 6, 1, 0.6),
         ]
     )
     table = match_table([NOTHING, found], [NOTHING, FOUR], 3)
@@ -102,13 +102,13 @@ def test_matches_worked_by_hand():
         (-1, 0, 2, 2, 100),
         (-1, 0, 3, 3, 200),
     ]
-    assert rows_of(table, "iou", "tp50", "tp75") == [
-        (pytest.approx(0.9), False, False),
-        (0, True, True),
-        (0, False, False),
-        (pytest.approx(0.6), True, False),
-        (0, False, False),
-        (0, False, False),
+    assert rows_of(table, "iou", "tp50") == [
+        (pytest.approx(0.9), False),
+        (0, True),
+        (0, False),
+        (pytest.approx(0.6), True),
+        (0, False),
+        (0, False),
     ]
     assert table.score.tolist() == pytest.approx([0.9, 0.8, 0.7, 0.6, 0, 0])
     assert set(table.image) == {1}
@@ -167,8 +167,6 @@ def test_ap50_is_that_of_coco(seed, crowds):
         curve = precision_curve(table, label)
         assert np.isnan(curve).all() if row["AP50"] is None else True
         assert row["AP50"] is None or curve.mean() == pytest.approx(row["AP50"], abs=1e-6)
-        if row["AP75"] is not None and not crowds:  # at IoU 0.75 a crowd takes in less
-            assert precision_curve(table, label, "tp75").mean() == pytest.approx(row["AP75"])
 
 
 @pytest.mark.parametrize("min_score", [0.0, 0.3, 0.505, 1.0])
@@ -241,7 +239,7 @@ def test_duplicates_are_left_out_and_slivers_with_them():
 @pytest.mark.parametrize("seed", range(3))
 def test_panoptic_quality_is_that_of_torchmetrics(seed):
     samples, _, predictions = jittered_fields(seed)
-    metric = PanopticQuality({1, 2, 3, 4}, {0}, return_per_class=True, return_sq_and_rq=True)
+    metric = PanopticQuality({1, 2, 3, 4}, {0}, return_per_class=True)
     truths, visible = [ground_truth(sample) for sample in samples], []
     for found, truth in zip(predictions, truths, strict=True):
         visible.append(without_overlaps(found))
@@ -251,24 +249,22 @@ def test_panoptic_quality_is_that_of_torchmetrics(seed):
             layers = [draw_masks(side.rles, values, *side.size) for values in (side.labels, ids)]
             images.append(torch.from_numpy(np.stack(layers, axis=-1))[None])
         metric.update(*images)
-    expected = metric.compute().reshape(5, 3)[:4].numpy()  # PQ, SQ, RQ; background is last
+    expected = metric.compute().ravel()[:4].numpy()  # background is last
     quality = panoptic_quality(match_table(visible, truths, 4), 4)
     present = np.bincount(np.concatenate([s.labels for s in (*visible, *truths)]), minlength=5)[1:]
-    for row, values, count in zip(quality.itertuples(), expected, present, strict=True):
-        assert count == 0 or np.allclose((row.PQ, row.SQ, row.DQ), values, atol=1e-6)
+    assert np.allclose(quality[present > 0], expected[present > 0], atol=1e-6)
+    assert quality[present == 0].isna().all()
 
 
 def test_panoptic_quality_worked_by_hand():
-    # Class 1: one with IoU 0.75, one invented: DQ = 1 / 1.5. Class 2: missed. Class 3: absent.
+    # Class 1: one with IoU 0.75, one invented: 0.75 / 1.5. Class 2: missed. Class 3: absent.
     truth = truth_of((0, 0, 4, 4, 1), (10, 10, 4, 4, 2))
     found = instances([(0, 0, 3, 4, 1, 0.9), (0, 12, 4, 4, 1, 0.9)])
     quality = panoptic_quality(match_table([found], [truth], 3), 3)
-    assert quality.PQ.tolist()[:2] == pytest.approx([0.5, 0])
-    assert (quality.DQ[1], quality.SQ[1]) == pytest.approx((2 / 3, 0.75))
-    assert np.isnan(quality.PQ[3])
+    assert quality.tolist() == pytest.approx([0.5, 0, np.nan], nan_ok=True)
     half = instances([(0, 0, 2, 4, 1, 0.9)])  # IoU 0.5 is a match for AP50, not for PQ
-    assert panoptic_quality(match_table([half], [truth], 3), 3).PQ[1] == 0
-    assert np.isnan(panoptic_quality(match_table([], [], 2), 2).PQ).all()
+    assert panoptic_quality(match_table([half], [truth], 3), 3)[1] == 0
+    assert np.isnan(panoptic_quality(match_table([], [], 2), 2)).all()
 
 
 def test_aji_worked_by_hand():
@@ -280,14 +276,13 @@ def test_aji_worked_by_hand():
             (30, 30, 5, 5, 1, 0.7),  # not used: 25
         ]
     )
-    assert aji([(truth, found)]) == pytest.approx((80 + 100) / (100 + 200 + 100 + 25))
-    assert aji([(truth, truth), (NOTHING, NOTHING), (NOTHING, found)]) == 0.5
+    assert aji(truth, found) == pytest.approx((80 + 100) / (100 + 200 + 100 + 25))
+    assert (aji(truth, truth), aji(NOTHING, found)) == (1, 0)
     # A detection over two instances is the best of both and counts for both.
     both = instances([(0, 0, 10, 30, 1, 0.9)])
-    assert aji([(truth.select([0, 1]), both)]) == pytest.approx(200 / (300 + 300))
-    assert aji([(truth, NOTHING)]) == 0
-    assert np.isnan(aji([]))
-    assert np.isnan(aji([(NOTHING, NOTHING)]))
+    assert aji(truth.select([0, 1]), both) == pytest.approx(200 / (300 + 300))
+    assert aji(truth, NOTHING) == 0
+    assert np.isnan(aji(NOTHING, NOTHING))
 
 
 @settings(max_examples=30, deadline=None)
@@ -313,7 +308,7 @@ def test_aji_of_any_label_images(seed):
         else:
             union += mask.sum()
     union += sum(mask.sum() for k, mask in enumerate(masks[1]) if k not in used)
-    assert aji([(truth, found)]) == pytest.approx(shared / union)
+    assert aji(truth, found) == pytest.approx(shared / union)
 
 
 # The table of scores
@@ -338,6 +333,9 @@ def test_scores_worked_by_hand():
     assert table.AP50["all"] == 1
     assert table.PQ["all"] == pytest.approx((1 + 0.75) / 2.5)  # one of three is invented
     assert table.AJI["all"] == pytest.approx(28 / 36)
+    nothing = ground_truth(empty_sample())
+    table = score_table([truth, empty_sample()], [found, nothing], low)
+    assert table.AJI["all"] == pytest.approx(28 / 36)  # an image without instances does not count
 
 
 def test_a_cap_of_100_hides_the_101st():

@@ -532,10 +532,14 @@ def test_a_smaller_batch_is_made_up_for(parts, tiny_config, tmp_path, monkeypatc
     config = replace(tiny_config, epochs=1, batch_size=2, workers=0)
     run = Trainer(config, parts[0], [], tmp_path)
     monkeypatch.setattr(trainer, "default_device", lambda: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(trainer, "fit_memory", lambda *_: 1)
+    copies = []
+    monkeypatch.setattr(trainer, "fit_memory", lambda *call: copies.append(call[-1]) or 1)
     run.fit()
     assert "batch_size=1, accumulate=2" in capsys.readouterr().out
     assert run.steps == 3
+    run.config = replace(config, epochs=2)
+    run.fit()
+    assert copies == [2, 0]  # a run that continues has its optimizer's values
 
 
 # Time

@@ -8,8 +8,6 @@
 
 # %%
 # @title RLE: encode and decode masks, COCO and CSV
-from itertools import pairwise
-
 import numpy as np
 import pycocotools.mask
 
@@ -26,18 +24,18 @@ def encode_many_runs(owners, starts, ends, count: int, height: int, width: int) 
     offsets of `[start, end)`. The runs of a mask do not overlap; any order.
     """
     owners, starts, ends = (np.asarray(v, np.int64) for v in (owners, starts, ends))
-    span, plain = height * width + 1, []
-    keys = np.r_[owners * span + starts, owners * span + ends]
-    keys, repeats = np.unique(keys, return_counts=True)
-    keys = keys[repeats % 2 == 1]  # where a run ends and the next one starts, nothing changes
-    cuts = np.searchsorted(keys, np.arange(count + 1) * span)
-    for owner, (first, last) in enumerate(pairwise(cuts)):
-        bounds = keys[first:last] - owner * span
-        counts = np.diff(bounds, prepend=0, append=height * width).tolist()
-        counts = counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
-        plain.append({"size": [int(height), int(width)], "counts": counts})
-    packed = pycocotools.mask.frPyObjects(plain, height, width) if plain else []
-    return [a | {"counts": b["counts"].decode("ascii")} for a, b in zip(plain, packed, strict=True)]
+    pixels, rles = height * width, []
+    owners = owners * (pixels + 1)
+    keys, repeats = np.unique(np.r_[owners + starts, owners + ends], return_counts=True)
+    # Nothing changes where one run ends and the next one starts, nor at the end of the image.
+    keys = keys[(repeats % 2 == 1) & (keys % (pixels + 1) < pixels)]
+    cuts = np.searchsorted(keys, np.arange(1, count + 1) * (pixels + 1))
+    for bounds in np.split(keys % (pixels + 1), cuts)[:-1]:
+        counts = np.diff(bounds, prepend=0, append=pixels).tolist()
+        rle = {"size": [height, width], "counts": counts}
+        rle = pycocotools.mask.frPyObjects(rle, height, width)
+        rles.append(rle | {"counts": rle["counts"].decode("ascii")})
+    return rles
 
 
 def encode_masks(masks: np.ndarray, tops, lefts, height: int, width: int) -> list[dict]:
@@ -46,24 +44,20 @@ def encode_masks(masks: np.ndarray, tops, lefts, height: int, width: int) -> lis
     A mask may reach over the image's edge where it is empty.
     """
     tops, lefts = np.asarray(tops, np.int64), np.asarray(lefts, np.int64)
-    columns = np.pad(masks.transpose(0, 2, 1).astype(np.int8), ((0, 0), (0, 0), (1, 1)))
-    steps, runs = np.diff(columns), []
-    for step in (1, -1):  # starts, then ends, in the same order
-        owners, x, y = np.nonzero(steps == step)
-        runs.append((lefts[owners] + x) * height + tops[owners] + y)
-    return encode_many_runs(owners, *runs, len(masks), height, width)
+    steps = np.diff(masks.transpose(0, 2, 1), prepend=False, append=False)
+    owners, x, y = np.nonzero(steps)  # down a column, start and end of a run take turns
+    bounds = (lefts[owners] + x) * height + tops[owners] + y
+    return encode_many_runs(owners[::2], bounds[::2], bounds[1::2], len(masks), height, width)
 
 
 def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
     """Encode instance layers (L, H, W) ints: N = `count` RLEs, that of id `i` at `i - 1`."""
-    _, height, width = layers.shape
-    runs = [np.zeros((3, 0), np.int64)]
-    for layer in layers:
-        pixels = layer.T.ravel()
-        bounds = np.r_[0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1, pixels.size]
-        ids = pixels[bounds[:-1]].astype(np.int64)
-        runs.append(np.stack([ids - 1, bounds[:-1], bounds[1:]])[:, ids > 0])
-    return encode_many_runs(*np.concatenate(runs, axis=1), count, height, width)
+    columns = layers.transpose(0, 2, 1).reshape(len(layers), -1)
+    columns = np.pad(columns, ((0, 0), (1, 1)))  # so that no run goes over to the next layer
+    layer, bounds = np.nonzero(np.diff(columns))
+    ids = columns[layer, bounds + 1]  # from each bound to the next one
+    runs = np.flatnonzero(ids)
+    return encode_many_runs(ids[runs] - 1, bounds[runs], bounds[runs + 1], count, *layers.shape[1:])
 
 
 def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -142,11 +136,9 @@ def csv_to_pixels(text: str, count: int) -> np.ndarray:
     if len(words) % 2 or not all(word.isdecimal() and len(word) < 19 for word in words):
         raise ValueError(f"{text[:40]!r}; expected pairs of start and length")
     starts, lengths = np.array(words, np.int64).reshape(-1, 2).T
-    ends = starts + lengths
-    if (np.minimum(starts, lengths) < 1).any() or (ends > count + 1).any():
+    if (np.minimum(starts, lengths) < 1).any() or (starts + lengths > count + 1).any():
         raise ValueError(f"{text[:40]!r}; expected pixels from 1 to {count}, lengths from 1 on")
-    order = np.argsort(starts)
-    starts, ends = starts[order] - 1, ends[order] - 1
-    if (starts[1:] < ends[:-1]).any():
+    pixels = np.sort(run_pixels(starts - 1, starts + lengths - 1))
+    if (np.diff(pixels) == 0).any():
         raise ValueError("pixels that are listed twice")
-    return run_pixels(starts, ends)
+    return pixels

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.ndimage import find_objects
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from src_snippets.data.rle import encode_layers, mask_areas
 
@@ -67,26 +68,24 @@ def pack_layers(parts: Iterable[tuple], size: tuple[int, int], overlaps: bool = 
     """Pack instances into as few layers as overlaps allow; (layers, labels) of a `CellSample`.
 
     Args:
-        parts: (pixels, ids, label) each: (K,) row-major offsets, (K,) ints from 1 on that tell the
-            instances of the part apart, and the label of them all.
+        parts: (pixels, ids, label) each: (K,) row-major offsets, (K,) ints that tell the instances
+            of the part apart, and the label of them all.
         size: H, W.
         overlaps: False: a pixel belongs to the first part that claims it.
     """
-    layers, labels = [np.zeros(size[0] * size[1], np.int16)], []
+    layers, labels = [np.zeros(size[0] * size[1], np.int32)], []
     for pixels, ids, label in parts:
         if not overlaps:
             free = layers[0][pixels] == 0
             pixels, ids = pixels[free], ids[free]
         unique, ids = np.unique(ids, return_inverse=True)
-        ids = ids + len(labels) + 1
-        labels += [label] * len(unique)
-        if len(labels) >= 2**15 and layers[0].dtype == np.int16:
-            layers = [layer.astype(np.int32) for layer in layers]
         layer = next((layer for layer in layers if not layer[pixels].any()), None)
         if layer is None:
             layers.append(layer := np.zeros_like(layers[0]))
-        layer[pixels] = ids
-    stacked = np.stack(layers).reshape(len(layers), *size)
+        layer[pixels] = ids + len(labels) + 1
+        labels += [label] * len(unique)
+    dtype = np.int16 if len(labels) < 2**15 else np.int32
+    stacked = np.stack(layers).astype(dtype).reshape(-1, *size)
     return torch.from_numpy(stacked), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -126,10 +125,10 @@ def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, st
         height, width = sample.size
         images.append(dict(id=image_id, file_name=sample.name, height=height, width=width))
         known = ground_truth(sample, crowds=True)
-        columns = (known.boxes.tolist(), known.labels.tolist(), known.rles, mask_areas(known.rles))
-        for (x1, y1, x2, y2), label, rle, area in zip(*columns, strict=True):
+        boxes = box_convert(torch.from_numpy(known.boxes), "xyxy", "xywh").tolist()
+        columns = (boxes, known.labels.tolist(), known.rles, mask_areas(known.rles).tolist())
+        for box, label, rle, area in zip(*columns, strict=True):
             row = dict(id=len(rows) + 1, image_id=image_id, category_id=ids[abs(label) - 1])
-            row |= dict(segmentation=rle, area=int(area), bbox=[x1, y1, x2 - x1, y2 - y1])
-            rows.append(row | dict(iscrowd=int(label < 0)))
+            rows.append(row | dict(segmentation=rle, area=area, bbox=box, iscrowd=int(label < 0)))
     named = [dict(id=key, name=name) for key, name in categories.items()]
     return dict(images=images, annotations=rows, categories=named)

@@ -20,7 +20,7 @@ from skimage.measure import find_contours
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from src_snippets.data.drawing import add_class_legend, brighten, class_color
-from src_snippets.data.rle import crop_mask, mask_areas
+from src_snippets.data.rle import crop_mask
 from src_snippets.data.structures import ground_truth, Instances
 from src_snippets.evaluation.matching import ap50, mask_pairs, matches_above, precision_curve
 from src_snippets.setup.config import Config
@@ -29,29 +29,25 @@ from src_snippets.setup.config import Config
 def draw_scores(axes, table: pd.DataFrame, config: Config, names: Sequence[str]) -> None:
     """Draw precision over recall, F1 and AP50 over the score threshold, and scores: 3 axes."""
     labels, recall = range(1, len(names) + 1), np.linspace(0, 1, 101)
+    curves = pd.DataFrame([precision_curve(table, label) for label in labels]).T
     casing = [withStroke(linewidth=3, foreground="#777777")]  # yellow on white
-    for label, name in zip(labels, names, strict=True):
-        style = dict(color=class_color(label), path_effects=casing, label=name)
-        axes[0].plot(recall, precision_curve(table, label), **style)
-    for column, iou, line in (("tp50", 0.5, "k-"), ("tp75", 0.75, "k--")):
-        mean = pd.DataFrame([precision_curve(table, k, column) for k in labels]).mean()
-        axes[0].plot(recall, mean, line, label=f"mean, IoU {iou}: AP {mean.mean():.3f}")
-    axes[0].set(
-        xlabel="recall", ylabel="precision", title="Precision over recall, by class: IoU 0.5"
-    )
+    axes[0].set_prop_cycle(color=[class_color(label) for label in labels])
+    axes[0].plot(recall, curves, label=list(names), path_effects=casing)
+    axes[0].plot(recall, curves.mean(axis=1), "k", label=f"mean, AP50 {ap50(table):.3f}")
+    axes[0].set(xlabel="recall", ylabel="precision", title="Precision over recall, IoU 0.5")
     thresholds = np.linspace(0.05, 0.95, 19)
     parts = [matches_above(table, threshold) for threshold in thresholds]
-    sizes = [max((p.label > 0).sum() + (p.target_label > 0).sum(), 1) for p in parts]
-    f1 = [2 * p.tp50.sum() / size for p, size in zip(parts, sizes, strict=True)]
+    sizes = [np.count_nonzero(part[["label", "target_label"]]) for part in parts]
+    f1 = [2 * p.tp50.sum() / max(size, 1) for p, size in zip(parts, sizes, strict=True)]
     axes[1].plot(thresholds, [ap50(part) for part in parts], "k-", label="AP50")
     axes[1].plot(thresholds, f1, "k--", label="F1, all classes")
     for name, line in (("score_threshold", "-"), ("export_score_threshold", "--")):
         axes[1].axvline(getattr(config, name), color="#d62728", linestyle=line, label=name)
     axes[1].set(xlabel="minimum score", title="AP50 and F1 over the threshold", ylim=(0, 1.02))
     found = table[table.detection >= 0]
-    for hit, name, color in ((True, "true", "#2ca02c"), (False, "false", "#d62728")):
-        style = dict(color=color, label=f"{name} positives", histtype="step", linewidth=2)
-        axes[2].hist(found.score[found.tp50 == hit], np.linspace(0, 1, 21), **style)
+    style = dict(color=["#d62728", "#2ca02c"], label=["false positives", "true positives"])
+    groups = [found.score[~found.tp50], found.score[found.tp50]]
+    axes[2].hist(groups, np.linspace(0, 1, 21), histtype="step", linewidth=2, **style)
     axes[2].set(xlabel="score", ylabel="detections", title="Scores, IoU 0.5", yscale="symlog")
 
 
@@ -68,26 +64,23 @@ def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     matrix.text_[-1, -1].set_text("")  # background is not counted
     axes[0].set(xlabel="predicted", ylabel="true", title="Classes, percent of the row")
     sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
-    sides = [side.reindex(columns=labels, fill_value=0) for side in sides]
+    true, predicted = (side.reindex(columns=labels, fill_value=0) for side in sides)
     for label, name in enumerate(names, start=1):
-        error = (sides[1][label] - sides[0][label]).abs().mean()
-        dots = [side[label] + rng.uniform(-0.3, 0.3, len(side)) for side in sides]
+        error = (predicted[label] - true[label]).abs().mean()
+        dots = [side[label] + rng.uniform(-0.3, 0.3, len(side)) for side in (true, predicted)]
         style = dict(color=class_color(label), markeredgecolor="#555555", alpha=0.6)
         axes[1].plot(*dots, "o", label=f"{name}, mean error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
     ticks = [t for t in (0, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= max(axes[1].get_xlim()[1], 2)]
-    axes[1].set_xscale("symlog", linthresh=10)  # by ratio from 10 on
-    axes[1].set_yscale("symlog", linthresh=10)
-    axes[1].set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
-    axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
+    axes[1].set(xscale="symlog", yscale="symlog", xticks=ticks, yticks=ticks)
+    axes[1].set(xticklabels=ticks, yticklabels=ticks, title="Counts per image")
+    axes[1].set(xlabel="true instances", ylabel="predicted instances")
     known = table[table.target >= 0].sort_values("target_area")
-    for part in np.array_split(np.arange(len(known)), 6):
-        group = known.iloc[part]
-        if len(group):
-            test = binomtest(int((group.label == group.target_label).sum()), len(group))
-            errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
-            side = np.sqrt(group.target_area).mean()
-            axes[2].errorbar(side, test.statistic, errors, fmt="o", color="#1f6fb4")
+    for _, group in known.groupby(6 * np.arange(len(known)) // max(len(known), 1)):
+        test = binomtest(int((group.label == group.target_label).sum()), len(group))
+        errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
+        side = np.sqrt(group.target_area).mean()
+        axes[2].errorbar(side, test.statistic, errors, fmt="o", color="#1f6fb4")
     axes[2].set(xlabel="size (square root of the area), px", ylabel="recall", ylim=(0, 1.02))
     axes[2].set_title("Recall by size, 95% CI")
 
@@ -95,9 +88,7 @@ def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
 def plot_evaluation(table: pd.DataFrame, config: Config, class_names: Sequence[str]) -> Figure:
     """Plot six panels from the matches of `match_table`."""
     figure = Figure(figsize=(16, 9.5), layout="constrained")
-    figure.set_label(
-        "Precision, thresholds, scores, classes, counts and recall on validation images"
-    )
+    figure.set_label("Precision, thresholds, scores, classes, counts and recall in validation")
     upper, lower = figure.subplots(2, 3)
     draw_scores(upper, table, config, class_names)
     draw_exported(lower, matches_above(table, config.export_score_threshold), class_names)
@@ -110,8 +101,8 @@ def plot_evaluation(table: pd.DataFrame, config: Config, class_names: Sequence[s
 # %%
 # @title plot_mistakes: a gallery, the worst first
 MISTAKES = ("missed", "invented", "wrong class", "merged or split", "duplicate")
-PREDICTION_STYLE = dict(color="black", gapcolor="white", linestyle=(0, (3, 2)), linewidth=2)
-WINNER_STYLE = dict(color="#d62728", linestyle=(0, (1, 1)), linewidth=2)
+PREDICTION_STYLE = dict(color="black", gapcolor="white", ls=(0, (3, 2)), lw=2, label="prediction")
+WINNER_STYLE = PREDICTION_STYLE | dict(color="#d62728", label="prediction that has the instance")
 
 
 def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
@@ -122,29 +113,28 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for image, own in table.groupby("image"):
-        found, truth = predictions[image], truths[image]
-        scores, areas, target_areas = found.scores, mask_areas(found.rles), mask_areas(truth.rles)
+        scores, known = predictions[image].scores, own.set_index("target")
         invented, missed = {*own.detection[own.target < 0]}, {*own.target[own.detection < 0]}
-        pairs, match = mask_pairs(found, truth), own.set_index("target").detection
+        pairs = mask_pairs(predictions[image], truths[image])
         pairs = pairs[pairs.detection.isin(own.detection) & pairs.target.isin(own.target)]
         again = pairs[(pairs.iou >= 0.5) & pairs.detection.isin(invented)]
         for d, t in zip(again.detection, again.target, strict=True):
-            rows.append(("duplicate", scores[d], image, [d, match[t]], [t]))
+            rows.append(("duplicate", scores[d], image, [d, known.detection[t]], [t]))
         invented -= {*again.detection}
-        merges = pairs[2 * pairs.shared > target_areas[pairs.target]].groupby("detection").target
+        merges = pairs[2 * pairs.shared > pairs.target_area].groupby("detection").target
         for d, group in merges:
             if len(group) > 1 and missed & {*group}:
                 rows.append(("merged or split", len(group), image, [d], list(group)))
                 invented, missed = invented - {d}, missed - {*group}
-        splits = pairs[2 * pairs.shared > areas[pairs.detection]].groupby("target").detection
+        splits = pairs[2 * pairs.shared > pairs.area].groupby("target").detection
         for t, group in splits:
             if len(group) > 1 and invented & {*group}:
                 rows.append(("merged or split", len(group), image, list(group), [t]))
                 invented, missed = invented - {*group}, missed - {t}
-        wrong = own[(own.label > 0) & (own.target_label > 0) & (own.label != own.target_label)]
+        wrong = own.query("label > 0 and target_label > 0 and label != target_label")
         for d, t in zip(wrong.detection, wrong.target, strict=True):
             rows.append(("wrong class", scores[d], image, [d], [t]))
-        rows += [("missed", target_areas[t], image, [], [t]) for t in sorted(missed)]
+        rows += [("missed", known.target_area[t], image, [], [t]) for t in sorted(missed)]
         rows += [("invented", scores[d], image, [d], []) for d in sorted(invented)]
     mistakes = pd.DataFrame(rows, columns=["kind", "rank", "image", "detections", "targets"])
     return mistakes.sort_values("rank", ascending=False, kind="stable")
@@ -169,10 +159,9 @@ def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Inst
     for index in np.flatnonzero(near.all(axis=1)):
         style = dict(color=class_color(abs(truth.labels[index])))
         draw_outline(axis, truth.rles[index], lw=3 if index in mistake.targets else 1, **style)
-    styles = [PREDICTION_STYLE] * len(mistake.detections)
-    styles[1:] = [WINNER_STYLE] if mistake.kind == "duplicate" else styles[1:]
-    for index, style in zip(mistake.detections, styles, strict=True):
-        draw_outline(axis, found.rles[index], **style)
+    for place, index in enumerate(mistake.detections):
+        is_winner = mistake.kind == "duplicate" and place == 1
+        draw_outline(axis, found.rles[index], **(WINNER_STYLE if is_winner else PREDICTION_STYLE))
     axis.set(xlim=(first[0] - 0.5, last[0] - 0.5), ylim=(last[1] - 0.5, first[1] - 0.5))
     texts = [f"{found.scores[k]:.2f} {names[found.labels[k] - 1]}" for k in mistake.detections]
     true = {f"true: {names[truth.labels[k] - 1]}" for k in mistake.targets}
@@ -197,8 +186,7 @@ def plot_mistakes(samples, predictions, table: pd.DataFrame, config: Config, col
         for axis, mistake in zip(row, group.itertuples(), strict=False):
             sides = truths[mistake.image], predictions[mistake.image]
             draw_mistake(axis, mistake, samples[mistake.image].image.numpy(), *sides, names)
-    lines = {"prediction": PREDICTION_STYLE, "prediction that has the instance": WINNER_STYLE}
-    handles = [Line2D([], [], label=name, **style) for name, style in lines.items()]
+    handles = [Line2D([], [], **style) for style in (PREDICTION_STYLE, WINNER_STYLE)]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     add_class_legend(figure, [f"true {name}" for name in names])
     return figure

@@ -21,31 +21,30 @@ from src_snippets.setup.config import Config
 from src_snippets.training.metrics import average_precision
 
 MATCH_DTYPES = dict(image=int, detection=int, label=int, target=int, target_label=int)
-MATCH_DTYPES |= dict(target_area=int, score="float32", iou=float, tp50=bool, tp75=bool)
+MATCH_DTYPES |= dict(target_area=int, score="float32", iou=float, tp50=bool)
 
 
-def mask_pairs(detections: Instances, truth: Instances, rows: int = 256) -> pd.DataFrame:
-    """Pairs that share pixels: detection, target, iou, shared pixels; `rows` masks at once."""
-    parts = []
-    for begin in range(0, len(detections) or 1, rows):
-        block = detections.rles[begin : begin + rows]
-        ious = pycocotools.mask.iou(block, truth.rles, [0] * len(truth))
-        index = np.argwhere(np.reshape(ious, (len(block), len(truth))))
-        part = dict(detection=index[:, 0] + begin, target=index[:, 1])
-        parts.append(pd.DataFrame(part).assign(iou=np.ravel(ious)[np.ravel(ious) > 0]))
-    pairs = pd.concat(parts, ignore_index=True)
-    areas = mask_areas(detections.rles)[pairs.detection] + mask_areas(truth.rles)[pairs.target]
-    return pairs.assign(shared=(pairs.iou / (1 + pairs.iou) * areas).round())
+def mask_pairs(detections: Instances, truth: Instances) -> pd.DataFrame:
+    """Pairs that share pixels: detection, target, iou; area, target_area and shared in px."""
+    ious = pycocotools.mask.iou(detections.rles, truth.rles, [0] * len(truth))
+    ious = np.reshape(ious, (len(detections), len(truth)))
+    detection, target = np.nonzero(ious)
+    pairs = pd.DataFrame(dict(detection=detection, target=target, iou=ious[detection, target]))
+    pairs["area"] = mask_areas(detections.rles)[detection]
+    pairs["target_area"] = mask_areas(truth.rles)[target]
+    pairs["shared"] = pairs.iou / (1 + pairs.iou) * (pairs.area + pairs.target_area)
+    return pairs.round(dict(shared=0))
 
 
-def choose_pairs(pairs: pd.DataFrame, scores: np.ndarray, min_iou: float) -> dict[int, int]:
-    """The target of each detection as in COCOeval: of those left the one of highest IoU.
+def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
+    """The target of each detection at IoU 0.5 as in COCOeval: of those left that of highest IoU.
 
     The best score chooses first; of equal scores the first, of equal IoUs the last one is taken.
     """
-    pairs, match, used = pairs[pairs.iou >= min_iou], {}, set()
-    order = np.lexsort((-pairs.target, -pairs.iou, pairs.detection, -scores[pairs.detection]))
-    for detection, target in pairs[["detection", "target"]].to_numpy()[order].tolist():
+    keys, ascending = ["score", "detection", "iou", "target"], [False, True, False, False]
+    pairs = pairs[pairs.iou >= 0.5].sort_values(keys, ascending=ascending)
+    match, used = {}, set()
+    for detection, target in zip(pairs.detection, pairs.target, strict=True):
         if detection not in match and target not in used:
             match[detection] = target
             used.add(target)
@@ -58,28 +57,25 @@ def match_table(predictions, ground_truths: Sequence[Instances], num_classes: in
     Returns:
         One row per detection and per missed instance, best score first: image 0 .. B - 1, detection
         and target (indices, -1: none), score, label and target_label (0: none), target_area (px),
-        iou of this match (0.5 or more, of any classes); tp50, tp75: true positive of AP50, AP75.
-        A detection that is none and lies half or more in a crowd of its class has no row.
+        iou of this match (0.5 or more, of any classes), tp50: true positive of AP50. A detection
+        that is none and lies half or more in a crowd of its class has no row.
     """
     parts = []
     for image, (found, truth) in enumerate(zip(predictions, ground_truths, strict=True)):
         if max(label := np.r_[found.labels, truth.labels, 0]) > num_classes:
             raise ValueError(f"Image {image}: label {max(label)}, expected up to {num_classes}.")
-        pairs, areas = mask_pairs(found, truth), mask_areas(found.rles)
-        labels, target_labels = found.labels[pairs.detection], truth.labels[pairs.target]
-        right = [choose_pairs(pairs[labels == target_labels], found.scores, t) for t in (0.5, 0.75)]
-        crowds = pairs[(labels == -target_labels) & (2 * pairs.shared >= areas[pairs.detection])]
-        rows = pd.DataFrame(dict(score=found.scores, label=found.labels)).rename_axis("detection")
-        rows = rows.drop(list({*crowds.detection} - {*right[0]})).reset_index()
-        known = pairs[(target_labels > 0) & pairs.detection.isin(rows.detection)]
-        rows["target"] = rows.detection.map(choose_pairs(known, found.scores, 0.5))
-        instances = pd.DataFrame(
-            dict(target_label=truth.labels, target_area=mask_areas(truth.rles))
-        )
-        instances = instances.rename_axis("target").query("target_label > 0").reset_index()
-        rows = rows.merge(pairs, how="left").merge(instances, on="target", how="outer")
-        tp50, tp75 = (rows.detection.isin(list(match)) for match in right)
-        parts.append(rows.assign(image=image, tp50=tp50, tp75=tp75))
+        rows = pd.DataFrame(dict(score=found.scores, label=found.labels))
+        rows = rows.rename_axis("detection").reset_index()
+        targets = pd.DataFrame(dict(target_label=truth.labels)).rename_axis("target").reset_index()
+        targets["target_area"] = mask_areas(truth.rles)
+        pairs = mask_pairs(found, truth).merge(rows).merge(targets)
+        right = choose_pairs(pairs[pairs.label == pairs.target_label])
+        crowds = pairs.query("label == -target_label and 2 * shared >= area").detection
+        rows = rows[~rows.detection.isin({*crowds} - {*right})]
+        known = pairs[(pairs.target_label > 0) & pairs.detection.isin(rows.detection)]
+        rows = rows.assign(target=rows.detection.map(choose_pairs(known))).merge(pairs, how="left")
+        rows = rows.merge(targets[targets.target_label > 0], how="outer")
+        parts.append(rows.assign(image=image, tp50=rows.detection.isin(list(right))))
     table = pd.concat(parts) if parts else pd.DataFrame(columns=list(MATCH_DTYPES))
     table = table.fillna({"detection": -1, "target": -1}).fillna(0)[list(MATCH_DTYPES)]
     order = dict(by=["score", "image", "detection"], ascending=[False, True, True])
@@ -89,17 +85,16 @@ def match_table(predictions, ground_truths: Sequence[Instances], num_classes: in
 def matches_above(table: pd.DataFrame, min_score: float) -> pd.DataFrame:
     """`match_table` of the detections with at least that score; better ones chose first anyway."""
     weak = (table.detection >= 0) & (table.score < min_score)
-    missed = table[weak & (table.target >= 0)].assign(
-        detection=-1, score=0, label=0, iou=0, tp50=0, tp75=0
-    )
-    return pd.concat([table[~weak], missed.astype(MATCH_DTYPES)], ignore_index=True)
+    missed = table[weak & (table.target >= 0)]
+    missed = missed.assign(detection=-1, score=0, label=0, iou=0, tp50=False)
+    return pd.concat([table[~weak], missed], ignore_index=True).astype(MATCH_DTYPES)
 
 
 # %%
 # @title score_table: AP, PQ and AJI; the interval of AP50
-def precision_curve(table: pd.DataFrame, label: int, column: str = "tp50") -> np.ndarray:
+def precision_curve(table: pd.DataFrame, label: int) -> np.ndarray:
     """Precision (101,) of a class at recall 0, 0.01 .. 1, as in COCOeval; NaN: no instances."""
-    hits, total = table[column][table.label == label].cumsum(), (table.target_label == label).sum()
+    hits, total = table.tp50[table.label == label].cumsum(), (table.target_label == label).sum()
     precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
     index = np.searchsorted(hits / max(total, 1), np.linspace(0, 1, 101))
     return np.r_[precision, 0.0][index] if total else np.full(101, np.nan)
@@ -132,54 +127,42 @@ def visible_instances(instances: Instances) -> Instances:
     return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
 
 
-def panoptic_quality(table: pd.DataFrame, num_classes: int) -> pd.DataFrame:
-    """DQ, SQ and PQ of classes 1..C from matches of masks without overlaps; NaN: nothing there.
-
-    Source: Kirillov et al., arXiv:1801.00868.
-    """
-    classes = range(1, num_classes + 1)
+def panoptic_quality(table: pd.DataFrame, num_classes: int) -> pd.Series:
+    """PQ (arXiv:1801.00868) of classes 1..C from matches without overlaps; NaN: nothing there."""
     hits = table[(table.label == table.target_label) & (table.iou > 0.5)].groupby("label").iou
     sizes = pd.concat([table.label, table.target_label]).value_counts()
-    quality = pd.DataFrame(dict(DQ=2 * hits.count(), SQ=hits.mean()), classes).fillna(0.0)
-    quality["DQ"] /= sizes.reindex(classes)
-    return quality.assign(PQ=quality.DQ * quality.SQ)
+    classes = range(1, num_classes + 1)
+    return 2 * hits.sum().reindex(classes, fill_value=0) / sizes.reindex(classes)
 
 
-def aji(pairs) -> float:
-    """Aggregated Jaccard index of (ground truth, prediction) pairs, mean of images, no classes.
-
-    NaN where nothing is. Source: Kumar et al., IEEE TMI 36(7), 2017.
-    """
-    values = []
-    for truth, found in pairs:
-        best = mask_pairs(found, truth).sort_values("iou").drop_duplicates("target", keep="last")
-        areas, shared = mask_areas(found.rles), best.shared.sum()
-        unused = np.delete(areas, best.detection).sum()
-        union = mask_areas(truth.rles).sum() + areas[best.detection].sum() - shared + unused
-        values.append(shared / union if union else np.nan)
-    return float(pd.Series(values, dtype=float).mean())
+def aji(truth: Instances, found: Instances) -> float:
+    """Aggregated Jaccard index of all classes (Kumar et al., IEEE TMI 2017); NaN: nothing there."""
+    best = mask_pairs(found, truth).sort_values("iou").drop_duplicates("target", keep="last")
+    unused = np.delete(mask_areas(found.rles), best.detection).sum()
+    union = mask_areas(truth.rles).sum() + (best.area - best.shared).sum() + unused
+    return best.shared.sum() / union if union else np.nan
 
 
 def score_table(samples, predictions, config: Config) -> pd.DataFrame:
     """AP, AP50, AP75, PQ, AJI (0..1, NaN: not defined) and instances, of all and by class.
 
-    predictions: one per sample. AP is of those from `score_threshold` on; PQ and AJI are of what
-    is exported, see `visible_instances`.
+    predictions: one per sample. AP is of those from `score_threshold` on; PQ and AJI (mean of the
+    images) are of what is exported, see `visible_instances`.
     """
     categories = dict(enumerate(config.class_names, start=1))
     results = {k: p.above(config.score_threshold) for k, p in enumerate(predictions, start=1)}
     scores = average_precision(coco_ground_truth(samples, categories), results)
     truths = [ground_truth(sample, crowds=True) for sample in samples]
     exported = [visible_instances(p.above(config.export_score_threshold)) for p in predictions]
-    table, pairs = match_table(exported, truths, len(categories)), []
+    table, values = match_table(exported, truths, len(categories)), []
     for image, (truth, instances) in enumerate(zip(truths, exported, strict=True)):
         counted = table.detection[(table.image == image) & (table.label > 0)]
-        pairs.append((truth.select(truth.labels > 0), instances.select(counted)))
-    quality, classes = panoptic_quality(table, len(categories)).PQ, scores["classes"]
-    count = sum(row["instances"] for row in classes.values())
+        values.append(aji(truth.select(truth.labels > 0), instances.select(counted)))
+    quality, classes = panoptic_quality(table, len(categories)), scores["classes"]
+    means = dict(PQ=quality.mean(), AJI=pd.Series(values, dtype=float).mean())
+    count = dict(instances=sum(row["instances"] for row in classes.values()))
     capped = {name: scores[f"{name}_100"] for name in ("AP", "AP50", "AP75")}
-    rows = {"all": scores | dict(PQ=quality.mean(), AJI=aji(pairs), instances=count)}
-    rows["best 100 per image and class"] = capped | dict(instances=count)
+    rows = {"all": scores | means | count, "best 100 per image and class": capped | count}
     rows |= {categories[k]: row | dict(PQ=quality[k]) for k, row in classes.items()}
     columns = dict.fromkeys(("AP", "AP50", "AP75", "PQ", "AJI"), float) | dict(instances=int)
     return pd.DataFrame(list(rows.values()), list(rows), list(columns)).astype(columns)

@@ -15,6 +15,7 @@ import uuid
 
 import numpy as np
 import pandas as pd
+import pycocotools.mask
 from scipy import ndimage
 from skimage.color import hed_from_rgb
 from skimage.measure import find_contours, regionprops_table
@@ -27,7 +28,6 @@ from src_snippets.data.rle import crop_mask, draw_masks, mask_areas
 from src_snippets.data.structures import CellSample, ground_truth
 from src_snippets.data.synthetic import save_rgba
 from src_snippets.evaluation.matching import visible_instances
-from src_snippets.inference.submission import BadResults
 from src_snippets.setup.files import atomic_write, clear_folder, write_json
 from src_snippets.training.metrics import coco_results
 
@@ -77,23 +77,16 @@ def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
 
 
 def qupath_feature(rle: dict, label: int, cell: dict) -> dict:
-    """A cell, a row of `cells.csv`, as a GeoJSON feature for QuPath (from 0.4 on).
-
-    Source: the fields that `QuPathTypeAdapters` in qupath-core reads.
-    """
-    polygons, key = trace_polygons(*crop_mask(rle)), f"{cell['image']} {cell['cell']} {rle}"
+    """A row of `cells.csv` as the GeoJSON feature that QuPathTypeAdapters of QuPath 0.4 reads."""
+    polygons = trace_polygons(*crop_mask(rle))
     shape = dict(type="MultiPolygon", coordinates=polygons)
     if len(polygons) == 1:
         shape = dict(type="Polygon", coordinates=polygons[0])
-    color = list(bytes.fromhex(class_color(label)[1:]))
-    properties = dict(
-        objectType="detection",
-        name=str(cell["cell"]),
-        classification=dict(name=cell["class"], color=color),
-        measurements={k: v for k, v in list(cell.items())[3:] if v == v},  # without NaN
-    )
-    identity = str(uuid.uuid5(uuid.NAMESPACE_OID, key))
-    return dict(type="Feature", id=identity, geometry=shape, properties=properties)
+    kind = dict(name=cell["class"], color=list(bytes.fromhex(class_color(label)[1:])))
+    properties = dict(objectType="detection", name=str(cell["cell"]), classification=kind)
+    properties["measurements"] = {k: v for k, v in list(cell.items())[3:] if v == v}  # no NaN
+    key = uuid.uuid5(uuid.NAMESPACE_OID, f"{cell['image']} {cell['cell']} {rle}")
+    return dict(type="Feature", id=str(key), geometry=shape, properties=properties)
 
 
 # %%
@@ -110,10 +103,10 @@ def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
 def coco_dataset(instances, images: Sequence[ImageRecord], categories: Mapping[int, str]) -> dict:
     """A COCO dataset of `Instances` by image id, with scores; categories: names by id."""
     rows, ids = coco_results(instances), list(categories)
-    areas = mask_areas([row["segmentation"] for row in rows]).tolist()
-    for number, (row, area) in enumerate(zip(rows, areas, strict=True), start=1):
+    for number, row in enumerate(rows, start=1):
+        area = int(pycocotools.mask.area(row["segmentation"]))
         row |= dict(id=number, category_id=ids[row["category_id"] - 1], area=area, iscrowd=0)
-    records, above = [], Path(os.path.commonpath([image.path.parent for image in images]))
+    records, above = [], os.path.commonpath([image.path.parent for image in images])
     for path, image_id, height, width in images:
         name = path.relative_to(above).as_posix()
         records.append(dict(id=image_id, file_name=name, height=height, width=width))
@@ -133,25 +126,19 @@ def write_exports(
         um_per_px: micrometres per pixel; 0: unknown, and nothing is given in um or mm.
 
     Returns:
-        The table of counts.csv, a row per image; raises BadResults for a wrong prediction.
+        The table of counts.csv, a row per image.
     """
-    kinds, visible, stems = list(categories.values()), {}, [i.path.stem.casefold() for i in images]
-    for path, image_id, *size in images:
-        found = predictions.get(image_id)
-        if found is None or found.size != tuple(size) or found.labels.max(initial=0) > len(kinds):
-            raise BadResults(f"{path}: {found}, expected {size} px, {len(kinds)} classes.")
-        visible[image_id] = visible_instances(found)
+    visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
+    kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
     coco, tables, areas = coco_dataset(visible, images, categories), [], {}
     for part, suffix in (("labels", ".tif"), ("qupath", ".geojson")):
         clear_folder(folder / part, suffix)
     for image in tqdm(images, desc="exports"):
-        instances, pixels, name = visible[image.image_id], read(image), image.path.stem
-        if pixels.shape != (3, *instances.size):
-            raise BadResults(f"{image.path}: {pixels.shape}, expected (3, *{instances.size}).")
+        instances, name = visible[image.image_id], image.path.stem
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
         numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
         save_label_image(numbers, folder / "labels" / f"{name}.tif", um_per_px)
-        table = measure_cells(numbers, pixels, um_per_px)
+        table = measure_cells(numbers, read(image), um_per_px)
         table.insert(0, "image", name)
         table.insert(2, "class", [kinds[label - 1] for label in instances.labels])
         table.insert(3, "score", instances.scores.astype(float).round(4))
@@ -178,18 +165,13 @@ def write_exports(
 
 
 def write_cell_folder(sample: CellSample, folder: Path) -> None:
-    """Write a sample as a training folder: `image.tif`, and `classK.tif` for each class in it.
-
-    Raises ValueError for a crowd, and for instances of one class that overlap.
-    """
+    """Write a training folder, `image.tif` and `classK.tif`; ValueError where classes overlap."""
     truth, maps = ground_truth(sample, crowds=True), {}
     for label in np.unique(truth.labels).tolist():
-        own = np.flatnonzero(truth.labels == label)
-        rles = [truth.rles[index] for index in own]
-        maps[label] = draw_masks(rles, own + 1, *truth.size).astype(np.float64)
-        if label < 0 or (maps[label] > 0).sum() < mask_areas(rles).sum():
-            problem = "a crowd" if label < 0 else "instances that overlap"
-            raise ValueError(f"{sample.name}: {problem} of class {abs(label)}, expected a map.")
+        own = truth.select(truth.labels == label)
+        maps[label] = draw_masks(own.rles, range(1, len(own) + 1), *own.size).astype(np.float64)
+        if label < 0 or np.count_nonzero(maps[label]) < mask_areas(own.rles).sum():
+            raise ValueError(f"{sample.name}: class {abs(label)} is a crowd or overlaps itself.")
     folder.mkdir(parents=True, exist_ok=True)
     save_rgba(np.moveaxis(sample.image.numpy(), 0, 2), folder / "image.tif")
     for label, drawn in maps.items():

@@ -25,8 +25,7 @@ CAPTIONS = {  # by file name, in the order of the report: heading, what to see
     "detected, one that starts low confident mistakes. Off the diagonal classes are confused.",
     "mistakes": "Worst mistakes: Ground truth is solid, predictions are dashed. A confident "
     "prediction on what looks like a cell may be a gap in the annotation.",
-    "predictions": "Predictions: Image, ground truth, prediction. Look for missed, merged and "
-    "split cells, and for colours that differ.",
+    "predictions": "Predictions: Look for missed, merged and split cells, and for other colours.",
     "history": "Training: Losses fall and level off. A validation score that falls meanwhile means "
     "too many epochs, one that still rises at the end too few.",
     "samples": "Training images: If outlines and cells are apart, image and masks do not match.",
@@ -40,44 +39,32 @@ img { max-width: 100% } div { overflow-x: auto } table { border-collapse: collap
 td, th { padding: .1rem .7rem; text-align: right }</style></head><body><h1>{{ title }}</h1>
 {% for line in lines %}<p>{{ line }}</p>{% endfor %}
 {% for name, table in tables.items() %}<h2>{{ name }}</h2><div>{{ table | safe }}</div>
-{% if loop.first %}{% for source, heading, caption in figures %}<h2>{{ heading }}</h2>
-<figure><img alt="{{ heading }}: {{ caption }}" src="{{ source }}">
-<figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}{% endif %}{% endfor %}</body></html>"""
+{% if loop.first %}{% for png, heading, caption in figures %}<h2>{{ heading }}</h2><figure>
+<img alt="{{ heading }}: {{ caption }}" src="data:image/png;base64,{{ png }}">
+<figcaption>{{ caption }}</figcaption></figure>{% endfor %}{% endif %}{% endfor %}</body></html>"""
 
 
 def environment_table(gpu: str) -> pd.DataFrame:
     """Python, system, cores, GPU, and the versions of packages that shape results."""
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pycocotools", "tifffile")
-    rows = {"Python": platform.python_version(), "system": platform.platform()}
-    rows |= {"CPU cores": os.cpu_count(), "GPU": gpu or "none"}
+    machine = {"system": platform.platform(), "CPU cores": os.cpu_count(), "GPU": gpu or "none"}
     versions = {package.name: package.version for package in distributions()}
-    rows |= {name: versions.get(name, "missing") for name in names}
-    return pd.DataFrame({"value": rows})
+    versions = {name: versions.get(name, "missing") for name in names}
+    return pd.DataFrame({"value": {"Python": platform.python_version()} | machine | versions})
 
 
 def write_report(
-    path: Path,
-    title: str,
-    config: Config,
-    scores,
-    interval,
-    counts,
-    data_facts,
-    environment,
-    is_demo,
+    path: Path, title, config: Config, scores, interval, counts, data_facts, environment, is_demo
 ) -> None:
-    """Write the report; figures are `CAPTIONS` in the folder `figures` beside `path`.
+    """Write the report, with the figures of `CAPTIONS` in the folder `figures` beside `path`.
 
-    Args:
-        scores: of `score_table`; interval: of `ap_interval`; counts: of `write_exports`; or None.
-        data_facts: values by name; environment: of `environment_table`.
+    scores, interval, counts: of `score_table`, `ap_interval`, `write_exports`, each may be None.
     """
     lines = ["Synthetic images: the scores say nothing about real cells."] if is_demo else []
     lines += ["AP50, 95% CI over images: {:.3f} to {:.3f}.".format(*interval)] if interval else []
+    settings = config_table(config).astype(str).set_index("setting")  # 0.0001, not 0.000
     tables = {"Scores on the validation images": scores}
     tables |= {"Data": pd.DataFrame({"value": data_facts}), "Environment": environment}
-    settings = config_table(config).astype(str).set_index("setting")  # 0.0001, not 0.000
     tables["Settings that differ from the defaults"] = settings
     tables["Exported cells"] = None if counts is None else counts.set_index("image")
     options = dict(border=0, na_rep="-", float_format="{:.3f}".format)
@@ -85,8 +72,7 @@ def write_report(
     figures = []
     for name, text in CAPTIONS.items():
         for file in sorted((path.parent / "figures").glob(f"{name}*.png")):  # history1.png: a fold
-            source = f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"
-            figures.append((source, *text.split(": ", 1)))
+            figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
     page = Environment(autoescape=True).from_string(PAGE)
     text = page.render(title=title, lines=lines, tables=tables, figures=figures)
     with atomic_write(path) as partial:

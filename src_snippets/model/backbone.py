@@ -9,7 +9,7 @@
 
 # %%
 # @title Attention: SE and CBAM
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import timm
@@ -59,7 +59,7 @@ class CBAMAttention(SEAttention):
 
 # %%
 # @title Backbone, FPN and initial weights
-STRIDES = (4, 8, 16, 32)  # of the backbone's features; the FPN adds 64
+STRIDES = [4, 8, 16, 32]  # of the backbone's features; the FPN adds 64
 ALIASES = {  # short names for models of timm
     "resnet10": "resnet18",  # with one block per stage
     "resnet50_v1": "resnet50",  # with the stride in a block's first convolution, as in detectron2
@@ -98,12 +98,8 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
 
 
 def backbone_stages(body: nn.Module) -> list[list[nn.Module]]:
-    """Modules of a timm backbone: the stem, then four stages, each up to one of `STRIDES`.
-
-    A single group where timm does not say which modules are its stages.
-    """
-    names = dict(zip(body.feature_info.reduction(), body.feature_info.module_name(), strict=True))
-    ends, modules = [names[stride].replace(".", "_") for stride in STRIDES], {}
+    """Modules of the stem and of the four stages; one group where timm does not name the stages."""
+    ends, modules = [name.replace(".", "_") for name in body.feature_info.module_name()], {}
     for name, child in body.named_children():
         inner = {f"{name}_{key}": module for key, module in child.named_children()}
         modules |= inner if inner.keys() & set(ends) else {name: child}
@@ -123,9 +119,8 @@ class Backbone(nn.Module):
 
     def __init__(self, body: nn.Module, config: Config):
         super().__init__()
-        self.levels = [body.feature_info.reduction().index(stride) for stride in STRIDES]
-        channels = [body.feature_info.channels()[level] for level in self.levels]
         self.body, self.out_channels = body, config.fpn_channels
+        channels = body.feature_info.channels()
         self.attention = nn.ModuleList(ATTENTION[config.attention](width) for width in channels)
         norm = nn.BatchNorm2d if config.head_norm == "batch" else None
         self.fpn = FeaturePyramidNetwork(channels, self.out_channels, LastLevelMaxPool(), norm)
@@ -137,7 +132,7 @@ class Backbone(nn.Module):
             stage[-1].register_forward_hook(attention.replace_output)
 
     def forward(self, x):
-        maps = [features for level, features in enumerate(self.body(x)) if level in self.levels]
+        maps = self.body(x)
         maps = [features.permute(0, 3, 1, 2) for features in maps] if self.is_nhwc else maps
         if not self.attends_inside:
             maps = [attention(m) for attention, m in zip(self.attention, maps, strict=True)]
@@ -147,9 +142,7 @@ class Backbone(nn.Module):
 def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     """Builds backbone and FPN with the weights of the settings ("coco": see `build_model`).
 
-    Raises:
-        WeightsNotFound: the weights cannot be had.
-        ValueError: the file does not fit, or timm has no such model with features of `STRIDES`.
+    Raises WeightsNotFound; ValueError for a file or a model of timm that does not fit.
     """
     name = ALIASES.get(config.backbone, config.backbone.removeprefix("timm:"))
     weights = config.weights if load_initial else "none"
@@ -158,15 +151,17 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     names += [Path(cfg.url).name] if cfg and cfg.url else []
     file = find_weights_file(names) if weights == "imagenet" else weights
     state = {} if file in (None, "none") else read_state_dict(file)
-    options = dict(strict_img_size=False) if name.startswith("swin") else {}
-    options |= dict(layers=(1, 1, 1, 1)) if config.backbone == "resnet10" else {}
+    options = dict(features_only=True, out_indices=(-4, -3, -2, -1))
+    options |= dict(strict_img_size=False) if name.startswith("swin") else {}
+    if config.backbone == "resnet10":  # from random weights last norms of 1, as torchvision's, gain
+        options |= dict(layers=(1, 1, 1, 1), zero_init_last=False)
     options |= dict(pretrained_cfg_overlay=dict(file=str(file))) if state else {}
     try:
         if weights == "imagenet" and config.backbone in ("resnet10", "resnet50_v1"):
             raise LookupError("nobody publishes these weights")
-        body = timm.create_model(name, weights != "none", features_only=True, **options)
-        if missing := set(STRIDES) - set(body.feature_info.reduction()):
-            raise LookupError(f"no features with strides {missing}")
+        body = timm.create_model(name, weights != "none", **options)
+        if body.feature_info.reduction() != STRIDES:
+            raise LookupError(f"no features with strides {STRIDES}")
         # timm skips names that it does not know: compare the number and the maximum of the values.
         values = {(v.numel(), v.max().item()) for v in state.values() if v.numel()}
         own = {key: (v.numel(), v.max().item()) for key, v in body.named_parameters()}
@@ -186,7 +181,6 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     stages, frozen = backbone_stages(body), 5 - config.trainable_stages
     if len(stages) == 1 and 0 < frozen < 5:
         raise ValueError(f"trainable_stages: timm names no stages of {name}; expected 0 or 5.")
-    modules = [module for stage in stages[:frozen] for module in stage]
-    if modules:
+    if modules := list(chain(*stages[:frozen])):
         timm.utils.freeze(body, [key for key, module in body.named_modules() if module in modules])
     return Backbone(body, config)

@@ -42,8 +42,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
         place = (centers - low) / (high - low).clamp(min=1e-6) * len(bins) - 0.5
         weights = 1 - (place.clamp(0, len(bins) - 1)[..., None] - bins).abs()
         weights = weights.clamp(min=0) * ((centers < high) & (centers < limits))[..., None]
-        wide, tall = spans[part].amax(0).tolist()
-        crops = weights[:, :tall, 1] @ masks[part].float() @ weights[:, :wide, 0].mT >= threshold
+        crops = weights[:, :, 1] @ masks[part].float() @ weights[:, :, 0].mT >= threshold
         lefts, tops = first[:, 0].long().cpu().numpy().T
         encoded = encode_masks(crops.cpu().numpy(), tops, lefts, *size)
         for index, rle, area in zip(part.tolist(), encoded, mask_areas(encoded), strict=True):
@@ -113,12 +112,12 @@ class View(NamedTuple):
 
     def undo(self, boxes: Tensor, masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Carry boxes (N, 4) and masks (N, M, M) of a view of `size` (H, W) back to the image."""
+        x, y = boxes[:, ::2], boxes[:, 1::2]  # (N, 2), of both corners
         if self.mirrored:
-            x1, y1, x2, y2 = boxes.T
-            boxes, masks = torch.stack([size[1] - x2, y1, size[1] - x1, y2], 1), masks.flip(-1)
+            x, masks = size[1] - x, masks.flip(-1)
         for turn in range(self.turns):
-            (x1, y1, x2, y2), height = boxes.T, size[turn % 2]
-            boxes = torch.stack([height - y2, x1, height - y1, x2], 1)
+            x, y = size[turn % 2] - y, x
+        boxes = torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], 1)
         return boxes, torch.rot90(masks, -self.turns, (-2, -1))
 
 
@@ -148,7 +147,7 @@ def detect_tiles(model: nn.Module, image: Tensor, config: Config, view: View, ti
     heads.score_thresh, heads.nms_thresh = config.score_threshold, config.box_nms
     heads.detections_per_img = config.detections
     size, pieces, cut = tuple(image.shape[-2:]), [], []
-    tall, wide = (min(length, tile or length) for length in size)
+    tall, wide = (min(length, tile) for length in size)
     corners = [(y, x) for y in tile_corners(size[0], tile) for x in tile_corners(size[1], tile)]
     model.transform.fixed_scale = config.scale * view.scale
     for begin in range(0, len(corners), batch):
@@ -161,8 +160,7 @@ def detect_tiles(model: nn.Module, image: Tensor, config: Config, view: View, ti
             boxes = boxes + boxes.new_tensor([x, y, x, y])
             rles = paste_masks(masks, boxes, size, config.mask_threshold)
             arrays = (v.cpu().numpy() for v in (boxes, found["scores"], found["labels"]))
-            filled = [k for k, rle in enumerate(rles) if rle is not None]
-            pieces.append(Instances(*arrays, rles, size).select(filled))
+            pieces.append(Instances(*arrays, rles, size).select([rle is not None for rle in rles]))
             edges = np.abs(pieces[-1].boxes - [x, y, x + wide, y + tall])  # 1 px: touches it
             inner = [x > 0, y > 0, x + wide < size[1], y + tall < size[0]]
             cut.append(((edges < 1) & inner).any(1))
@@ -172,23 +170,23 @@ def detect_tiles(model: nn.Module, image: Tensor, config: Config, view: View, ti
 def detect(model: nn.Module, image: Tensor, config: Config, view: View | None = None) -> Instances:
     """Detect the instances of an image (3, H, W) uint8 in one view, best first.
 
-    Where memory is full, smaller batches, then smaller tiles are used, for later images too.
-
-    Raises:
-        torch.OutOfMemoryError: one tile of `MIN_TILE` px is too much.
+    Where memory is full, smaller batches, then smaller tiles are used, for later images too; it
+    raises torch.OutOfMemoryError where one tile of `MIN_TILE` px is too much.
     """
     limits, longest = model.__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
     while True:
-        tile, batch = limits.get(config.tile, (config.tile, TILE_BATCH))
-        side = min(tile or longest, longest)
+        tile, batch = limits.get(config.tile, (config.tile or longest, TILE_BATCH))
         try:
             return detect_tiles(model, image, config, view or View(), tile, batch)
         except Exception as error:
-            if not is_out_of_memory(error) or (side <= MIN_TILE and batch == 1):
+            if not is_out_of_memory(error) or (tile <= MIN_TILE and batch == 1):
                 raise
         finally:
             model.transform.fixed_scale = None
         free_memory()  # not in the handler, which still holds the tensors that did not fit
-        smaller = (tile, batch // 2) if tile and batch > 1 else (max(side // 2, MIN_TILE), 1)
-        limits[config.tile] = smaller
-        print(f"Memory is full: from now on {smaller[1]} tile(s) of {smaller[0]} px at a time.")
+        if tile < longest and batch > 1:
+            batch //= 2
+        else:
+            tile, batch = max(min(tile, longest) // 2, MIN_TILE), 1
+        limits[config.tile] = tile, batch
+        print(f"Memory is full: from now on {batch} tile(s) of {tile} px at a time.")

@@ -23,9 +23,8 @@ from torchvision.ops import box_iou
 def sample_mask_targets(target, boxes: Tensor, matched: Tensor, size: int, points=4) -> Tensor:
     """What the mask head should predict: (R, M, M) float32, 0..1.
 
-    Args:
-        target: from `training_target`; boxes: (R, 4), XYXY pixels of its `layers`.
-        matched: (R,) int64, the instance of each box; size: M; points: per bin and axis.
+    target: from `training_target`; boxes: (R, 4), XYXY pixels of its `layers`; matched: (R,)
+    int64, the instance of each box; size: M; points: per bin and axis.
     """
     layers, ids = target["layers"], target["ids"][matched]
     layer = target["layer_index"][matched]
@@ -61,16 +60,14 @@ class BlockMatcher(Matcher):
             block = anchors[start : start + size]
             low, high = block[:, :2].amin(0), block[:, 2:].amax(0)
             near = ((instances[:, :2] < high) & (instances[:, 2:] > low)).all(1).nonzero()[:, 0]
-            if len(near) == 0:
-                continue
-            overlaps = box_iou(instances[near], block)
-            values[start : start + size], index = overlaps.max(0)
-            nearest[start : start + size] = near[index]
-            highest = overlaps.amax(1, keepdim=True)
-            row, column = ((overlaps == highest) & (overlaps > 0)).nonzero().unbind(1)
-            best.append((near[row], column + start, highest[row, 0]))
-        matches = nearest.clone()
-        matches[values < self.high_threshold] = self.BETWEEN_THRESHOLDS
+            if len(near):
+                overlaps = box_iou(instances[near], block)
+                values[start : start + size], index = overlaps.max(0)
+                nearest[start : start + size] = near[index]
+                highest = overlaps.amax(1, keepdim=True)
+                row, column = ((overlaps == highest) & (overlaps > 0)).nonzero().unbind(1)
+                best.append((near[row], column + start, highest[row, 0]))
+        matches = torch.where(values < self.high_threshold, self.BETWEEN_THRESHOLDS, nearest)
         matches[values < self.low_threshold] = self.BELOW_LOW_THRESHOLD
         if self.allow_low_quality_matches:  # the best anchors of an instance, whatever their IoU
             owner, anchor, value = map(torch.cat, zip(*best, strict=True))
@@ -116,11 +113,21 @@ class CellRoIHeads(RoIHeads):
         if any("layer_index" not in target for target in targets or [{}]):
             raise ValueError("A target without layer_index; expected those of training_target.")
 
+    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
+        """Instance and class (R,) int64 of each proposal by image; 0 for the background."""
+        matched, labels = [], []
+        for boxes, instances, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
+            index = torch.full((len(boxes),), -1, device=boxes.device)
+            if len(instances):
+                index = self.proposal_matcher((instances, boxes))
+            matched.append(index.clamp(min=0))
+            labels.append(F.pad(classes, (0, 1))[index])  # -1 below the threshold: the last, 0
+        return matched, labels
+
     def predict_boxes(self, features, proposals, image_shapes):
         """Class logits (R, C + 1) and box offsets (R, 4C + 4), float32."""
         pooled = self.box_roi_pool(features, proposals, image_shapes)
-        logits, offsets = self.box_predictor(self.box_head(pooled))
-        return logits.float(), offsets.float()
+        return [v.float() for v in self.box_predictor(self.box_head(pooled))]
 
     def predict_masks(self, features, boxes, image_shapes):
         """Mask logits (R, C + 1, M, M), float32."""
@@ -139,25 +146,22 @@ class CellRoIHeads(RoIHeads):
             logits = self.predict_masks(features, some, image_shapes)
             chunks.append(maskrcnn_inference(logits, classes))
         masks = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-        names = ("boxes", "scores", "labels", "masks")
-        images = zip(boxes, scores, labels, masks, strict=True)
-        return [dict(zip(names, parts, strict=True)) for parts in images], {}
+        columns = zip(boxes, scores, labels, masks, strict=True)
+        return [dict(boxes=b, scores=s, labels=k, masks=m) for b, s, k, m in columns], {}
 
     def compute_losses(self, features, proposals, image_shapes, targets):
         """The losses of classes, boxes and masks by name, each a float32 scalar."""
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         prediction = self.predict_boxes(features, proposals, image_shapes)
         loss_classifier, loss_box_reg = fastrcnn_loss(*prediction, labels, offsets)
-        positive = [label > 0 for label in labels]
-        boxes, matched, labels = (
-            [value[own] for value, own in zip(values, positive, strict=True)]
-            for values in (proposals, matched, labels)
-        )
+        boxes = [box[label > 0] for box, label in zip(proposals, labels, strict=True)]
+        matched = [match[label > 0] for match, label in zip(matched, labels, strict=True)]
         logits, mask_targets = self.predict_masks(features, boxes, image_shapes), []
         for target, box, match, shape in zip(targets, boxes, matched, image_shapes, strict=True):
             box = resize_boxes(box, shape, target["layers"].shape[1:])  # to pixels of the layers
             mask_targets.append(sample_mask_targets(target, box, match, logits.shape[-1]))
-        loss_mask = mask_loss(logits, torch.cat(labels), torch.cat(mask_targets))
+        labels = torch.cat(labels)
+        loss_mask = mask_loss(logits, labels[labels > 0], torch.cat(mask_targets))
         self.mask_count = len(logits)
         # Add your own loss here: each entry is added to the sum and plotted.
         return dict(loss_classifier=loss_classifier, loss_box_reg=loss_box_reg, loss_mask=loss_mask)
@@ -168,7 +172,6 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
     logits: (R, C + 1, M, M); labels: (R,) int64, 1..C; targets: (R, M, M) float32, 0..1.
     """
-    if len(labels) == 0:
-        return logits.sum() * 0
     own = logits[torch.arange(len(labels), device=labels.device), labels]
-    return F.binary_cross_entropy_with_logits(own, targets)
+    loss = F.binary_cross_entropy_with_logits(own, targets, reduction="sum")
+    return loss / max(own.numel(), 1)

@@ -158,6 +158,7 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     limits = config.score_threshold, config.box_nms, config.detections
     roi_heads = CellRoIHeads(*box_parts, *sampling, None, *limits, *mask_parts)
     roi_heads.fg_bg_sampler = CountingSampler(*sampling[2:])
+    roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.compute_losses
     transform = InputTransform(config, backbone.mean, backbone.std)
     model = GeneralizedRCNN(backbone, rpn, roi_heads, transform)

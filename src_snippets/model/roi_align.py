@@ -8,8 +8,6 @@
 
 # %%
 # @title RoIAlign on all levels of the FPN
-import math
-
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -23,11 +21,8 @@ from src_snippets.model.backbone import STRIDES
 def axis_samples(low: Tensor, high: Tensor, bins: int, limit: int) -> tuple[Tensor, Tensor]:
     """The pixels that bins are interpolated from along one axis: two samples of two pixels each.
 
-    Args:
-        low, high: (R,) edges of boxes, in pixels of the features; limit: H or W of the features.
-
-    Returns:
-        Pixels (R, bins, 4) int64 and their weights (R, bins, 4).
+    low, high: (R,) edges of boxes, pixels of the features; limit: H or W of the features. Returns
+    pixels (R, bins, 4) int64 and their weights (R, bins, 4).
     """
     length = (high - low).clamp(min=1)[:, None, None] / bins  # of a bin
     start = low[:, None, None] + torch.arange(bins, device=low.device)[:, None] * length
@@ -44,12 +39,9 @@ def axis_samples(low: Tensor, high: Tensor, bins: int, limit: int) -> tuple[Tens
 def roi_align_cpu(features: Tensor, rois: Tensor, bins: int, scale: float) -> Tensor:
     """torchvision's `roi_align(.., sampling_ratio=2)`, equal to rounding and many times as fast.
 
-    Args:
-        features: (B, channels, H, W); rois: (R, 5), index of the image and XYXY in network pixels.
-        bins: side of the grid; scale: pixels of the features per network pixel.
-
-    Returns:
-        (R, channels, bins, bins) in the type of the features; sums are at least float32.
+    features: (B, channels, H, W); rois: (R, 5), index of the image and XYXY in network pixels;
+    scale: pixels of the features per network pixel. Returns (R, channels, bins, bins) in the type
+    of the features; sums are at least float32.
     """
     _, channels, height, width = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)
@@ -74,8 +66,7 @@ class CellRoIAlign(MultiScaleRoIAlign):
     def __init__(self, bins: int):
         super().__init__([str(level) for level in range(len(STRIDES))], bins, sampling_ratio=2)
         self.scales = [1 / stride for stride in STRIDES]
-        low, high = int(math.log2(STRIDES[0])), int(math.log2(STRIDES[-1]))
-        self.map_levels = initLevelMapper(low, high, canonical_scale=224, canonical_level=4)
+        self.map_levels = initLevelMapper(2, 5)  # strides from 2**2 to 2**5
 
     def forward(self, x, boxes, image_shapes):
         """Feature maps by name and (R, 4) boxes per image -> (R, channels, bins, bins)."""

@@ -145,60 +145,50 @@ RECIPES = {
         lr=2e-3, warmup_steps=50, schedule="cosine", eval_every=6, detections=200,
     ),
 }
-# fmt: on
 # Names of earlier versions, refused with the present one
 RENAMED = dict(
-    zoom="scale_jitter",
-    quarter_turns="flips",
-    rare_crops="class_crops",
-    trained_stages="trainable_stages",
-    rois="roi_batch_size",
-    roi_cells="roi_positive_fraction",
-    group_lr="lr_factors",
-    score_floor="score_threshold",
-    show_floor="export_score_threshold",
-    test_views="tta",
-    test_scales="tta_scales",
-    num_classes="class_names",
+    zoom="scale_jitter", quarter_turns="flips", rare_crops="class_crops", rois="roi_batch_size",
+    roi_cells="roi_positive_fraction", trained_stages="trainable_stages", group_lr="lr_factors",
+    score_floor="score_threshold", show_floor="export_score_threshold", test_views="tta",
+    test_scales="tta_scales", num_classes="class_names",
 )
+# fmt: on
 FREE_LENGTH = ("class_names", "anchor_ratios", "tta_scales")  # tuples of any number of values
 
 
 def check_setting(item, value):
-    """The value in its field's own type; raises ValueError that says what is valid.
+    """The value for a `dataclasses.Field` of `Config`; ValueError says what is valid.
 
-    Args:
-        item: a `dataclasses.Field` of `Config`.
-        value: JSON lists stand for tuples, whole numbers for floats.
+    JSON lists stand for tuples, whole numbers for floats.
     """
-    name, default, limits = item.name, item.default, item.metadata
-    is_tuple, free = isinstance(default, tuple), name in FREE_LENGTH
-    items = list(value) if is_tuple and isinstance(value, (list, tuple)) else [value]
+    default, limits = item.default, item.metadata
+    is_tuple, free = isinstance(default, tuple), item.name in FREE_LENGTH
     kind = type(default[0] if is_tuple else default)
-    if kind is float:
-        items = [float(v) if type(v) is int else v for v in items]
+    values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
+    values = tuple(float(v) if kind is float and type(v) is int else v for v in values)
+    valid = len(values) > 0 and all(type(v) is kind for v in values)
     expected = "True or False (in JSON true or false)" if kind is bool else kind.__name__
     if is_tuple:
         expected = f"{'' if free else f'{len(default)} '}values of type {expected}"
-    valid = all(type(v) is kind for v in items)
-    valid = valid and (len(items) > 0 if free else len(items) == len(default) if is_tuple else True)
+        valid = valid and (free or len(values) == len(default))
     if "choices" in limits:
         expected += " out of " + ", ".join(limits["choices"])
-        valid = valid and items[0] in limits["choices"]
+        valid = value in limits["choices"]
     elif limits:
         expected += f" from {limits['low']} to {limits['high']}"
-        valid = valid and all(limits["low"] <= v <= limits["high"] for v in items)
+        valid = valid and all(limits["low"] <= v <= limits["high"] for v in values)
     if not valid:
-        raise ValueError(f"Setting {name}={value!r}: expected {expected}; default {default!r}.")
-    return tuple(items) if is_tuple else items[0]
+        raise ValueError(
+            f"Setting {item.name}={value!r}: expected {expected}; default {default!r}."
+        )
+    return values if is_tuple else values[0]
 
 
 def change_config(config: Config, changes: Mapping) -> Config:
     """A copy of the settings with some fields changed and all of them checked.
 
-    Raises:
-        ValueError: unknown or renamed field, value of wrong type or out of range, fields that
-            contradict each other.
+    Raises ValueError for a field that is unknown or renamed, a value of the wrong type or out of
+    range, and fields that contradict each other.
     """
     known = {item.name: item for item in fields(Config) if item.name != "recipe"}
     for name in sorted(set(changes) - set(known)):
@@ -229,10 +219,9 @@ def make_config(recipe: str, /, **changes) -> Config:
 def with_class_names(config: Config, names: Sequence[str]) -> Config:
     """The settings with the class names of a dataset, unless the user named its classes.
 
-    Raises:
-        ValueError: the user named another number of classes than the dataset has.
+    Raises ValueError where the user named another number of classes than the dataset has.
     """
-    if config.class_names in (Config.class_names, tuple(names)):
+    if config.class_names == Config.class_names:
         return replace(config, class_names=tuple(names))
     if len(config.class_names) != len(names):
         raise ValueError(
@@ -244,27 +233,22 @@ def with_class_names(config: Config, names: Sequence[str]) -> Config:
 
 def config_table(config: Config) -> pd.DataFrame:
     """The settings that differ from the defaults, and who changed them."""
-    by_recipe = make_config(config.recipe)
-    rows = []
-    for item in fields(Config)[1:]:
-        value = getattr(config, item.name)
-        changed_by = "recipe" if value == getattr(by_recipe, item.name) else "you or the data"
-        if value != item.default:
-            rows.append((item.name, value, item.default, changed_by))
-    return pd.DataFrame(rows, columns=["setting", "value", "default", "changed by"])
+    default, recipe = vars(Config(config.recipe)), vars(make_config(config.recipe))
+    return pd.DataFrame(
+        [
+            (name, value, default[name], "recipe" if value == recipe[name] else "you or the data")
+            for name, value in vars(config).items()
+            if value != default[name]
+        ],
+        columns=["setting", "value", "default", "changed by"],
+    )
 
 
 def read_settings(changes: Mapping, environ: Mapping[str, str]) -> dict:
-    """Changes to settings, and over them those in `HW3_SETTINGS`, such as `{"epochs": 3}`.
-
-    Raises:
-        ValueError: `HW3_SETTINGS` is not a JSON object.
-    """
+    """Changes to settings, and over them the JSON object in `HW3_SETTINGS`, if it is set."""
     text = environ.get("HW3_SETTINGS") or "{}"
     try:
-        more = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"HW3_SETTINGS={text!r} is not JSON ({error}).") from error
-    if not isinstance(more, dict):
-        raise ValueError(f'HW3_SETTINGS={text!r}: expected an object such as {{"epochs": 3}}.')
-    return {**changes, **more}
+        return {**changes, **json.loads(text)}
+    except (json.JSONDecodeError, TypeError) as error:
+        expected = 'expected a JSON object such as {"epochs": 3}'
+        raise ValueError(f"HW3_SETTINGS={text!r}: {expected} ({error}).") from error

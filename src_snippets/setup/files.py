@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import json
 import os
 from pathlib import Path
-import shutil
+from tempfile import TemporaryFile
 import traceback
 
 import IPython
@@ -42,7 +42,6 @@ def atomic_write(path: Path):
 
     If the block raises, `path` stays as it was and the partial file is removed.
     """
-    path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -64,13 +63,10 @@ def output_folder(out: str) -> Path:
     folder = Path(out or (KAGGLE_WORKING if KAGGLE_WORKING.is_dir() else "results"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json({}, folder / ".probe")
-        (folder / ".probe").unlink()
+        TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(
-            f"OUT={str(folder)!r}: results cannot be written there ({error}). Set OUT to a folder "
-            "that can be written."
-        ) from error
+        advice = "Set OUT to a folder that can be written."
+        raise OSError(f"OUT={str(folder)!r}: cannot write there ({error}). {advice}") from error
     return folder
 
 
@@ -80,16 +76,6 @@ def clear_folder(folder: Path, suffix: str) -> Path:
     for path in folder.glob(f"*{suffix}"):
         path.unlink()
     return folder
-
-
-def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise OSError where the disk of a folder has less than `needed_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise OSError(
-            f"{folder}: {free / 1e9:.1f} GB are free, expected {needed_bytes / 1e9:.1f}. Free some "
-            "space, or set OUT to a folder on another disk."
-        )
 
 
 def session_hours(max_hours: float) -> float:

@@ -16,7 +16,6 @@ PACKAGES = dict.fromkeys(NEEDED.split(), "") | {  # and what happens without the
     "imagecodecs>=2024.1.1": "Pillow reads the compressed images",
     "faster-coco-eval>=1.6": "pycocotools computes AP, more slowly",
 }
-KEPT = ("numpy", "torch", "torchvision")  # at the version that the machine has
 GPU_CHECK = """
 import torch
 if torch.cuda.is_available():
@@ -34,7 +33,8 @@ def install_missing(packages=PACKAGES) -> None:
     filterwarnings("ignore", "IProgress not found")  # progress bars are text then
     present = {item.name.lower().replace("_", "-"): item.version for item in distributions()}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=10"]
-    pip += [f"{name}=={present[name]}" for name in KEPT if name in present]
+    fixed = {"numpy", "torch", "torchvision"} & present.keys()
+    pip += [f"{name}=={present[name]}" for name in fixed]  # these keep their versions
     for requirement, without in packages.items():
         if requirement.split(">")[0] not in present:
             print(f"Installing {requirement}")  # alone: one that fails does not stop others
