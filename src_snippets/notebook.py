@@ -281,7 +281,11 @@ if not trains:
 for path in CHECKPOINTS:
     load_trained(path, config, same=False)  # what does not fit shows now, not after training
 code = code_digest(TrainingSet, build_model, Trainer)
-session = Session(session_hours(config.max_hours))
+sizes = [image[2:] for image in dataset.test_images] * (len(splits) + len(CHECKPOINTS))
+sizes += [sample.size for split in splits.values() for sample in subset(samples, split["val"])]
+views_per_pixel = dict(none=1, flips=3, d4=8)[config.tta] * (4 if config.tile else 1)
+pixels = views_per_pixel * sum(height * width for height, width in sizes)
+session = Session(session_hours(config.max_hours), pixels)  # keeps time for predicting them
 
 # %%
 runs = {}

@@ -371,11 +371,11 @@ def test_tables_are_whole_or_as_they_were(predictions, tmp_path):
     write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.csv")}
 
-    def read_first(image):
-        return read_grey(image)[:, : 6 if image.image_id == 5 else 3]
+    def read_less(image):
+        return read_grey(image)[:, : 5 if image.image_id == 5 else 4]  # a row less
 
     with pytest.raises(ValueError, match="shapes must match"):
-        write_exports(predictions, IMAGES[::-1], read_first, tmp_path, CATEGORIES, 0.5)
+        write_exports(predictions, IMAGES[::-1], read_less, tmp_path, CATEGORIES, 0.5)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.csv")} == before
     assert len(before) == 2
     assert not list(tmp_path.rglob(".*.partial"))

@@ -2,6 +2,7 @@ import csv
 from dataclasses import replace
 import math
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -626,17 +627,33 @@ def test_a_session_over_in_its_first_epoch_leaves_a_model(parts, tiny_config, tm
 
 
 def test_a_session_reserves_and_shares_its_time(monkeypatch):
-    begin = Session(1.0).end - 3600
-    assert 0 < time.time() - begin < 36_000  # the start of this process
-    assert Session(1.0, reserve_seconds=600.0).end == begin + 3000
-    session = Session(1.0)
-    session.end = time.time() + 1000
-    session.share(4)
-    assert session.until - time.time() == pytest.approx(250, abs=5)
-    assert not session.is_over()
-    free = Session(0.0, reserve_seconds=600.0)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert 0 < now - (Session(1.0).end - 3600) < 36_000  # counted from the start of this process
+    session = Session(1.0, pixels=1000)
+    session.end = now + 1000
+    session.share(4)  # 250 s, less a fourth of what predicting needs
+
+    def over_after(seconds):
+        monkeypatch.setattr(time, "time", lambda: now + seconds)
+        return session.is_over()
+
+    assert not over_after((1000 - 120) / 4 - 1)
+    assert over_after((1000 - 120) / 4 + 1)
+    session.seconds_per_pixel = 0.2
+    assert not over_after((1000 - 120 - 300) / 4 - 1)
+    assert over_after((1000 - 120 - 300) / 4 + 1)
+    monkeypatch.setattr(time, "time", lambda: now)
+    free = Session(0.0, pixels=1000)
     free.share(3)
     assert not free.is_over()
+
+
+def test_too_little_disk_is_refused_before_training(parts, tiny_config, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"0\.0 GB are free, checkpoints need"):
+        train(tiny_config, *parts, tmp_path)
 
 
 def test_sigterm_ends_training_alone(parts, tiny_config, tmp_path, capsys):

@@ -9,7 +9,7 @@
 
 # %%
 # @title Attention: SE and CBAM
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import timm
@@ -181,6 +181,6 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     stages, frozen = backbone_stages(body), 5 - config.trainable_stages
     if len(stages) == 1 and 0 < frozen < 5:
         raise ValueError(f"trainable_stages: timm names no stages of {name}; expected 0 or 5.")
-    if modules := list(chain(*stages[:frozen])):
+    if modules := [module for stage in stages[:frozen] for module in stage]:
         timm.utils.freeze(body, [key for key, module in body.named_modules() if module in modules])
     return Backbone(body, config)

@@ -48,10 +48,7 @@ class BlockMatcher(Matcher):
     """
 
     def __call__(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-        """Instances (N, 4), N >= 1, and anchors (A, 4), XYXY -> (A,) int64.
-
-        Index of the instance; -1 below the low threshold, -2 between the two.
-        """
+        """XYXY instances (N, 4), anchors (A, 4) -> (A,) int64; -1: IoU too low, -2: between."""
         instances, anchors = pair
         values, nearest = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors[:, 0]).long()
         best = [(nearest[:0], nearest[:0], values[:0])]  # instance, its best anchors by block, IoU
@@ -115,14 +112,10 @@ class CellRoIHeads(RoIHeads):
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
         """Instance and class (R,) int64 of each proposal by image; 0 for the background."""
-        matched, labels = [], []
-        for boxes, instances, classes in zip(proposals, gt_boxes, gt_labels, strict=True):
-            index = torch.full((len(boxes),), -1, device=boxes.device)
-            if len(instances):
-                index = self.proposal_matcher((instances, boxes))
-            matched.append(index.clamp(min=0))
-            labels.append(F.pad(classes, (0, 1))[index])  # -1 below the threshold: the last, 0
-        return matched, labels
+        matched = [self.proposal_matcher(pair) for pair in zip(gt_boxes, proposals, strict=True)]
+        pairs = zip(gt_labels, matched, strict=True)  # -1 below the threshold takes the last, 0
+        labels = [F.pad(classes, (0, 1))[index] for classes, index in pairs]
+        return [index.clamp(min=0) for index in matched], labels
 
     def predict_boxes(self, features, proposals, image_shapes):
         """Class logits (R, C + 1) and box offsets (R, 4C + 4), float32."""

@@ -113,8 +113,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
     With `new_classes`, layers of `CLASS_LAYERS` may differ: they stay, and a line is printed.
     """
     own, new = ({k: v.shape for k, v in side.items()} for side in (model.state_dict(), state))
-    differ = {name for name, _ in own.items() ^ new.items()}
-    differ = sorted(k for k in differ if "num_batches" not in k)  # frozen norms do not count them
+    # Frozen norms do not count batches
+    differ = sorted({k for k, _ in own.items() ^ new.items() if "num_batches" not in k})
     if wrong := [name for name in differ if not (new_classes and name.startswith(CLASS_LAYERS))]:
         raise ValueError(
             f"The weights do not fit the model: {len(wrong)} parameters are missing, unknown or of "
@@ -129,13 +129,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
 def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
-    Args:
-        config: the settings.
-        load_initial: False leaves random weights, for a checkpoint that is loaded next.
-
-    Raises:
-        WeightsNotFound: initial weights cannot be had.
-        ValueError: they do not fit, or over 200 million parameters are trainable.
+    load_initial: False leaves random weights, for a checkpoint that is loaded next. Raises
+    WeightsNotFound; ValueError for weights that do not fit or over 200 M trainable parameters.
     """
     torch.manual_seed(config.seed)
     state = whole_model_state(config) if load_initial else None

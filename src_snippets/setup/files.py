@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import json
 import os
 from pathlib import Path
+import shutil
 from tempfile import TemporaryFile
 import traceback
 
@@ -76,6 +77,16 @@ def clear_folder(folder: Path, suffix: str) -> Path:
     for path in folder.glob(f"*{suffix}"):
         path.unlink()
     return folder
+
+
+def check_disk_space(folder: Path, needed_bytes: int) -> None:
+    """Raise OSError where the disk of a folder has less than `needed_bytes` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{folder}: {free / 1e9:.1f} GB are free, checkpoints need {needed_bytes / 1e9:.1f}. "
+            "Free some space, or set OUT to a folder on another disk."
+        )
 
 
 def session_hours(max_hours: float) -> float:

@@ -56,7 +56,7 @@ from src_snippets.setup.devices import (
     rank_indices,
     world_size,
 )
-from src_snippets.setup.files import atomic_write
+from src_snippets.setup.files import atomic_write, check_disk_space
 from src_snippets.training.checkpoints import (
     check_same_settings,
     open_run,
@@ -66,23 +66,25 @@ from src_snippets.training.metrics import average_precision
 
 
 class Session:
-    """When training has to stop: some hours after this process began, or at SIGTERM.
+    """When training has to stop: in time to predict before the session ends, or at SIGTERM.
 
-    max_hours: 0: no end; reserve_seconds: what predicting and writing need after training.
+    max_hours: since this process began, 0: no end; pixels: to predict after training.
     """
 
-    def __init__(self, max_hours: float, reserve_seconds: float = 0.0):
-        seconds = 3600 * max_hours - reserve_seconds if max_hours else math.inf
-        self.end = self.until = Process().create_time() + seconds
-        self.terminated = False
+    def __init__(self, max_hours: float, pixels: float = 0.0):
+        self.end = Process().create_time() + (3600 * max_hours or math.inf)
+        self.pixels, self.seconds_per_pixel = pixels, 0.0  # the latter measured by evaluations
+        self.start, self.parts, self.terminated = time.time(), 1, False
 
     def share(self, parts: int) -> None:
         """Gives the next training one of so many equal parts of the time that is left."""
-        self.until = time.time() + (self.end - time.time()) / parts
+        self.start, self.parts = time.time(), parts
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
-        return self.terminated or time.time() >= self.until
+        reserve = 120 + 1.5 * self.pixels * self.seconds_per_pixel if self.pixels else 0
+        until = self.start + (self.end - reserve - self.start) / self.parts
+        return self.terminated or time.time() >= until
 
     @contextmanager
     def listen(self):
@@ -280,6 +282,11 @@ class TrainingState:
             for name in self.parts.keys() & state.keys():
                 self.parts[name].load_state_dict(state[name])
             vars(self).update({name: state[name] for name in PROGRESS})
+        elif is_main():
+            size = sum(value.nbytes for value in self.model.state_dict().values())
+            check_disk_space(
+                self.folder, size * (14 if config.ema else 10)
+            )  # while one is replaced
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
     def save_best(self) -> None:
@@ -414,7 +421,10 @@ class Trainer(TrainingState):
         self.seconds = all_max(time.perf_counter() - start)[0]
         is_last = self.seconds >= limit or epoch == config.epochs
         if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
+            begin, sizes = time.perf_counter(), [sample.size for sample in self.val_samples]
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
+            pixels = sum(height * width for height, width in sizes)
+            self.session.seconds_per_pixel = (time.perf_counter() - begin) / pixels
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
