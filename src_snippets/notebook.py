@@ -189,7 +189,7 @@ show_table(dataset_table(samples, splits, config.class_names))
 if trains:
     train_part = subset(samples, next(iter(splits.values()))["train"])
     chosen = np.unique(np.linspace(0, len(train_part) - 1, 4).astype(int))
-    shown = [train_part[i] for i in chosen]
+    shown = (train_part[i] for i in chosen)
     items = [(sample.image.numpy(), ground_truth(sample), sample.name) for sample in shown]
     show_figure(plot_samples(items, config.class_names), figures / "samples.png")
 
@@ -283,22 +283,31 @@ for path in CHECKPOINTS:
 code = code_digest(TrainingSet, build_model, Trainer)
 sizes = [image[2:] for image in dataset.test_images] * (len(splits) + len(CHECKPOINTS))
 sizes += [sample.size for split in splits.values() for sample in subset(samples, split["val"])]
-views_per_pixel = dict(none=1, flips=3, d4=8)[config.tta] * (4 if config.tile else 1)
-pixels = views_per_pixel * sum(height * width for height, width in sizes)
+pixels = sum(height * width for height, width in sizes) * (4 if config.tile else 1)
+pixels *= dict(none=1, flips=3, d4=8)[config.tta]
 session = Session(session_hours(config.max_hours), pixels)  # keeps time for predicting them
 
 # %%
-runs = {}
+folders = {}
 for fold, split in splits.items():
-    folder = run_folder(output, config, dict(split=split, images=samples.digest), code)
-    parts = {name: subset(samples, names) for name, names in split.items()}
-    for name, part in parts.items():
-        write_json(coco_ground_truth(part, dataset.categories), folder / f"{name}_gt.json")
-    write_json(split, folder / "split.json")
+    folders[fold] = run_folder(output, config, dict(split=split, images=samples.digest), code)
+    write_json(split, folders[fold] / "split.json")
+    for part, names in split.items():
+        truth = coco_ground_truth(subset(samples, names), dataset.categories)
+        write_json(truth, folders[fold] / f"{part}_gt.json")
+
+# %%
+runs = {}
+for fold, folder in folders.items():
+    if runs and broadcast(session.is_over):
+        print(f"fold {fold} is not trained: the session ends")
+        continue
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
-    session.share(len(splits) - len(runs))
-    launch(config, train, config, *parts.values(), folder, session, live, RESUME)
+    parts = [subset(samples, names) for names in splits[fold].values()]
+    session.share(len(folders) - len(runs))
+    with session.listen():
+        launch(config, train, config, *parts, folder, session, live, RESUME)
     if broadcast((folder / "best.pt").exists):  # not where the session ended before
         runs[fold] = folder
 
@@ -345,10 +354,9 @@ above = {key: p.above(config.export_score_threshold) for key, p in predictions.i
 archive = None
 if predictions and dataset.layout != "images":
     _, archive = write_results(predictions, dataset.test_images, output, list(dataset.categories))
-    if dataset.layout == "csv":
-        write_csv_submissions(above, dataset.test_images, output)
-else:
-    print("No test images of a dataset: there is nothing to submit.")
+if archive and dataset.layout == "csv":
+    write_csv_submissions(above, dataset.test_images, output)
+print("" if archive else "No test images of a dataset: there is nothing to submit.")
 
 # %% [markdown]
 # ## Evaluation
@@ -430,14 +438,13 @@ named = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
 with keep_going("the exports"):
     if is_main() and records:
-        exports = (to_export, records, read, output / "exports", named, config.um_per_px)
-        counts = write_exports(*exports)
+        folder = output / "exports"
+        counts = write_exports(to_export, records, read, folder, named, config.um_per_px)
 
 # %%
 with keep_going("the figure of test images"):
     chosen = np.unique(np.linspace(0, len(records) - 1, min(4, len(records))).astype(int))
-    shown = [records[i] for i in chosen]
-    items = [(read(r), to_export[r.image_id], r.path.stem) for r in shown]
+    items = [(read(r), to_export[r.image_id], r.path.stem) for r in (records[i] for i in chosen)]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 

@@ -64,11 +64,6 @@ def build_augmentation(config: Config, size=None, contains: int | None = None) -
     return v2.Compose(steps)
 
 
-def network_scale(size, config: Config) -> float:
-    """Network pixels per pixel of an image of `size` (H, W): one scale for all images."""
-    return config.scale
-
-
 # %%
 # @title TrainingSet: mosaics, crops by class, copy-paste, targets
 MIN_AREA = 4  # px; instances with fewer visible pixels are no targets

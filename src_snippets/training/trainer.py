@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from src_snippets.data.structures import CellSample, coco_ground_truth
-from src_snippets.data.transforms import collate, network_scale, training_target, TrainingSet
+from src_snippets.data.transforms import collate, training_target, TrainingSet
 from src_snippets.model.backbone import backbone_stages
 from src_snippets.model.detect import detect
 from src_snippets.model.mask_rcnn import build_model
@@ -218,11 +218,9 @@ def validation_loss(model: nn.Module, samples, config: Config) -> float:
     losses, device = [], default_device()
     for i in rank_indices(len(samples)):
         torch.manual_seed(config.seed + i)  # each epoch of training sets its own
-        model.transform.fixed_scale = network_scale(samples[i].size, config)
         pair = send_to_device((samples[i].image, training_target(samples[i])), device)
         with autocast_for(config, device):
             losses.append(float(sum(model(*collate([pair])).values())))
-    model.transform.fixed_scale = None
     model.eval()
     return mean(gather(losses))
 
