@@ -79,7 +79,7 @@ def test_training_and_prediction_stay_on_their_device(name, tmp_path, capsys):
 
 def test_a_batch_that_does_not_fit_is_halved(tmp_path, capsys, monkeypatch):
     really = torch.Tensor.backward
-    config = make_config("baseline", **(TINY | dict(backbone="resnet10", epochs=1)))
+    config = make_config("baseline", **(TINY | dict(backbone="resnet10", epochs=1, precision="no")))
     samples, calls = [field_of_cells(seed, 96) for seed in range(4)], []
 
     def full(loss, *arguments, **options):

@@ -123,8 +123,8 @@ def all_max(*values: float) -> list[float]:
 def run_process(index: int, count: int, port: str, path: Path, function, arguments) -> None:
     """Run one of the processes of `launch`; the main one leaves its result in a file."""
     ranks = dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count))
-    os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+    os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)  # a fork has none of its parent's threads and would wait for them
     AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
     if kernel := getattr(get_ipython(), "kernel", None):
         kernel.session.check_pid = False  # or bars and figures of a fork are dropped
