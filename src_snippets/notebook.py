@@ -106,16 +106,17 @@ if "HW3_CHECKPOINTS" in os.environ:
     CHECKPOINTS = [p for p in os.environ["HW3_CHECKPOINTS"].split(os.pathsep) if p]
 fields_set = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
 fields_set |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
-changes = {name: value for name, value in fields_set.items() if value} | CHANGES
-changes = read_settings(changes, os.environ)
+changes = read_settings({k: v for k, v in fields_set.items() if v} | CHANGES, os.environ)
 output = output_folder(OUT) if is_main() else private_folder()
 figures = clear_folder(output / "figures", ".png")  # those of another run would enter the report
 
 # %% [markdown]
 # ## Data
 # Everything passes through two forms: `CellSample`, an image with its ground truth, and `Instances`,
-# the prediction for one image. Masks are RLEs (run-length encoding): a thousand cells cost
-# kilobytes, and nothing of shape (instances, height, width) is ever made.
+# the prediction for one image. Masks are RLEs (run-length encoding; COCO counts down the columns):
+# a thousand cells cost kilobytes, and nothing of shape (instances, height, width) is ever made.
+# Letters of shapes everywhere: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
+# Boxes are XYXY in pixels, right and lower edge outside: a cell in column 3 spans x from 3 to 4.
 
 # %%
 from src_snippets.data.rle import encode_runs
@@ -141,7 +142,6 @@ if is_demo:
     print("=" * 78)
     print("DEMO: the images below are synthetic; the scores say nothing about real cells.")
     print("For your own data set DATA to a folder with train/, then run from the settings cell on.")
-    print("=" * 78)
 config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)
 print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}")
 show_table(config_table(config))
@@ -181,15 +181,13 @@ dataset = open_dataset(data_root, config)
 config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
-print(f"{len(samples)} images with ground truth, {len(dataset.test_images)} test images")
-print(dataset_warnings(samples, config) if trains else "no training")
+print(f"{len(dataset.test_images)} test images;", dataset_warnings(samples, config) * trains)
 show_table(dataset_table(samples, splits, config.class_names))
 
 # %%
 if trains:
     train_part = subset(samples, next(iter(splits.values()))["train"])
-    chosen = np.unique(np.linspace(0, len(train_part) - 1, 4).astype(int))
-    shown = (train_part[i] for i in chosen)
+    shown = (train_part[i] for i in range(0, len(train_part), len(train_part) // 4 + 1))
     items = [(sample.image.numpy(), ground_truth(sample), sample.name) for sample in shown]
     show_figure(plot_samples(items, config.class_names), figures / "samples.png")
 
@@ -281,11 +279,11 @@ if not trains:
 for path in CHECKPOINTS:
     load_trained(path, config, same=False)  # what does not fit shows now, not after training
 code = code_digest(TrainingSet, build_model, Trainer)
-sizes = [image[2:] for image in dataset.test_images] * (len(splits) + len(CHECKPOINTS))
-sizes += [sample.size for split in splits.values() for sample in subset(samples, split["val"])]
-pixels = sum(height * width for height, width in sizes) * (4 if config.tile else 1)
-pixels *= dict(none=1, flips=3, d4=8)[config.tta]
-session = Session(session_hours(config.max_hours), pixels)  # keeps time for predicting them
+val_count = sum(len(split["val"]) for split in splits.values())
+count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
+evaluations = len(splits) * count / max(val_count, 1)  # how many of them predicting will take
+evaluations *= dict(none=1, flips=3, d4=8)[config.tta] * (4 if config.tile else 1)
+session = Session(session_hours(config.max_hours), evaluations)
 
 # %%
 folders = {}
@@ -434,17 +432,17 @@ else:
     confident = [p.above(config.export_score_threshold) for p in val_predictions]
     to_export = dict(enumerate(confident, start=1))
     read = lambda i: val_samples[i.image_id - 1].image.numpy()  # noqa: E731
-named = dict(zip(dataset.categories, config.class_names, strict=True))
+names = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
 with keep_going("the exports"):
     if is_main() and records:
-        folder = output / "exports"
-        counts = write_exports(to_export, records, read, folder, named, config.um_per_px)
+        where = (output / "exports", names, config.um_per_px)
+        counts = write_exports(to_export, records, read, *where)
 
 # %%
 with keep_going("the figure of test images"):
-    chosen = np.unique(np.linspace(0, len(records) - 1, min(4, len(records))).astype(int))
-    items = [(read(r), to_export[r.image_id], r.path.stem) for r in (records[i] for i in chosen)]
+    shown = records[:: len(records) // 4 + 1]
+    items = [(read(r), to_export[r.image_id], r.path.stem) for r in shown]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 

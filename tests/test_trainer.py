@@ -630,7 +630,7 @@ def test_a_session_reserves_and_shares_its_time(monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     assert 0 < now - (Session(1.0).end - 3600) < 36_000  # counted from the start of this process
-    session = Session(1.0, pixels=1000)
+    session = Session(1.0, evaluations=2)
     session.end = now + 1000
     session.share(4)  # 250 s, less a fourth of what predicting needs
 
@@ -640,11 +640,11 @@ def test_a_session_reserves_and_shares_its_time(monkeypatch):
 
     assert not over_after((1000 - 120) / 4 - 1)
     assert over_after((1000 - 120) / 4 + 1)
-    session.seconds_per_pixel = 0.2
-    assert not over_after((1000 - 120 - 300) / 4 - 1)
-    assert over_after((1000 - 120 - 300) / 4 + 1)
+    session.evaluation_seconds = 100
+    assert not over_after((1000 - 120 - 400) / 4 - 1)
+    assert over_after((1000 - 120 - 400) / 4 + 1)
     monkeypatch.setattr(time, "time", lambda: now)
-    free = Session(0.0, pixels=1000)
+    free = Session(0.0, evaluations=2)
     free.share(3)
     assert not free.is_over()
 

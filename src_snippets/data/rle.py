@@ -1,11 +1,5 @@
 """Run-length encoding: masks as COCO RLE, encoded and decoded by runs or inside their boxes."""
 
-# %% [markdown]
-# ### Encode masks as run lengths
-# An RLE holds the lengths of background and foreground runs, column by column: an image with 1,000
-# instances takes kilobytes. In: runs, masks in their boxes, instance layers or CSV text; out: COCO
-# RLE, and back. The trap: COCO counts down the columns, Kaggle's CSV along the rows.
-
 # %%
 # @title RLE: encode and decode masks, COCO and CSV
 import numpy as np

@@ -8,7 +8,7 @@
 # both sides make validation too kind.
 
 # %%
-# @title CellSamples: read once; make_splits: groups on one side; tables of facts
+# @title CellSamples: read once; make_splits: groups on one side
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -25,8 +25,6 @@ from src_snippets.data.structures import CellSample
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import is_main, world_size
 from src_snippets.setup.files import BadInput
-
-SPLIT_TRIES = 50
 
 
 def available_memory() -> int:
@@ -96,7 +94,7 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     """Split images so that groups stay whole and each part has its fraction of images and classes.
 
     Groups go one by one to the part that is shortest of what they hold; the most even of
-    `SPLIT_TRIES` random orders counts.
+    50 random orders counts.
 
     Returns:
         `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds` is 1.
@@ -121,7 +119,7 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     shares = np.zeros((len(unique), counts.shape[1]))
     np.add.at(shares, codes, counts / counts.sum(0).clip(1))
     rng, best, parts = np.random.default_rng(config.seed), np.inf, None
-    for _ in range(SPLIT_TRIES):
+    for _ in range(50):
         chosen, totals = np.zeros(len(unique), int), np.zeros((len(fractions), counts.shape[1]))
         for number, group in enumerate(rng.permutation(len(unique))):
             costs = (2 * totals + shares[group]) @ shares[group] / fractions  # squared distance
@@ -138,6 +136,8 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     return splits
 
 
+# %%
+# @title Parts of a dataset, and facts about them
 def subset(samples: CellSamples, names: Sequence[str]) -> Subset:
     """The samples of some names, in their order."""
     return Subset(samples, [samples.positions[name] for name in names])

@@ -1,12 +1,5 @@
 """The two data structures that everything passes through: `CellSample` and `Instances`."""
 
-# %% [markdown]
-# ### Hold images, ground truth and predictions
-# `CellSample` is an image with its ground truth, `Instances` is the prediction for one image.
-# Shape letters everywhere: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
-# The traps: boxes are XYXY in pixels with the right and lower edge outside (an instance in column 3
-# alone spans x from 3 to 4); crowds are left out of training and ignored in evaluation.
-
 # %%
 # @title CellSample, Instances, and layers that hold instances
 from collections.abc import Iterable, Mapping, Sequence

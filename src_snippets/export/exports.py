@@ -23,6 +23,7 @@ import tifffile
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color
+from src_snippets.data.images import name_file, require
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import crop_mask, draw_masks, mask_areas
 from src_snippets.data.structures import CellSample, ground_truth
@@ -138,7 +139,10 @@ def write_exports(
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
         numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
         save_label_image(numbers, folder / "labels" / f"{name}.tif", um_per_px)
-        table = measure_cells(numbers, read(image), um_per_px)
+        with name_file(image.path):
+            pixels = read(image)
+            require(pixels.shape[1:] == instances.size, f"{pixels.shape}, not as predicted.")
+        table = measure_cells(numbers, pixels, um_per_px)
         table.insert(0, "image", name)
         table.insert(2, "class", [kinds[label - 1] for label in instances.labels])
         table.insert(3, "score", instances.scores.astype(float).round(4))

@@ -71,8 +71,8 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     Also returns a line with what `score_threshold` costs, and the line that changes it.
     """
     truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
-    rows = {}
-    for name, threshold in (("as submitted", config.score_threshold), ("from 0.05 on", 0.05)):
+    rows, thresholds = {}, {"as submitted": config.score_threshold}
+    for name, threshold in (thresholds | {"from 0.05 on": VALIDATION_THRESHOLD}).items():
         kept = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
         scores = average_precision(truth, kept) if predictions else {}
         rows[name] = {key: scores.get(key) for key in ("AP", "AP50", "AP75", "AP50_100")}

@@ -25,7 +25,7 @@ def keep_going(part: str):
     """Show an error of an optional part, and go on after it."""
     try:
         yield
-    except Exception:
+    except Exception:  # of any kind: the submission is written, and no figure may cost the rest
         print(f"{part} failed; the rest goes on.\n{traceback.format_exc()}")
 
 

@@ -68,12 +68,12 @@ from src_snippets.training.metrics import average_precision
 class Session:
     """When training has to stop: in time to predict before the session ends, or at SIGTERM.
 
-    max_hours: since this process began, 0: no end; pixels: to predict after training.
+    max_hours: since this process began, 0: no end; evaluations: time to predict, in these.
     """
 
-    def __init__(self, max_hours: float, pixels: float = 0.0):
+    def __init__(self, max_hours: float, evaluations: float = 0.0):
         self.end = Process().create_time() + (3600 * max_hours or math.inf)
-        self.pixels, self.seconds_per_pixel = pixels, 0.0  # the latter measured by evaluations
+        self.evaluations, self.evaluation_seconds = evaluations, 0.0  # measured in training
         self.start, self.parts, self.terminated = time.time(), 1, False
 
     def share(self, parts: int) -> None:
@@ -82,7 +82,7 @@ class Session:
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
-        reserve = 120 + 1.5 * self.pixels * self.seconds_per_pixel if self.pixels else 0
+        reserve = 120 + 2 * self.evaluations * self.evaluation_seconds if self.evaluations else 0
         until = self.start + (self.end - reserve - self.start) / self.parts
         return self.terminated or time.time() >= until
 
@@ -245,6 +245,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     return row, (samples[index], predictions[index].above(config.export_score_threshold))
 
 
+MAX_BAD_STEPS = 10  # in a row
 PROGRESS = ("history", "steps", "seconds")  # what last.pt holds beside the parts and settings
 
 
@@ -314,9 +315,6 @@ class TrainingState:
 
 # %%
 # @title Trainer: step, epoch, fit
-MAX_BAD_STEPS = 10  # in a row
-
-
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`.
 
@@ -419,10 +417,9 @@ class Trainer(TrainingState):
         self.seconds = all_max(time.perf_counter() - start)[0]
         is_last = self.seconds >= limit or epoch == config.epochs
         if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
-            begin, sizes = time.perf_counter(), [sample.size for sample in self.val_samples]
+            begin = time.perf_counter()
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
-            pixels = sum(height * width for height, width in sizes)
-            self.session.seconds_per_pixel = (time.perf_counter() - begin) / pixels
+            self.session.evaluation_seconds = time.perf_counter() - begin
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
@@ -466,6 +463,8 @@ class Trainer(TrainingState):
         return self.history
 
 
+# %%
+# @title train: a Trainer from start to end, in each process of launch
 def train(*arguments) -> list[dict]:
     """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
     history = Trainer(*arguments).fit()
