@@ -32,6 +32,7 @@ from src_snippets.export.exports import (
     write_cell_folder,
     write_exports,
 )
+from src_snippets.setup.files import BadInput
 from tests.conftest import make_sample
 
 IMAGES = [ImageRecord(Path("a/one.tif"), 5, 6, 8), ImageRecord(Path("b/two.png"), 9, 4, 5)]
@@ -374,7 +375,7 @@ def test_tables_are_whole_or_as_they_were(predictions, tmp_path):
     def read_less(image):
         return read_grey(image)[:, : 5 if image.image_id == 5 else 4]  # a row less
 
-    with pytest.raises(ValueError, match="shapes must match"):
+    with pytest.raises(BadInput, match=r"one\.tif: \(3, 5, 8\), not as predicted"):
         write_exports(predictions, IMAGES[::-1], read_less, tmp_path, CATEGORIES, 0.5)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.csv")} == before
     assert len(before) == 2

@@ -7,6 +7,7 @@ import torch
 
 from src_snippets.data.images import read_image
 from src_snippets.data.layouts import ImageRecord
+from src_snippets.data.structures import ground_truth
 from src_snippets.inference import predict
 from src_snippets.inference.fusion import fuse
 from src_snippets.inference.predict import (
@@ -21,7 +22,7 @@ from src_snippets.model.mask_rcnn import build_model
 from src_snippets.setup.config import change_config, make_config
 from src_snippets.setup.files import BadInput
 from src_snippets.training.checkpoints import load_trained, save_checkpoint
-from tests.conftest import field_of_cells
+from tests.conftest import field_of_cells, make_sample
 from tests.test_detect import decoded, draw, result, Scripted, Squares
 
 
@@ -195,3 +196,21 @@ def test_checkpoints_on_disk_predict_together(images, tiny_config, tmp_path):
         pixels = torch.from_numpy(read_image(image.path))
         alone = [detect(model, pixels, own) for model, own in members]
         assert found[image.image_id].rles == fuse(alone, config).rles
+
+
+def test_the_preview_shows_the_price_of_the_threshold():
+    """Two instances, found with scores .9 and .2: from .5 on recall ends at a half."""
+    ids = np.zeros((20, 30), int)
+    ids[2:8, 2:8], ids[10:16, 12:18] = 1, 2
+    sample = make_sample([ids], [1])
+    predictions = [replace(ground_truth(sample), scores=np.array([0.9, 0.2], np.float32))]
+    config = make_config("demo", class_names=["cell"], score_threshold=0.5)
+    table, advice = predict.submission_preview([sample], predictions, config)
+    assert table.index.tolist() == ["as submitted", "from 0.05 on"]
+    assert table.AP50.tolist() == pytest.approx([51 / 101, 1.0])
+    assert "costs 0.495 AP50: set CHANGES = dict(score_threshold=0.05)" in advice
+    low = replace(config, score_threshold=0.01)
+    assert "costs no AP50" in predict.submission_preview([sample], predictions, low)[1]
+    empty, advice = predict.submission_preview([], [], config)
+    assert len(empty) == 2
+    assert advice.startswith("No validation images")
