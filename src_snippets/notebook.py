@@ -187,7 +187,7 @@ show_table(dataset_table(samples, splits, config.class_names))
 # %%
 if trains:
     train_part = subset(samples, next(iter(splits.values()))["train"])
-    shown = (train_part[i] for i in range(0, len(train_part), len(train_part) // 4 + 1))
+    shown = (train_part[i] for i in range(0, len(train_part), -(-len(train_part) // 4)))
     items = [(sample.image.numpy(), ground_truth(sample), sample.name) for sample in shown]
     show_figure(plot_samples(items, config.class_names), figures / "samples.png")
 
@@ -240,7 +240,7 @@ if trains:
     print(f"{count_parameters(model) / 1e6:.1f} M trainable parameters")
     boxes = np.concatenate([ground_truth(sample).boxes for sample in train_part])
     sides = (boxes[:, 2:] - boxes[:, :2]) * config.scale
-    show_figure(plot_anchors(sides, config), figures / "anchors.png")
+    show_figure(plot_anchors(sides, config), figures / "anchors.png", "Box sizes and anchors")
     del model
 
 # %% [markdown]
@@ -441,7 +441,7 @@ with keep_going("the exports"):
 
 # %%
 with keep_going("the figure of test images"):
-    shown = records[:: len(records) // 4 + 1]
+    shown = records[:: -(-len(records) // 4) or 1]
     items = [(read(r), to_export[r.image_id], r.path.stem) for r in shown]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")

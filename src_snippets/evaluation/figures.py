@@ -72,15 +72,15 @@ def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
         axes[1].plot(*dots, "o", label=f"{name}, mean error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
     ticks = [t for t in (0, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= max(axes[1].get_xlim()[1], 2)]
-    axes[1].set(xscale="symlog", yscale="symlog", xticks=ticks, yticks=ticks)
-    axes[1].set(xticklabels=ticks, yticklabels=ticks, title="Counts per image")
-    axes[1].set(xlabel="true instances", ylabel="predicted instances")
+    axes[1].set_xscale("symlog", linthresh=10)  # by ratio from 10 on
+    axes[1].set_yscale("symlog", linthresh=10)
+    axes[1].set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
+    axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
     known = table[table.target >= 0].sort_values("target_area")
     for _, group in known.groupby(6 * np.arange(len(known)) // max(len(known), 1)):
         test = binomtest(int((group.label == group.target_label).sum()), len(group))
         errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
-        side = np.sqrt(group.target_area).mean()
-        axes[2].errorbar(side, test.statistic, errors, fmt="o", color="#1f6fb4")
+        axes[2].errorbar(np.sqrt(group.target_area).mean(), test.statistic, errors, fmt="C0o")
     axes[2].set(xlabel="size (square root of the area), px", ylabel="recall", ylim=(0, 1.02))
     axes[2].set_title("Recall by size, 95% CI")
 
