@@ -12,7 +12,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from csv import field_size_limit
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 import json
 from pathlib import Path
@@ -54,6 +54,8 @@ class CellDataset:
     categories: dict[int, str]  # names of the classes 1..C by their ids in results, ascending
     test_images: list[ImageRecord]  # those to predict
     groups: Mapping[str, str]  # by name; a group is never split, a name without one is alone
+    validation: Sequence[str] = ()  # names that the dataset itself keeps for validation
+    left_out: Mapping[str, Sequence] = field(default_factory=dict)  # files not read, by reason
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 # %%
 # @title CellSample, Instances, and layers that hold instances
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.ndimage import find_objects
@@ -22,6 +22,7 @@ class CellSample:
     layers: Tensor  # (L, H, W) int16 (int32 from N = 32,768 on): ids 1..N, 0 = background; L >= 1
     labels: Tensor  # (N,) int64, class 1..C of id i at labels[i - 1]; -k: a crowd of class k
     name: str = ""  # path of the image below the dataset
+    left_out: Mapping[str, int] = field(default_factory=dict)  # instances in its files, by reason
 
     @property
     def size(self) -> tuple[int, int]:
