@@ -1,9 +1,11 @@
-"""Runs the notebook with the packages of Kaggle or Colab: `python -m tests.environments kaggle`.
+"""Runs the notebook with the packages of a platform: `python -m tests.environments kaggle`.
 
-A virtual environment is made in `.environments/`, with the versions in `tests/constraints/` and
-without the packages that are absent there. The notebook, alone in an empty folder, is executed on
-the synthetic demo: on Kaggle without an index, as with the internet off; on Colab it installs what
-is absent. 5 GB and some minutes; Python is the one that runs this.
+`colab` is another, `oldest` has the lowest versions that `requirements.txt` allows. A virtual
+environment is made in `.environments/`, with the versions in `tests/constraints/` and without the
+packages that are absent there. The notebook, alone in an empty folder, is executed on the
+synthetic demo: on Kaggle without an index, as with the internet off; on Colab it installs what is
+absent. 5 GB and some minutes. Python is the platform's version where this machine has it (on the
+path or under pyenv), else the one that runs this.
 """
 
 import argparse
@@ -36,13 +38,25 @@ def packages_to_install(constraints: Path) -> list[str]:
     return [line for line, name in names.items() if name not in absent]
 
 
+def find_python(constraints: Path) -> str:
+    """The Python of the version that the first line names, else the one that runs this."""
+    version = re.search(r"Python (\d\.\d+)", constraints.read_text())[1]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    found = [path for path in [shutil.which(f"python{version}")] if path]
+    for path in [*map(str, pyenv.glob(f"{version}.*/bin/python")), *found]:
+        if subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:  # no empty shim
+            return path
+    print(f"No Python {version} on this machine; {sys.executable} takes its place.")
+    return sys.executable
+
+
 def build(name: str) -> Path:
     """Makes or completes the environment; its Python."""
     constraints = ROOT / "tests" / "constraints" / f"{name}.txt"
     folder = ROOT / ".environments" / name
     python = folder / "bin" / "python"
     if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([find_python(constraints), "-m", "venv", folder], check=True)
     install = [python, "-m", "pip", "install", "--quiet", "-c", constraints]
     subprocess.run([*install, *packages_to_install(constraints), *JUPYTER], check=True)
     return python
@@ -72,7 +86,7 @@ def execute(python: Path, offline: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=("kaggle", "colab"))
+    parser.add_argument("name", choices=("kaggle", "colab", "oldest"))
     options = parser.parse_args()
     python = build(options.name)
     code = "import sys, torch, numpy as n; print(sys.version[:7], torch.__version__, n.__version__)"

@@ -190,7 +190,11 @@ ANSWERS = {
         set_rng_state=nothing,
         is_bf16_supported=lambda *_, **__: False,  # a T4 has none
         max_memory_allocated=lambda *_: 10**9,
-        get_device_properties=lambda *_: SimpleNamespace(total_memory=MEMORY),
+        get_device_properties=lambda *_: SimpleNamespace(
+            total_memory=MEMORY, name="pretended", major=7, minor=5
+        ),
+        reset_peak_memory_stats=nothing,
+        set_per_process_memory_fraction=nothing,
     ),
     torch.accelerator: dict(current_device_index=lambda: 0, set_device_index=nothing),
     torch.optim.Optimizer: dict(_accelerator_graph_capture_health_check=nothing),

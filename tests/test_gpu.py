@@ -1,6 +1,7 @@
 """No tensor meets one of another device: training and prediction with a pretended GPU."""
 
 from functools import partial
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from src_snippets.inference.predict import predict_image
 from src_snippets.setup.config import make_config
 from src_snippets.training.checkpoints import load_checkpoint, load_trained
 from src_snippets.training.trainer import Session, train
+from tests import gpu
+from tests.benchmarks.cases import grid_sample
 from tests.conftest import field_of_cells
 from tests.pretended_gpu import pretended_gpu
 from tests.test_notebook import check_outputs, QUICK, run
@@ -94,6 +97,64 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, capsys, monkeypatch):
     assert "batch_size=1, accumulate=2" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "last.pt")["steps"] == 2
     assert len(calls) == 2 + 4
+
+
+def report(*parts) -> dict[str, str]:
+    """What `python -m tests.gpu` says, by row."""
+    out = io.StringIO()
+    gpu.run(parts, out)
+    lines = [line.strip("| ") for line in out.getvalue().splitlines()]
+    return dict(line.split(" | ", 1) for line in lines[2:])
+
+
+def test_the_report_on_a_gpu_has_a_row_for_each_measurement():
+    """Each part of `python -m tests.gpu` but the fork, which needs a driver."""
+    samples = [grid_sample(16, 96)] * 2
+    options = TINY | dict(class_names=("a",), epochs=2, backbone="resnet10")
+    del options["batch_size"]
+    with pretended_gpu():
+        rows = report(
+            gpu.versions,
+            partial(gpu.depthwise, 8, 16, 1),
+            partial(gpu.training_speed, samples, ("baseline",), (1, 2), 1, **options),
+            partial(gpu.operators, samples, ("baseline",), **options),
+            partial(gpu.precisions, samples, **options),
+            partial(gpu.resume, samples, **options),
+            partial(gpu.prediction, samples, ("baseline",), 1, **options),
+            partial(gpu.scarce_memory, samples, 0.5, **options),
+        )
+    assert rows["GPUs"] == "1 x pretended"
+    assert rows["memory of the first"] == "16.0 GB"
+    assert sum(name.startswith("depthwise 7x7, float16") for name in rows) == 2
+    for size in (1, 2):
+        assert rows[f"baseline, batch size {size}"].endswith("1.0 GB")
+    assert float(rows["baseline, operators per training step"].split()[-1]) < 4 / 3
+    assert "fp16 scale 65536" in rows["losses by epoch, precision=fp16"]
+    assert rows["run resumed after epoch 1 of 2"] == "differs by 0"
+    assert "images/s" in rows["baseline, prediction of 96 x 96 px in one view"]
+    assert "loss" in rows["training with 50% of the memory"]
+    assert "detections" in rows["prediction of 384 x 384 px with it"]
+    assert not any("FAIL" in f"{name} {text}" for name, text in rows.items())
+
+
+def test_a_part_of_the_report_that_fails_is_a_row_and_the_others_follow():
+    def broken():
+        yield "one", 1
+        raise RuntimeError("cuDNN: no kernel\nsecond line")
+
+    def fine():
+        yield "two", 2
+
+    rows = report(broken, fine)
+    assert rows["one"] == "1"
+    assert rows["broken"].startswith("FAILED after 0 s: RuntimeError: cuDNN: no kernel")
+    assert rows["two"] == "2"
+
+
+def test_without_a_gpu_the_report_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    assert "No GPU" in capsys.readouterr().out
 
 
 def test_the_whole_story_on_a_pretended_gpu(tmp_path, demo_root):

@@ -434,6 +434,7 @@ def new_trainer(config: Config, samples) -> Trainer:
     trainer.loader = trainer.accelerator.prepare(loader)
     trainer.max_steps = trainer.total_steps = 1000
     trainer.model.train()
+    trainer.good_buffers = [buffer.clone() for buffer in trainer.model.buffers()]
     return trainer
 
 

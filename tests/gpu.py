@@ -1,0 +1,253 @@
+"""Checks and measures a GPU in a few minutes: `python -m tests.gpu`.
+
+Prints one table: versions, whether a forked process can use the GPU, depthwise convolutions by
+type and memory layout, speed and memory of recipes by batch size, operators per training step,
+losses by precision, a resumed run beside an unbroken one, prediction, and what happens where
+memory is scarce. Images are drawn, weights are random, nothing is downloaded. A part that fails
+says so in its row. On a machine without a GPU it says so and ends.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+import os
+from pathlib import Path
+import platform
+import sys
+import tempfile
+import time
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # before torch looks for a GPU, so forks can
+
+import accelerate
+import timm
+import torch
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+import torchvision
+
+from src_snippets.model.detect import detect
+from src_snippets.model.mask_rcnn import build_model
+from src_snippets.setup.config import change_config, Config, make_config
+from src_snippets.setup.devices import default_device, free_memory, is_out_of_memory
+from src_snippets.training.trainer import Session, train
+from tests.benchmarks.cases import baseline_model, grid_sample, new_trainer
+
+RECIPES = ("baseline", "best", "best_large")
+BATCH_SIZES = (1, 2, 4, 8)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+FREE = ("view", "reshape", "expand", "slice", "select", "unbind", "split", "permute", "transpose")
+FREE += ("t", "detach", "alias", "unsqueeze", "squeeze", "as_strided", "empty", "chunk")
+
+
+def seconds(work, times: int) -> float:
+    """Mean of some runs after one that is not counted."""
+    work()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / times
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts the operators that compute something, forward and backward; views are free."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name.split("::")[1].split(".")[0].strip("_") not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+def versions() -> Iterator[tuple]:
+    """What this machine has."""
+    names = dict(torch=torch, torchvision=torchvision, timm=timm, accelerate=accelerate)
+    yield "Python", platform.python_version()
+    yield "packages", ", ".join(f"{name} {module.__version__}" for name, module in names.items())
+    yield "CUDA, cuDNN", f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
+    properties = torch.cuda.get_device_properties(0)
+    yield "GPUs", f"{torch.cuda.device_count()} x {getattr(properties, 'name', 'unknown')}"
+    yield "memory of the first", f"{properties.total_memory / 1e9:.1f} GB"
+    yield "bfloat16", torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def fork_probe() -> Iterator[tuple]:
+    """Whether a fork can use the GPU, as training on several needs; before anything else does."""
+    start_processes(lambda _: torch.zeros(1, device=default_device()), start_method="fork")
+    yield "a forked process uses the GPU", "yes"
+
+
+def depthwise(channels: int, side: int, times: int) -> Iterator[tuple]:
+    """Time of ConvNeXt's depthwise 7x7 convolution, forward and backward."""
+    for dtype in TYPES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            layer = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+            layer = layer.to(default_device(), dtype, memory_format=layout)
+            x = torch.randn(4, channels, side, side, device=default_device(), dtype=dtype)
+            x = x.to(memory_format=layout).requires_grad_()
+            name = f"depthwise 7x7, {str(dtype)[6:]}, {str(layout)[6:]}"
+            try:
+                spent = seconds(lambda x=x, layer=layer: layer(x).sum().backward(), times)
+                yield name, f"{1000 * spent:.2f} ms"
+            except RuntimeError as error:  # reported on some cards for some layouts
+                yield name, f"FAILS: {error}"
+
+
+def recipe_config(name: str, **changes) -> Config:
+    """A recipe from random weights, without what looks at the clock."""
+    return make_config(name, **dict(weights="none", workers=0, accumulate=1) | changes)
+
+
+def training_speed(samples, names, batch_sizes, times: int, **changes) -> Iterator[tuple]:
+    """Steps per second and peak memory of recipes at several batch sizes."""
+    for name in names:
+        for batch_size in batch_sizes:
+            config = recipe_config(name, batch_size=batch_size, **changes)
+            row = f"{name}, batch size {batch_size}"
+            try:
+                torch.cuda.reset_peak_memory_stats()
+                trainer = new_trainer(config, samples * batch_size)
+                batch = next(iter(trainer.loader))
+                spent = seconds(partial(trainer.step, *batch), times)
+                memory = torch.cuda.max_memory_allocated() / 1e9
+                yield (
+                    row,
+                    f"{1 / spent:.2f} steps/s, {batch_size / spent:.1f} crops/s, {memory:.1f} GB",
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                yield row, "out of memory"
+            trainer = batch = None
+            free_memory()
+
+
+def count_operators(samples, name: str, **changes) -> tuple[int, int]:
+    """Operators of a training step, forward and backward: ours, torchvision's Mask R-CNN."""
+    config, device = recipe_config(name, **changes), default_device()
+    trainer = new_trainer(config, samples)
+    images, targets = next(iter(trainer.loader))
+    counts, model = [], baseline_model(config, device.type)
+    dense = [
+        dict(
+            boxes=target["boxes"],
+            labels=target["labels"],
+            masks=(target["layers"][target["layer_index"]] == target["ids"][:, None, None]).byte(),
+        )
+        for target in targets
+    ]
+    for network, inputs in (
+        (trainer.model, (images, targets)),
+        (model.train(), ([image / 255 for image in images], dense)),
+    ):
+        with OperatorCount() as counter:
+            sum(network(*inputs).values()).backward()
+        counts.append(counter.count)
+    return tuple(counts)
+
+
+def operators(samples, names, **changes) -> Iterator[tuple]:
+    """Operators per training step, each one or a few kernels on the GPU."""
+    for name in names:
+        ours, baseline = count_operators(samples, name, **changes)
+        text = f"{ours:,}; torchvision's Mask R-CNN {baseline:,}; ratio {ours / baseline:.2f}"
+        yield f"{name}, operators per training step", text
+
+
+def precisions(samples, epochs: int, **changes) -> Iterator[tuple]:
+    """Losses of the same training in each precision; they should be alike."""
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    for precision in ["no", "fp16"] + ["bf16"] * has_bf16:
+        with tempfile.TemporaryDirectory() as folder:
+            config = recipe_config("demo", precision=precision, epochs=epochs, **changes)
+            history = train(config, samples, [], Path(folder))
+        losses = ", ".join(f"{row['loss']:.3f}" for row in history)
+        scale = f"; fp16 scale {history[-1]['scale']:g}" if "scale" in history[-1] else ""
+        yield f"losses by epoch, precision={precision}", losses + scale
+
+
+def resume(samples, epochs: int, **changes) -> Iterator[tuple]:
+    """Largest difference of losses between an unbroken run and one that was stopped halfway."""
+    config = recipe_config("demo", epochs=epochs, **changes)
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        unbroken, session = train(config, samples, [], Path(one)), Session(0.0)
+
+        def stop(history, *_):
+            session.terminated = len(history) >= epochs // 2
+
+        stopped = train(config, samples, [], Path(other), session, stop)
+        resumed = train(config, samples, [], Path(other))
+    pairs = zip(unbroken, resumed, strict=True)
+    difference = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+    yield f"run resumed after epoch {len(stopped)} of {epochs}", f"differs by {difference:.2g}"
+
+
+def prediction(samples, names, times: int, **changes) -> Iterator[tuple]:
+    """Images per second, from pixels to RLEs."""
+    for name in names:
+        config = recipe_config(name, **changes)
+        model = build_model(config).to(default_device())
+        spent = seconds(lambda m=model, c=config: detect(m, samples[0].image, c), times)
+        size = " x ".join(map(str, samples[0].size))
+        yield f"{name}, prediction of {size} px in one view", f"{1 / spent:.2f} images/s"
+        model = None
+        free_memory()
+
+
+def scarce_memory(samples, fraction: float, **changes) -> Iterator[tuple]:
+    """Training and prediction with a fraction of the memory: smaller batches, smaller tiles."""
+    torch.cuda.set_per_process_memory_fraction(fraction)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = recipe_config("baseline", batch_size=16, **changes | dict(epochs=1))
+            history = train(config, samples * 8, [], Path(folder))
+            yield f"training with {fraction:.0%} of the memory", f"loss {history[-1]['loss']:.3f}"
+        model = build_model(config).to(default_device())
+        found = detect(model, samples[0].image.repeat(1, 4, 4), change_config(config, dict(tile=0)))
+        size = " x ".join(map(str, found.size))
+        yield f"prediction of {size} px with it", f"{len(found)} detections"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def run(parts, out=sys.stdout) -> None:
+    """Prints the rows of all parts; an error of one is a row of its own."""
+    print("| what | result |\n|---|---|", file=out)
+    for part in parts:
+        begin = time.perf_counter()
+        try:
+            for name, result in part():
+                print(f"| {name} | {result} |", file=out, flush=True)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"| {getattr(part, 'func', part).__name__} | FAILED after ", end="", file=out)
+            print(f"{time.perf_counter() - begin:.0f} s: {reason} |", file=out, flush=True)
+        free_memory()
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("No GPU on this machine: nothing is measured.")
+        return
+    samples, small = [grid_sample(400, 1000)] * 4, [grid_sample(36, 256)] * 8
+    run(
+        [
+            fork_probe,
+            versions,
+            partial(depthwise, 384, 64, 20),
+            partial(training_speed, samples, RECIPES, BATCH_SIZES, 5),
+            partial(operators, samples, RECIPES[:2]),
+            partial(precisions, small, 6),
+            partial(resume, small, 4),
+            partial(prediction, samples, RECIPES, 3),
+            partial(scarce_memory, samples, 0.15),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
