@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 import numpy as np
-from scipy.ndimage import maximum_filter, minimum_filter
+from scipy import ndimage
 
 from src_snippets.data.rle import draw_masks
 from src_snippets.data.samples import image_stem
@@ -39,8 +39,8 @@ def draw_outlines(image: np.ndarray, instances: Instances, side: int = 480) -> n
     ids = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
     canvas, ids = (p.repeat(factor, 0).repeat(factor, 1) for p in (brighten(image), ids))
     width = 1 + 2 * max(round(max(ids.shape) / 700), 1)  # a large image is displayed small
-    nearby = maximum_filter(ids, width)
-    edge = nearby != minimum_filter(ids, width)
+    nearby = ndimage.maximum_filter(ids, width)
+    edge = nearby != ndimage.minimum_filter(ids, width)
     ids = np.where(ids > 0, ids, nearby)[edge]  # the line also lies around its instance
     colors = np.array([to_rgb(class_color(label)) for label in instances.labels]).reshape(-1, 3)
     canvas[edge] = (255 * colors[ids - 1]).round()

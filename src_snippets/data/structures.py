@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.ndimage import find_objects
+from scipy import ndimage
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision import ops
 
 from src_snippets.data.rle import encode_layers, mask_areas
 
@@ -92,7 +92,7 @@ def instance_boxes(layers: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     layer_index = np.zeros(count, np.int64)
     for index, layer in enumerate(layers.numpy()):
         areas += np.bincount(layer.ravel(), minlength=count + 1)
-        for i, region in enumerate(find_objects(layer, max_label=count)):
+        for i, region in enumerate(ndimage.find_objects(layer, max_label=count)):
             if region is not None:
                 rows, columns = region
                 boxes[i] = columns.start, rows.start, columns.stop, rows.stop
@@ -119,7 +119,7 @@ def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, st
         height, width = sample.size
         images.append(dict(id=image_id, file_name=sample.name, height=height, width=width))
         known = ground_truth(sample, crowds=True)
-        boxes = box_convert(torch.from_numpy(known.boxes), "xyxy", "xywh").tolist()
+        boxes = ops.box_convert(torch.from_numpy(known.boxes), "xyxy", "xywh").tolist()
         columns = (boxes, known.labels.tolist(), known.rles, mask_areas(known.rles).tolist())
         for box, label, rle, area in zip(*columns, strict=True):
             row = dict(id=len(rows) + 1, image_id=image_id, category_id=ids[abs(label) - 1])

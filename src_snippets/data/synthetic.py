@@ -4,12 +4,12 @@
 # @title Synthetic dataset: tissue and four kinds of cell
 from pathlib import Path
 import shutil
-from uuid import UUID
+import uuid
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
-import tifffile
+from scipy import ndimage
+from tifffile import imwrite
 
 from src_snippets.setup.files import write_json
 
@@ -70,8 +70,8 @@ def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
 
     Ids are unique over the classes, as in the real files; a class without cells is absent.
     """
-    fibres = gaussian_filter(rng.normal(size=(height, width)), (1.2, 5.0))[..., None] * 2.2
-    gaps = gaussian_filter(rng.normal(size=(height, width)), 14.0)[..., None] * 14.0
+    fibres = ndimage.gaussian_filter(rng.normal(size=(height, width)), (1.2, 5.0))[..., None] * 2.2
+    gaps = ndimage.gaussian_filter(rng.normal(size=(height, width)), 14.0)[..., None] * 14.0
     pale = 1 / (1 + np.exp(-3 * (gaps - 0.4)))
     pink = np.array([222, 158, 190]) + fibres * np.array([26, 34, 22])
     image = (pink * (1 - pale) + np.array([241, 232, 240]) * pale).astype(np.float32)
@@ -81,12 +81,12 @@ def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
         _, _, _, rim, fill, grain = SYNTHETIC_CELLS[label]
         edge = np.clip((depth - 0.65) / 0.3, 0, 1)[..., None]
         colour = np.array(fill) * (1 - edge) + np.array(rim) * edge
-        texture = gaussian_filter(rng.normal(size=depth.shape), 0.8) * 2.5 * grain
+        texture = ndimage.gaussian_filter(rng.normal(size=depth.shape), 0.8) * 2.5 * grain
         colour = colour + texture[..., None] + rng.normal(0, 5, 3)
         soft = np.clip((1.04 - depth) / 0.16, 0, 1)[..., None] * 0.95
         image[region][mask] = (image[region] * (1 - soft) + colour * soft)[mask]
         maps.setdefault(label, np.zeros((height, width)))[region][mask] = number
-    image = gaussian_filter(image, (0.6, 0.6, 0)) + rng.normal(0, 3, image.shape)
+    image = ndimage.gaussian_filter(image, (0.6, 0.6, 0)) + rng.normal(0, 3, image.shape)
     return np.clip(image, 0, 255).astype(np.uint8), maps
 
 
@@ -108,13 +108,13 @@ def make_synthetic(root: Path, train: int = 40, test: int = 8, seed: int = 7) ->
     for index in range(train + test):
         height, width = SYNTHETIC_SIZES[index % len(SYNTHETIC_SIZES)]
         image, maps = draw_field(rng, height, width, int(rng.integers(10, 30)) if index else 0)
-        name = str(UUID(bytes=rng.bytes(16), version=4))
+        name = str(uuid.UUID(bytes=rng.bytes(16), version=4))
         if index < train:
             folder = root / "train" / name
             folder.mkdir(parents=True)
             save_rgba(image, folder / "image.tif")
             for label, ids in maps.items():
-                tifffile.imwrite(folder / f"class{label}.tif", ids)
+                imwrite(folder / f"class{label}.tif", ids)
         else:
             save_rgba(image, root / "test_release" / f"{name}.tif")
             size = dict(height=height, width=width)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop_image, resized_crop
 
 from src_snippets.data.structures import CellSample, instance_boxes
@@ -42,7 +42,7 @@ def random_scaled_crop(image, layers, size, scale, contains: int | None = None):
     corner = torch.minimum(corner.clamp(min=0), sides - window)
     size = torch.minimum((window * factor).round().long().clamp(min=3), limits)  # blur needs 3 px
     where = (*corner.tolist(), *window.tolist(), size.tolist())
-    layers = resized_crop(layers.as_subclass(Tensor), *where, InterpolationMode.NEAREST_EXACT)
+    layers = resized_crop(layers.as_subclass(Tensor), *where, v2.InterpolationMode.NEAREST_EXACT)
     return resized_crop(image, *where, antialias=True), tv_tensors.Mask(layers)
 
 

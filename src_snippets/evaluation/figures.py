@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
-from skimage.measure import find_contours
+import skimage
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from src_snippets.data.drawing import add_class_legend, brighten, class_color
@@ -143,7 +143,7 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
 def draw_outline(axis, rle: dict, **style) -> None:
     """Draw the outline of a mask in pixels of its image."""
     mask, top, left = crop_mask(rle)
-    for line in find_contours(np.pad(mask, 1), 0.5):
+    for line in skimage.measure.find_contours(np.pad(mask, 1), 0.5):
         axis.plot(line[:, 1] + left - 1, line[:, 0] + top - 1, **style)
 
 

@@ -17,9 +17,8 @@ import numpy as np
 import pandas as pd
 import pycocotools.mask
 from scipy import ndimage
-from skimage.color import hed_from_rgb
-from skimage.measure import find_contours, regionprops_table
-import tifffile
+import skimage
+from tifffile import imwrite
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color
@@ -46,9 +45,10 @@ def measure_cells(numbers: np.ndarray, image: np.ndarray, um_per_px: float) -> p
     NaN in a grey image. Source: Ruifrok and Johnston 2001, the vectors of scikit-image.
     """
     density = np.moveaxis(-np.log10(np.maximum(image, 1) / 255), 0, 2)
-    stains = density @ hed_from_rgb[:, :2] * (1 if (image != image[0]).any() else np.nan)
+    is_grey = (image == image[0]).all()
+    stains = np.where(is_grey, np.nan, density @ skimage.color.hed_from_rgb[:, :2])
     values = np.dstack([image.mean(axis=0), stains])
-    table = pd.DataFrame(regionprops_table(numbers, values, properties=MEASURES))
+    table = pd.DataFrame(skimage.measure.regionprops_table(numbers, values, properties=MEASURES))
     table = table.set_axis(MEASURE_NAMES, axis=1)
     table[["centroid_x_px", "centroid_y_px"]] += 0.5  # from pixel centres to the image's edge
     if um_per_px:
@@ -68,7 +68,7 @@ def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
     polygons = [[] for _ in range(count)]
     for piece, rings in enumerate(polygons, start=1):
         # "high": of two holes that touch at a corner each has a ring of its own
-        for line in find_contours(np.pad(pieces == piece, 1), 0.5, "high"):
+        for line in skimage.measure.find_contours(np.pad(pieces == piece, 1), 0.5, "high"):
             first, second = line[:-1] - 0.5, line[1:] - 0.5  # middles of pixel edges
             bends = (first != second).all(axis=1)
             corners = np.where(first % 1 == 0, first, second)[bends, ::-1] + (left, top)
@@ -98,7 +98,7 @@ def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
     options = dict(resolution=(1 / um_per_px,) * 2, resolutionunit="NONE") if um_per_px else {}
     options |= dict(description="ImageJ=1.54f\nunit=um\n") if um_per_px else {}
     with atomic_write(path) as partial:
-        tifffile.imwrite(partial, numbers, compression="zlib", metadata=None, **options)
+        imwrite(partial, numbers, compression="zlib", metadata=None, **options)
 
 
 def coco_dataset(instances, images: Sequence[ImageRecord], categories: Mapping[int, str]) -> dict:
@@ -179,4 +179,4 @@ def write_cell_folder(sample: CellSample, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_rgba(np.moveaxis(sample.image.numpy(), 0, 2), folder / "image.tif")
     for label, drawn in maps.items():
-        tifffile.imwrite(folder / f"class{label}.tif", drawn)
+        imwrite(folder / f"class{label}.tif", drawn)

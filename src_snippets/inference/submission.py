@@ -14,7 +14,7 @@ from pathlib import Path
 import sys
 import zipfile
 
-from IPython.display import display, FileLink
+import IPython
 import pandas as pd
 import pycocotools.mask
 
@@ -119,6 +119,6 @@ def offer_download(path: Path) -> None:
     if "google.colab" in sys.modules:
         sys.modules["google.colab"].files.download(str(path))
     else:
-        link = FileLink(os.path.relpath(path))
+        link = IPython.display.FileLink(os.path.relpath(path))
         link.html_link_str = "<a href='%s' download>%s</a>"  # else JupyterLab would open it
-        display(link)
+        IPython.display.display(link)

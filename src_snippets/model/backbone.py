@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn, Tensor
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision import ops
 
 from src_snippets.setup.config import Config
 
@@ -123,7 +123,8 @@ class Backbone(nn.Module):
         channels = body.feature_info.channels()
         self.attention = nn.ModuleList(ATTENTION[config.attention](width) for width in channels)
         norm = nn.BatchNorm2d if config.head_norm == "batch" else None
-        self.fpn = FeaturePyramidNetwork(channels, self.out_channels, LastLevelMaxPool(), norm)
+        top = ops.feature_pyramid_network.LastLevelMaxPool()
+        self.fpn = ops.FeaturePyramidNetwork(channels, self.out_channels, top, norm)
         self.mean, self.std = (tuple(body.pretrained_cfg[key]) for key in ("mean", "std"))
         self.is_nhwc = str(getattr(body, "output_fmt", "")).endswith("NHWC")
         stages = [] if self.is_nhwc or config.attention == "none" else backbone_stages(body)[1:]

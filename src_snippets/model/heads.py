@@ -11,12 +11,10 @@
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision import ops
+from torchvision.models import detection
 from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_inference, RoIHeads
-from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import box_iou
 
 
 @torch.no_grad()
@@ -40,7 +38,7 @@ def sample_mask_targets(target, boxes: Tensor, matched: Tensor, size: int, point
     return torch.cat(masks)
 
 
-class BlockMatcher(Matcher):
+class BlockMatcher(detection._utils.Matcher):
     """torchvision's `Matcher` without its table of N x A overlaps, gigabytes on a dense image.
 
     Neighbouring anchors form a block, which is compared only with the instances that touch it.
@@ -58,7 +56,7 @@ class BlockMatcher(Matcher):
             low, high = block[:, :2].amin(0), block[:, 2:].amax(0)
             near = ((instances[:, :2] < high) & (instances[:, 2:] > low)).all(1).nonzero()[:, 0]
             if len(near):
-                overlaps = box_iou(instances[near], block)
+                overlaps = ops.box_iou(instances[near], block)
                 values[start : start + size], index = overlaps.max(0)
                 nearest[start : start + size] = near[index]
                 highest = overlaps.amax(1, keepdim=True)
@@ -74,7 +72,7 @@ class BlockMatcher(Matcher):
         return matches
 
 
-class CountingSampler(BalancedPositiveNegativeSampler):
+class CountingSampler(detection._utils.BalancedPositiveNegativeSampler):
     """torchvision's sampler; `count` is the number of boxes in the last batch's losses."""
 
     def __call__(self, matched_idxs):
@@ -85,14 +83,14 @@ class CountingSampler(BalancedPositiveNegativeSampler):
 
 # %%
 # @title RPN and RoI heads
-class Float32Anchors(AnchorGenerator):
+class Float32Anchors(detection.anchor_utils.AnchorGenerator):
     """Anchors in float32: bfloat16 has steps of 4 px near 512, half of the smallest anchor."""
 
     def forward(self, image_list, feature_maps):
         return super().forward(image_list, [features.float() for features in feature_maps])
 
 
-class Float32RPNHead(RPNHead):
+class Float32RPNHead(detection.rpn.RPNHead):
     """Objectness and box offsets in float32, whatever the type of the features."""
 
     def forward(self, x):

@@ -12,15 +12,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 import numpy as np
-from timm.layers import convert_sync_batchnorm
+import timm
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
+from torchvision.models import detection
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
@@ -96,7 +94,7 @@ def whole_model_state(config: Config) -> dict[str, Tensor] | None:
         return state if any(name.startswith("roi_heads.") for name in state) else None
     if config.backbone != "resnet50":
         raise ValueError(f"weights='coco' needs backbone='resnet50', not {config.backbone!r}.")
-    coco = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
+    coco = detection.MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
     name = Path(coco.url).name
     if file := find_weights_file([name]):
         return read_state_dict(file)
@@ -126,7 +124,7 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
         print(f"Not in these weights, so left as built: {', '.join(differ)}")
 
 
-def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
+def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
     load_initial: False leaves random weights, for a checkpoint that is loaded next. Raises
@@ -138,9 +136,9 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     width, norm = config.fpn_channels, nn.BatchNorm2d if config.head_norm == "batch" else None
     anchors = Float32Anchors(tuple((v,) for v in config.anchor_sizes), (config.anchor_ratios,) * 5)
     head = Float32RPNHead(width, len(config.anchor_ratios), config.rpn_convs)
-    count = dict(training=config.proposals, testing=config.proposals)
+    top = dict(training=config.proposals, testing=config.proposals)
     sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
-    rpn = RegionProposalNetwork(anchors, head, *sampling, count, count, config.rpn_nms)
+    rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
     rpn.fg_bg_sampler = CountingSampler(*sampling[2:])
     rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
     rpn.box_similarity = lambda *boxes: boxes  # for BlockMatcher
@@ -156,8 +154,8 @@ def build_model(config: Config, load_initial: bool = True) -> GeneralizedRCNN:
     roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.compute_losses
     transform = InputTransform(config, backbone.mean, backbone.std)
-    model = GeneralizedRCNN(backbone, rpn, roi_heads, transform)
-    model = convert_sync_batchnorm(model) if config.norm == "sync" else model
+    model = detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, transform)
+    model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
     if state is not None:
         load_model_state(model, state, new_classes=True)
     if (trainable := count_parameters(model) / 1e6) > 200:

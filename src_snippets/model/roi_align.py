@@ -11,9 +11,7 @@
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops._utils import convert_boxes_to_roi_format
-from torchvision.ops.poolers import initLevelMapper
+from torchvision import ops
 
 from src_snippets.model.backbone import STRIDES
 
@@ -57,7 +55,7 @@ def roi_align_cpu(features: Tensor, rois: Tensor, bins: int, scale: float) -> Te
     return pooled.view(-1, bins, bins, channels).permute(0, 3, 1, 2).to(features.dtype)
 
 
-class CellRoIAlign(MultiScaleRoIAlign):
+class CellRoIAlign(ops.MultiScaleRoIAlign):
     """torchvision's RoIAlign on FPN levels "0".."3", whose strides are known from the start.
 
     torchvision infers the strides from the first image that it gets, and wrongly from a small one.
@@ -66,13 +64,13 @@ class CellRoIAlign(MultiScaleRoIAlign):
     def __init__(self, bins: int):
         super().__init__([str(level) for level in range(len(STRIDES))], bins, sampling_ratio=2)
         self.scales = [1 / stride for stride in STRIDES]
-        self.map_levels = initLevelMapper(2, 5)  # strides from 2**2 to 2**5
+        self.map_levels = ops.poolers.initLevelMapper(2, 5)  # strides from 2**2 to 2**5
 
     def forward(self, x, boxes, image_shapes):
         """Feature maps by name and (R, 4) boxes per image -> (R, channels, bins, bins)."""
         if x["0"].is_cuda:
             return super().forward(x, boxes, image_shapes)
-        rois, levels = convert_boxes_to_roi_format(boxes), self.map_levels(boxes)
+        rois, levels = ops._utils.convert_boxes_to_roi_format(boxes), self.map_levels(boxes)
         bins, channels = self.output_size[0], x["0"].shape[1]
         pooled = x["0"].new_zeros((len(rois), bins, bins, channels)).permute(0, 3, 1, 2)
         for level, (name, scale) in enumerate(zip(self.featmap_names, self.scales, strict=True)):

@@ -16,11 +16,10 @@ from socket import create_server
 import sys
 from tempfile import TemporaryDirectory
 
-from accelerate.state import AcceleratorState
-from IPython import get_ipython
+import accelerate
+import IPython
 import torch
 from torch import distributed
-from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from src_snippets.setup.config import Config
 
@@ -127,8 +126,8 @@ def run_process(index: int, count: int, port: str, path: Path, function, argumen
     ranks = dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count))
     os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)  # a fork has none of its parent's threads and would wait for them
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
-    if kernel := getattr(get_ipython(), "kernel", None):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
+    if kernel := getattr(IPython.get_ipython(), "kernel", None):
         kernel.session.check_pid = False  # or bars and figures of a fork are dropped
     join_processes()
     atexit.unregister(distributed.destroy_process_group)
@@ -147,10 +146,10 @@ def launch(config: Config, function, *arguments):
     count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
     if count < 2 or world_size() > 1:
         return function(*arguments)
-    fork = partial(start_processes, start_method="fork")
+    fork = partial(torch.multiprocessing.start_processes, start_method="fork")
     try:
         fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?
-    except ProcessRaisedException as error:
+    except torch.multiprocessing.ProcessRaisedException as error:
         reason = str(error).splitlines()[-1]
         print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
         return function(*arguments)

@@ -14,23 +14,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 import json
-import math
+from math import ceil, cos, inf, isfinite, pi
 import os
 from pathlib import Path
 import signal
-from statistics import mean
 import time
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    send_to_device,
-)
+import accelerate
+import numpy as np
 import pandas as pd
 from psutil import Process
-from timm.utils import ModelEmaV3
+import timm
 import torch
 from torch import nn, Tensor
 from torch.utils.data import DataLoader
@@ -72,7 +66,7 @@ class Session:
     """
 
     def __init__(self, max_hours: float, evaluations: float = 0.0):
-        self.end = Process().create_time() + (3600 * max_hours or math.inf)
+        self.end = Process().create_time() + (3600 * max_hours or inf)
         self.evaluations, self.evaluation_seconds = evaluations, 0.0  # measured in training
         self.start, self.parts, self.terminated = time.time(), 1, False
 
@@ -127,8 +121,8 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-    factor, best, waited = 1.0, math.inf, 0
+        return 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
+    factor, best, waited = 1.0, inf, 0
     for row in history if config.schedule == "plateau" else []:
         if "val_loss" in row:
             best, waited = (row["val_loss"], 0) if row["val_loss"] < best else (best, waited + 1)
@@ -180,7 +174,7 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
         batch_size, is_full = batch_size // 2, False
         try:
             with torch.random.fork_rng([device] * (device.type == "cuda")):
-                batch = send_to_device(collate([pair] * batch_size), device)
+                batch = accelerate.utils.send_to_device(collate([pair] * batch_size), device)
                 batch += ([torch.zeros_like(p) for p in model.parameters() for _ in range(copies)],)
                 sum(model.train()(*batch[:2]).values()).backward()
         except Exception as error:
@@ -199,7 +193,7 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     return batch_size
 
 
-def loss_weights(model: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+def loss_weights(model: nn.Module, accelerator) -> dict[str, Tensor]:
     """Weights by which the mean of a loss over processes is that over all sampled items."""
     boxes, anchors = model.roi_heads.fg_bg_sampler.count, model.rpn.fg_bg_sampler.count
     names = ("classifier", "box_reg", "mask", "objectness", "rpn_box_reg")
@@ -218,11 +212,12 @@ def validation_loss(model: nn.Module, samples, config: Config) -> float:
     losses, device = [], default_device()
     for i in rank_indices(len(samples)):
         torch.manual_seed(config.seed + i)  # each epoch of training sets its own
-        pair = send_to_device((samples[i].image, training_target(samples[i])), device)
+        batch = collate([(samples[i].image, training_target(samples[i]))])
         with autocast_for(config, device):
-            losses.append(float(sum(model(*collate([pair])).values())))
+            batch = accelerate.utils.send_to_device(batch, device)
+            losses.append(float(sum(model(*batch).values())))
     model.eval()
-    return mean(gather(losses))
+    return np.mean(gather(losses))
 
 
 def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
@@ -255,13 +250,13 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.seconds = [], 0, 0.0
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run may differ
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
-        self.accelerator = Accelerator(
+        self.accelerator = accelerate.Accelerator(
             cpu=default_device().type == "cpu",
             mixed_precision=choose_precision(config, default_device()),
-            dataloader_config=DataLoaderConfiguration(**options),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            dataloader_config=accelerate.DataLoaderConfiguration(**options),
+            kwargs_handlers=[accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         if len(set(gather([self.folder.name]))) > 1:
             raise ValueError(f"{folder}: other processes have other settings or images.")
@@ -272,7 +267,7 @@ class TrainingState:
         self.parts, self.best_model = dict(model=self.model, optimizer=optimizer), self.model
         if config.ema:  # with a warm-up, by which the first weights are soon forgotten
             options = dict(use_warmup=True, warmup_power=0.75, exclude_buffers=True)
-            self.parts["ema"] = ModelEmaV3(self.model, config.ema, **options)
+            self.parts["ema"] = timm.utils.ModelEmaV3(self.model, config.ema, **options)
             self.best_model = self.parts["ema"].module
         if self.accelerator.scaler:
             self.parts["scaler"] = self.accelerator.scaler
@@ -351,7 +346,7 @@ class Trainer(TrainingState):
     def update(self) -> list[dict]:
         """Updates the weights, unless the gradients, equal in all processes, are not finite."""
         (losses, names), self.pending = zip(*self.pending, strict=True), []
-        max_norm = self.config.clip_norm or math.inf
+        max_norm = self.config.clip_norm or inf
         if self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm).isfinite():
             factor = lr_factor(self.steps, self.total_steps, self.config, self.history)
             for group in self.optimizer.param_groups:
@@ -371,7 +366,7 @@ class Trainer(TrainingState):
                 buffer.copy_(good)  # what norms have seen
             if scaler := self.accelerator.scaler:
                 scaler.update(scaler.get_scale() / 2)
-            if not scaler or not all(math.isfinite(sum(row.values())) for row in losses):
+            if not scaler or not all(isfinite(sum(row.values())) for row in losses):
                 tqdm.write(f"{message}: this step is skipped.")  # else fp16's scale was too high
             losses = []
         self.optimizer.zero_grad()
@@ -383,7 +378,7 @@ class Trainer(TrainingState):
         One that the session's end cuts is dropped, or `best.pt` where there is none yet.
         """
         config, start, losses = self.config, time.perf_counter() - self.seconds, []
-        limit = 3600 * config.train_hours or math.inf
+        limit = 3600 * config.train_hours or inf
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
         self.loader.set_epoch(epoch)  # order of the images
         self.model.train()
@@ -395,7 +390,7 @@ class Trainer(TrainingState):
             used, is_over = all_max((time.perf_counter() - start) / limit, self.session.is_over())
             if used * self.steps:  # the schedule ends with the steps that fit into `train_hours`
                 self.total_steps = min(self.steps / min(used, 1), self.max_steps)
-                bar.total = math.ceil(bar.n * self.total_steps / self.steps)
+                bar.total = ceil(bar.n * self.total_steps / self.steps)
             if used >= 1 or is_over:
                 break
         for own, buffer in zip(self.best_model.buffers(), self.model.buffers(), strict=True):
@@ -408,8 +403,8 @@ class Trainer(TrainingState):
         if not losses:
             raise FloatingPointError("Every step of the epoch was skipped: see the lines above.")
         row = dict(epoch=epoch, lr=max(group["lr"] for group in self.optimizer.param_groups))
-        row |= {name: mean(step[name] for step in losses) for name in losses[0]}
-        row["loss"] = mean(sum(step.values()) for step in losses)
+        row |= {name: np.mean([step[name] for step in losses]) for name in losses[0]}
+        row["loss"] = np.mean([sum(step.values()) for step in losses])
         if scaler := self.accelerator.scaler:
             row["scale"] = scaler.get_scale()
             if row["scale"] < 1:
@@ -445,7 +440,7 @@ class Trainer(TrainingState):
         loader = training_loader(self.train_samples, config, batch_size)
         self.loader = self.accelerator.prepare(loader)
         batches = len(self.loader)
-        self.max_steps = self.total_steps = config.epochs * math.ceil(batches / accumulate)
+        self.max_steps = self.total_steps = config.epochs * ceil(batches / accumulate)
         options = dict(total=config.epochs * batches, initial=done * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
         with self.session.listen(), bar:
