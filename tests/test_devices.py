@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 from accelerate import Accelerator
+import IPython
 import pytest
 import torch
 
@@ -114,7 +115,7 @@ def test_accelerate_joins_the_processes_and_the_gradients_are_their_mean(two):
 def test_outputs_of_the_first_fork_reach_a_notebook(two, monkeypatch):
     session = SimpleNamespace(check_pid=True)
     shell = SimpleNamespace(kernel=SimpleNamespace(session=session))
-    monkeypatch.setattr(devices, "get_ipython", lambda: shell)
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     assert launch(DEMO, lambda: session.check_pid) is False
     assert session.check_pid
 

@@ -16,7 +16,6 @@ from src_snippets.data.transforms import training_target
 from src_snippets.model.detect import paste_masks
 from src_snippets.model.heads import (
     BlockMatcher,
-    CountingSampler,
     Float32Anchors,
     mask_loss,
     sample_mask_targets,
@@ -165,20 +164,12 @@ def test_only_touching_instances_are_compared(monkeypatch):
         pairs.append(len(instances) * len(anchors))
         return box_iou(instances, anchors)
 
-    monkeypatch.setattr("src_snippets.model.heads.box_iou", count_pairs)
+    monkeypatch.setattr("src_snippets.model.heads.ops.box_iou", count_pairs)
     corner = torch.stack([torch.arange(1000) % 32, torch.arange(1000) // 32], 1) * 15.0
     instances, anchors = torch.cat([corner, corner + 12], 1), grid_anchors(480)
     _, ours = matchers()
     assert set(ours((instances, anchors)).tolist()) >= set(range(1000))
     assert sum(pairs) < 0.25 * len(instances) * len(anchors)
-
-
-def test_samplers_count_what_they_draw():
-    sampler = CountingSampler(8, 0.5)
-    labels = [torch.tensor([1.0] * 9 + [0.0] * 2 + [-1.0] * 5), torch.tensor([0.0] * 3)]
-    positives, negatives = sampler(labels)
-    assert [mask.sum() for mask in positives + negatives] == [4, 0, 2, 3]
-    assert int(sampler.count) == 9
 
 
 # Mixed precision

@@ -229,15 +229,6 @@ def test_images_without_instances_train(tiny_model, size):
     sum(losses.values()).backward()
 
 
-def test_losses_are_of_as_many_boxes_as_are_counted(tiny_model):
-    sample = field_of_cells(0, 64)
-    tiny_model.train()([sample.image] * 2, [training_target(sample)] * 2)
-    heads = tiny_model.roi_heads
-    assert int(tiny_model.rpn.fg_bg_sampler.count) == 512
-    assert int(heads.fg_bg_sampler.count) == 32
-    assert 0 < heads.mask_count <= 8
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_mask_targets_are_looked_up_in_pixels_of_the_map(tiny_config, monkeypatch, scale):
     sample, overlaps = field_of_cells(0, 64), []

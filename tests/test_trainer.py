@@ -7,6 +7,7 @@ import signal
 import time
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 
@@ -682,14 +683,14 @@ def test_damaged_checkpoints(parts, tiny_config, tmp_path):
 @pytest.fixture
 def scaled(monkeypatch):
     """Lets trainers have a scaler, as in fp16; sets the scale that it begins with."""
-    really, options = trainer.Accelerator, dict(growth_interval=1000)
+    really, options = accelerate.Accelerator, dict(growth_interval=1000)
 
     def with_scaler(**arguments):
         accelerator = really(**arguments)
         accelerator.scaler = torch.amp.GradScaler("cpu", **options)
         return accelerator
 
-    monkeypatch.setattr(trainer, "Accelerator", with_scaler)
+    monkeypatch.setattr(accelerate, "Accelerator", with_scaler)
     return lambda scale: options.update(init_scale=scale)
 
 
@@ -762,11 +763,11 @@ def learned(config, samples, val, folder):
     return gradients, history, predictions, validation_loss(run.best_model, val, config)
 
 
-def test_two_processes_learn_as_one_with_their_whole_batch(two, plain, tmp_path, monkeypatch):
+def test_two_processes_learn_as_one_from_two_batches(two, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(transforms, "BLUR_PROBABILITY", 0.0)
     samples = [field_of_cells(seed, 64) for seed in range(4)]
     val = [field_of_cells(seed, 64) for seed in range(4, 7)]
-    one = learned(replace(plain, batch_size=4), samples, val, tmp_path / "one")
+    one = learned(replace(plain, batch_size=2, accumulate=2), samples, val, tmp_path / "one")
     config, folder = replace(plain, batch_size=2), tmp_path / "two"
     both = launch(config, learned, config, samples, val, folder)
     ((gradient,), (of_both,)) = one[0], both[0]

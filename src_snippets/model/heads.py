@@ -72,15 +72,6 @@ class BlockMatcher(detection._utils.Matcher):
         return matches
 
 
-class CountingSampler(detection._utils.BalancedPositiveNegativeSampler):
-    """torchvision's sampler; `count` is the number of boxes in the last batch's losses."""
-
-    def __call__(self, matched_idxs):
-        positives, negatives = super().__call__(matched_idxs)
-        self.count = sum(mask.sum() for mask in positives + negatives)
-        return positives, negatives
-
-
 # %%
 # @title RPN and RoI heads
 class Float32Anchors(detection.anchor_utils.AnchorGenerator):
@@ -153,7 +144,6 @@ class CellRoIHeads(RoIHeads):
             mask_targets.append(sample_mask_targets(target, box, match, logits.shape[-1]))
         labels = torch.cat(labels)
         loss_mask = mask_loss(logits, labels[labels > 0], torch.cat(mask_targets))
-        self.mask_count = len(logits)
         # Add your own loss here: each entry is added to the sum and plotted.
         return dict(loss_classifier=loss_classifier, loss_box_reg=loss_box_reg, loss_mask=loss_mask)
 

@@ -31,7 +31,6 @@ from src_snippets.model.backbone import (
 from src_snippets.model.heads import (
     BlockMatcher,
     CellRoIHeads,
-    CountingSampler,
     Float32Anchors,
     Float32RPNHead,
 )
@@ -139,7 +138,6 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     top = dict(training=config.proposals, testing=config.proposals)
     sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
     rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
-    rpn.fg_bg_sampler = CountingSampler(*sampling[2:])
     rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
     rpn.box_similarity = lambda *boxes: boxes  # for BlockMatcher
     sampling = 0.5, 0.5, config.roi_batch_size, config.roi_positive_fraction
@@ -150,7 +148,6 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     mask_parts = CellRoIAlign(14), mask_head, MaskRCNNPredictor(width, width, classes)
     limits = config.score_threshold, config.box_nms, config.detections
     roi_heads = CellRoIHeads(*box_parts, *sampling, None, *limits, *mask_parts)
-    roi_heads.fg_bg_sampler = CountingSampler(*sampling[2:])
     roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.compute_losses
     transform = InputTransform(config, backbone.mean, backbone.std)

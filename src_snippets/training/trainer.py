@@ -26,7 +26,7 @@ import pandas as pd
 from psutil import Process
 import timm
 import torch
-from torch import nn, Tensor
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -193,16 +193,6 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     return batch_size
 
 
-def loss_weights(model: nn.Module, accelerator) -> dict[str, Tensor]:
-    """Weights by which the mean of a loss over processes is that over all sampled items."""
-    boxes, anchors = model.roi_heads.fg_bg_sampler.count, model.rpn.fg_bg_sampler.count
-    names = ("classifier", "box_reg", "mask", "objectness", "rpn_box_reg")
-    counts = (boxes, boxes, model.roi_heads.mask_count, anchors, anchors)
-    own = torch.stack([torch.as_tensor(n, device=accelerator.device) for n in counts]).float()
-    weights = own * world_size() / accelerator.reduce(own, "sum").clamp(min=1)
-    return {f"loss_{name}": weight for name, weight in zip(names, weights, strict=True)}
-
-
 @torch.no_grad()
 def validation_loss(model: nn.Module, samples, config: Config) -> float:
     """Mean loss on whole images, with the same draws each time and norms as in prediction."""
@@ -335,8 +325,6 @@ class Trainer(TrainingState):
         with self.accelerator.accumulate(self.network):
             losses = self.network(images, targets)
             # Add your own loss here: losses["loss_mine"] = ...
-            weights = loss_weights(self.model, self.accelerator)
-            losses = {name: loss * weights.get(name, 1.0) for name, loss in losses.items()}
             self.accelerator.backward(sum(losses.values()))
             values = self.accelerator.reduce(torch.stack([*losses.values()]).detach(), "mean")
             losses = dict(zip(losses, values.tolist(), strict=True))
