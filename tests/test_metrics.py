@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from src_snippets.data.rle import encode_masks, mask_areas
-from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
+from src_snippets.data.structures import (
+    coco_annotations,
+    coco_ground_truth,
+    ground_truth,
+    Instances,
+)
 from src_snippets.training.metrics import (
     average_precision,
     coco_classes,
-    coco_results,
     precision_table,
 )
 from tests.conftest import empty_sample, field_of_cells, jittered, make_sample, real_data
@@ -80,7 +84,7 @@ def test_no_detections_no_ground_truth(two_cells):
         scores = average_precision(bare, predictions)
         assert scores["AP50"] is scores["AP_100"] is scores["classes"][1]["AP"] is None
     assert average_precision(coco_ground_truth([], NAMES), {})["AP"] is None
-    assert coco_results({}) == []
+    assert coco_annotations({}, NAMES) == []
 
 
 def test_a_detection_in_a_crowd_is_ignored_and_no_miss():
@@ -97,14 +101,19 @@ def test_a_detection_in_a_crowd_is_ignored_and_no_miss():
     assert average_precision(truth, {1: predicted})["AP"] == 0.5
 
 
-def test_results_are_coco_results(two_cells):
+def test_annotations_are_coco_results(two_cells):
     known = ground_truth(two_cells)
-    first, second = coco_results({7: known})
+    first, second = coco_annotations({7: known}, NAMES)
     assert (first["image_id"], first["category_id"], first["bbox"]) == (7, 1, [0.0, 0.0, 4.0, 4.0])
     assert second["bbox"] == [10.0, 10.0, 4.0, 4.0]
     assert json.loads(json.dumps(first))["segmentation"] == known.rles[0]
     assert mask_areas([first["segmentation"]]) == [16]
-    assert [result["image_id"] for result in coco_results({3: known, 2: known})] == [2, 2, 3, 3]
+    assert [result["image_id"] for result in coco_annotations({3: known, 2: known}, NAMES)] == [
+        2,
+        2,
+        3,
+        3,
+    ]
 
 
 def oracle(truth, results, caps):
@@ -125,7 +134,7 @@ def oracle(truth, results, caps):
 def test_equal_to_pycocotools(seed):
     truth = coco_ground_truth([field_of_cells(k) for k in range(3)], NAMES)
     predictions = jittered(truth, seed)
-    wanted = oracle(truth, coco_results(predictions), [1, 5, 100])
+    wanted = oracle(truth, coco_annotations(predictions, NAMES), [1, 5, 100])
     assert np.allclose(precision_table(truth, predictions, [1, 5, 100]), wanted, atol=1e-9)
 
 
@@ -133,7 +142,7 @@ def test_equal_to_pycocotools_on_the_real_ground_truth():
     truth = json.loads((real_data("hw3-real") / "masks50_coco.json").read_text())
     predictions = jittered(truth)
     assert max(map(len, predictions.values())) > 600
-    wanted = oracle(truth, coco_results(predictions), [1, 100, 10_000])
+    wanted = oracle(truth, coco_annotations(predictions, NAMES), [1, 100, 10_000])
     scores = average_precision(truth, predictions)
     assert scores["AP50"] == pytest.approx(wanted[0, :, :, 2].mean(), abs=1e-6)
     assert scores["AP75_100"] == pytest.approx(wanted[5, :, :, 1].mean(), abs=1e-6)

@@ -13,7 +13,7 @@ import pytest
 
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
-from src_snippets.data.structures import Instances
+from src_snippets.data.structures import coco_annotations, Instances
 from src_snippets.inference import submission
 from src_snippets.inference.submission import (
     BadResults,
@@ -23,7 +23,6 @@ from src_snippets.inference.submission import (
     write_csv_submissions,
     write_results,
 )
-from src_snippets.training.metrics import coco_results
 from tests.test_detect import make_instances
 
 IMAGES = [ImageRecord(Path("a.tif"), 5, 20, 30), ImageRecord(Path("b.tif"), 9, 40, 50)]
@@ -89,7 +88,7 @@ def test_wrong_predictions_leave_the_earlier_file(predictions, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-ENTRY, SIZES = coco_results({5: one_cell()})[0], {5: (20, 30)}
+ENTRY, SIZES = coco_annotations({5: one_cell()}, range(1, 5))[0], {5: (20, 30)}
 
 
 def segmentation(**changes):

@@ -9,7 +9,6 @@ import numpy as np
 from scipy import ndimage
 import torch
 from torch import Tensor
-from torchvision import ops
 
 from src_snippets.data.rle import encode_layers, mask_areas
 
@@ -109,20 +108,40 @@ def ground_truth(sample: CellSample, crowds: bool = False) -> Instances:
     return every if crowds else every.select(labels > 0)
 
 
-def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, str]) -> dict:
-    """The ground truth of samples as a COCO dictionary; image ids are 1, 2, .. in their order.
+def coco_annotations(instances: Mapping[int, Instances], category_ids: Iterable[int]) -> list[dict]:
+    """Instances by image id as COCO annotations, which with `score` are results too.
 
-    categories: the dataset's own ids and the names of classes 1..C, in this order.
+    category_ids: of the classes 1..C; another label has None. Boxes are XYWH in pixels.
     """
-    images, rows, ids = [], [], list(categories)
-    for image_id, sample in enumerate(samples, start=1):
-        height, width = sample.size
-        images.append(dict(id=image_id, file_name=sample.name, height=height, width=width))
-        known = ground_truth(sample, crowds=True)
-        boxes = ops.box_convert(torch.from_numpy(known.boxes), "xyxy", "xywh").tolist()
-        columns = (boxes, known.labels.tolist(), known.rles, mask_areas(known.rles).tolist())
-        for box, label, rle, area in zip(*columns, strict=True):
-            row = dict(id=len(rows) + 1, image_id=image_id, category_id=ids[abs(label) - 1])
-            rows.append(row | dict(segmentation=rle, area=area, bbox=box, iscrowd=int(label < 0)))
+    rows, ids = [], dict(enumerate(category_ids, start=1))
+    for image_id, own in sorted(instances.items()):
+        boxes = own.boxes.astype(float)
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = [v.tolist() for v in (own.labels, own.scores, boxes, mask_areas(own.rles))]
+        for label, score, box, area, rle in zip(*columns, own.rles, strict=True):
+            row = dict(id=len(rows) + 1, image_id=image_id, category_id=ids.get(abs(label)))
+            row |= dict(segmentation=rle, area=area, bbox=box, iscrowd=int(label < 0), score=score)
+            rows.append(row)
+    return rows
+
+
+def coco_dataset(instances, images: Iterable[tuple], categories: Mapping[int, str]) -> dict:
+    """A COCO dataset of `Instances` by image id.
+
+    images: (file name, id, height, width) each; categories: the dataset's own ids and the names of
+    classes 1..C, in this order.
+    """
+    keys = ("file_name", "id", "height", "width")
     named = [dict(id=key, name=name) for key, name in categories.items()]
-    return dict(images=images, annotations=rows, categories=named)
+    records = [dict(zip(keys, image, strict=True)) for image in images]
+    rows = coco_annotations(instances, categories)
+    return dict(images=records, annotations=rows, categories=named)
+
+
+def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, str]) -> dict:
+    """The ground truth of samples as a `coco_dataset`; image ids are 1, 2, .. in their order."""
+    images, truths = [], {}
+    for image_id, sample in enumerate(samples, start=1):
+        images.append((sample.name, image_id, *sample.size))
+        truths[image_id] = ground_truth(sample, crowds=True)
+    return coco_dataset(truths, images, categories)

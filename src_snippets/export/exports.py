@@ -8,14 +8,13 @@
 
 # %%
 # @title Outlines and measurements of cells
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import os
 from pathlib import Path
 import uuid
 
 import numpy as np
 import pandas as pd
-import pycocotools.mask
 from scipy import ndimage
 import skimage
 from tifffile import imwrite
@@ -25,11 +24,10 @@ from src_snippets.data.drawing import class_color
 from src_snippets.data.images import name_file, require
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import crop_mask, draw_masks, mask_areas
-from src_snippets.data.structures import CellSample, ground_truth
+from src_snippets.data.structures import CellSample, coco_dataset, ground_truth
 from src_snippets.data.synthetic import save_rgba
 from src_snippets.evaluation.matching import visible_instances
 from src_snippets.setup.files import atomic_write, clear_folder, write_json
-from src_snippets.training.metrics import coco_results
 
 MEASURES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
 MEASURES += ("eccentricity", "solidity", "bbox", "intensity_mean")
@@ -101,20 +99,6 @@ def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
         imwrite(partial, numbers, compression="zlib", metadata=None, **options)
 
 
-def coco_dataset(instances, images: Sequence[ImageRecord], categories: Mapping[int, str]) -> dict:
-    """A COCO dataset of `Instances` by image id, with scores; categories: names by id."""
-    rows, ids = coco_results(instances), list(categories)
-    for number, row in enumerate(rows, start=1):
-        area = int(pycocotools.mask.area(row["segmentation"]))
-        row |= dict(id=number, category_id=ids[row["category_id"] - 1], area=area, iscrowd=0)
-    records, above = [], os.path.commonpath([image.path.parent for image in images])
-    for path, image_id, height, width in images:
-        name = path.relative_to(above).as_posix()
-        records.append(dict(id=image_id, file_name=name, height=height, width=width))
-    named = [dict(id=key, name=name) for key, name in categories.items()]
-    return dict(images=records, annotations=rows, categories=named)
-
-
 def write_exports(
     predictions, images: Sequence[ImageRecord], read, folder: Path, categories, um_per_px=0.0
 ) -> pd.DataFrame:
@@ -131,7 +115,8 @@ def write_exports(
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
-    coco, tables, areas = coco_dataset(visible, images, categories), [], {}
+    above, tables, areas = os.path.commonpath([image.path.parent for image in images]), [], {}
+    named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
     for part, suffix in (("labels", ".tif"), ("qupath", ".geojson")):
         clear_folder(folder / part, suffix)
     for image in tqdm(images, desc="exports"):
@@ -162,7 +147,7 @@ def write_exports(
     for name, table in (("cells.csv", cells), ("counts.csv", counts)):
         with atomic_write(folder / name) as partial:
             table.to_csv(partial, index=False)
-    write_json(coco, folder / "cells.coco.json")
+    write_json(coco_dataset(visible, named, categories), folder / "cells.coco.json")
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     return counts

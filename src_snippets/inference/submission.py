@@ -21,9 +21,9 @@ import pycocotools.mask
 from src_snippets.data.images import require
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import decode_runs, rle_to_csv
+from src_snippets.data.structures import coco_annotations
 from src_snippets.model.detect import without_overlaps
 from src_snippets.setup.files import atomic_write
-from src_snippets.training.metrics import coco_results
 
 ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
 
@@ -78,12 +78,11 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
     if missing := sorted({image.image_id for image in images} - set(predictions)):
         raise BadResults(f"No prediction for {len(missing)} images, such as id {missing[0]}.")
     results, archive = folder / "test-results.json", folder / "test-results.zip"
-    ids, rows = dict(enumerate(category_ids, start=1)), coco_results(predictions)
-    for row in rows:
-        row["category_id"] = ids.get(row["category_id"])
+    rows = coco_annotations(predictions, category_ids)
+    rows = [{key: row[key] for key in ENTRY_KEYS} for row in rows]
     with atomic_write(results) as partial:
         partial.write_text(json.dumps(rows, allow_nan=False))
-        check_results(partial, images, list(ids.values()))
+        check_results(partial, images, category_ids)
     with atomic_write(archive) as partial, zipfile.ZipFile(partial, "w") as file:
         member = zipfile.ZipInfo(results.name)  # without the time of day
         member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16

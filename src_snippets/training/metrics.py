@@ -16,7 +16,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from src_snippets.data.structures import Instances
+from src_snippets.data.structures import coco_annotations, Instances
 
 
 def coco_classes() -> tuple[type, type]:
@@ -27,31 +27,17 @@ def coco_classes() -> tuple[type, type]:
     return import_module("pycocotools.coco").COCO, import_module("pycocotools.cocoeval").COCOeval
 
 
-def coco_results(predictions: Mapping[int, Instances]) -> list[dict]:
-    """Predictions by image id as COCO results: boxes XYWH in pixels, category ids = labels."""
-    rows, names = [], ("image_id", "category_id", "segmentation", "score", "bbox")
-    for image_id, found in sorted(predictions.items()):
-        x1, y1, x2, y2 = found.boxes.astype(float).T
-        boxes = np.stack([x1, y1, x2 - x1, y2 - y1], axis=1)
-        columns = (v.tolist() for v in (found.labels, found.scores, boxes))
-        for label, score, box, rle in zip(*columns, found.rles, strict=True):
-            rows.append(dict(zip(names, (image_id, label, rle, score, box), strict=True)))
-    return rows
-
-
 def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndarray:
     """(10, 101, C, len(caps)) precision by IoU 0.50 .. 0.95, recall 0 .. 1, class, cap.
 
     -1 for a class without ground truth. caps: ascending maximum detections per image and class.
     """
     (coco, coco_eval), sides = coco_classes(), []
-    known = dict(area=1, iscrowd=0)  # of detections; with one range of sizes any area will do
+    results = coco_annotations(predictions, [c["id"] for c in ground_truth["categories"]])
     with redirect_stdout(None):  # both libraries print their progress
-        for annotations in (ground_truth["annotations"], coco_results(predictions)):
-            # Ids from 1 on, since COCOeval takes 0 for "matched by none"
-            rows = [{**known, **row, "id": k} for k, row in enumerate(annotations, start=1)]
-            sides.append(coco())
-            sides[-1].dataset = {**ground_truth, "annotations": rows}
+        for annotations in (ground_truth["annotations"], results):
+            sides.append(coco())  # which marks the annotations: of copies
+            sides[-1].dataset = {**ground_truth, "annotations": [{**row} for row in annotations]}
             sides[-1].createIndex()
         evaluator = coco_eval(*sides, "segm")
         evaluator.extra_calc = False  # of faster-coco-eval: a list of matches, not used here

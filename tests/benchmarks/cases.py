@@ -36,7 +36,12 @@ from torchvision.transforms import v2
 from src_snippets.data.images import read_cell_folder, read_image
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
-from src_snippets.data.structures import CellSample, coco_ground_truth, Instances
+from src_snippets.data.structures import (
+    CellSample,
+    coco_annotations,
+    coco_ground_truth,
+    Instances,
+)
 from src_snippets.data.transforms import build_augmentation, collate, training_target, TrainingSet
 from src_snippets.inference.predict import predict_image
 from src_snippets.model.detect import greedy_groups, paste_masks
@@ -45,7 +50,7 @@ from src_snippets.model.mask_rcnn import build_model, InputTransform
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config, make_config
 from src_snippets.setup.devices import choose_precision
-from src_snippets.training.metrics import average_precision, coco_results
+from src_snippets.training.metrics import average_precision
 from src_snippets.training.trainer import build_optimizer, Trainer, training_loader
 from tests.conftest import jittered, make_sample, SHARED_DATA
 
@@ -324,7 +329,7 @@ def ap(side: str, device: str, images: int, cells: int) -> Callable:
     predictions = jittered(known)
     if side == "ours":
         return lambda: {"AP": average_precision(known, predictions)["AP_100"]}
-    results = coco_results(predictions)
+    results = coco_annotations(predictions, [kind["id"] for kind in known["categories"]])
 
     def work():
         with redirect_stdout(io.StringIO()):
@@ -535,7 +540,7 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
             for record in records:
                 image = torch.from_numpy(read_image(record.path))
                 predictions[record.image_id] = predict_image([(model, config)], image, config)
-            rows = coco_results(predictions)
+            rows = coco_annotations(predictions, range(1, config.num_classes + 1))
         path.write_text(json.dumps(rows))
         seconds = time.perf_counter() - start
         return {"images/s": len(records) / seconds, "detections": len(rows)}
