@@ -29,6 +29,7 @@ gpu_name = check_gpu()
 import os
 
 import numpy as np
+import pandas as pd
 import torch
 
 # %%
@@ -370,14 +371,14 @@ from src_snippets.evaluation.figures import plot_evaluation, plot_mistakes
 # %%
 val_truths = [ground_truth(sample, crowds=True) for sample in val_samples]
 matches = match_table(val_predictions, val_truths, config.num_classes)
-interval = ap_interval(matches) if val_samples else None
-scores = None
+scores, notes = None, ["The images are synthetic: scores say nothing about real cells."] * is_demo
 if val_samples:
     with keep_going("the table of scores"):
         scores = score_table(val_samples, val_predictions, config)
         show_table(scores)
-if interval:
-    print(f"AP50, 95% confidence interval over images: {interval[0]:.3f} to {interval[1]:.3f}")
+    if interval := ap_interval(matches):
+        notes += ["AP50, 95% confidence interval over images: {:.3f} to {:.3f}".format(*interval)]
+print(*notes, sep="\n")
 
 # %%
 if val_samples:
@@ -451,19 +452,14 @@ with keep_going("the figure of test images"):
 
 # %%
 with keep_going("the report"):
-    data_facts = {"folder": data_root, "layout": dataset.layout, "images": len(samples)}
-    data_facts |= {"test images": len(dataset.test_images), "fingerprint": samples.digest[:16]}
-    write_report(
-        output / "report.html",
-        title="Synthetic cells" if is_demo else f"Cells in {data_root.name}",
-        config=config,
-        scores=scores,
-        interval=interval,
-        counts=counts,
-        data_facts=data_facts,
-        environment=environment_table(gpu_name),
-        is_demo=is_demo,
-    )
+    facts = {"folder": data_root, "layout": dataset.layout, "images": len(samples)}
+    facts |= {"test images": len(dataset.test_images), "fingerprint": samples.digest[:16]}
+    tables = {"Scores on the validation images": scores, "Data": pd.Series(facts).to_frame("value")}
+    tables["Environment"] = environment_table(gpu_name)
+    tables["Settings that differ from the defaults"] = config_table(config).astype(str)
+    tables["Exported cells"] = counts
+    title = "Synthetic cells" if is_demo else f"Cells in {data_root.name}"
+    write_report(output / "report.html", title, notes, tables)
 
 # %% [markdown]
 # ### Take it with you

@@ -66,6 +66,7 @@ def test_a_script_prints_a_line_per_epoch_and_keeps_the_last_figure(example, tmp
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "epoch 1: loss 5.000",
+        f"figure: {live.path}",
         "epoch 2: loss 5.000, AP50 0.250, val_loss 0.500",
     ]
 

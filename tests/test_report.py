@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from src_snippets.export.report import CAPTIONS, environment_table, write_report
-from src_snippets.setup.config import make_config
+from src_snippets.setup.config import config_table, make_config
 
 
 class Page(HTMLParser):
@@ -36,10 +36,11 @@ def save_figure(folder, name):
     Image.fromarray(noise).save(folder / f"{name}.png")
 
 
-def write(path, scores=None, interval=None, counts=None, facts=(), is_demo=False, **changes):
-    config, environment = make_config("demo", **changes), environment_table("")
-    title, facts = "Cells in <data>", dict(facts)
-    write_report(path, title, config, scores, interval, counts, facts, environment, is_demo)
+def write(path, notes=(), scores=None, facts=(), counts=None, **changes):
+    config = make_config("demo", **changes)
+    tables = {"Scores": scores, "Data": pd.Series(dict(facts), dtype=object).to_frame("value")}
+    tables |= {"Environment": environment_table(""), "Settings": config_table(config).astype(str)}
+    write_report(path, "Cells in <data>", notes, tables | {"Exported cells": counts})
     return Page(path.read_text())
 
 
@@ -51,14 +52,14 @@ def page(tmp_path):
     scores = pd.DataFrame({"AP50": [0.51234, np.nan]}, names)
     counts = pd.DataFrame({"image": ["one"], "all": [42]})
     facts = {"fingerprint": "abc & def"}
-    return write(tmp_path / "report.html", scores, (0.25, 0.75), counts, facts, epochs=17)
+    notes = ["AP50 from 0.250 to 0.750"]
+    return write(tmp_path / "report.html", notes, scores, facts, counts, epochs=17)
 
 
 def test_everything_is_inside_and_in_order(page):
     text = " ".join(page.texts)
-    for part in ("abc & def", "Cells in <data>", "0.512", "95% CI over images: 0.250 to 0.750"):
+    for part in ("abc & def", "Cells in <data>", "0.512", "AP50 from 0.250 to 0.750"):
         assert part in text
-    assert "Synthetic" not in text
     cells = [texts.strip() for texts in page.texts]
     assert {"-", "42", "epochs", "17", "lr", "0.0001", "none", "torch"} <= set(
         cells
@@ -81,10 +82,10 @@ def test_figures_have_headings_captions_and_alt_texts(page):
 
 
 def test_nothing_to_show_is_a_report_too(tmp_path):
-    page = write(tmp_path / "report.html", is_demo=True)
+    page = write(tmp_path / "report.html")
     assert "img" not in page.tags
     assert not {"None", "nan"} & set(page.texts)
-    assert "Synthetic images: the scores say nothing about real cells." in page.texts
+    assert page.tags.count("h2") == 3  # no scores, no exported cells
 
 
 def test_the_environment_names_versions():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import zipfile
 
 from hypothesis import given, settings, strategies
+import IPython
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -14,7 +15,6 @@ import pytest
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
 from src_snippets.data.structures import coco_annotations, Instances
-from src_snippets.inference import submission
 from src_snippets.inference.submission import (
     BadResults,
     check_entry,
@@ -193,7 +193,7 @@ def test_a_link_to_download_where_there_is_a_notebook(tmp_path, monkeypatch, cap
     offer_download(path)
     assert capsys.readouterr().out == f"{path}\n"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(submission, "display", links.append)
+    monkeypatch.setattr(IPython.display, "display", links.append)
     offer_download(path)
     html = links[0]._repr_html_()
     assert "href='my results/test-results.zip' download" in html

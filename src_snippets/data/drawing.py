@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import IPython
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 import numpy as np
@@ -42,8 +41,8 @@ def draw_outlines(image: np.ndarray, instances: Instances, side: int = 480) -> n
     nearby = ndimage.maximum_filter(ids, width)
     edge = nearby != ndimage.minimum_filter(ids, width)
     ids = np.where(ids > 0, ids, nearby)[edge]  # the line also lies around its instance
-    colors = np.array([to_rgb(class_color(label)) for label in instances.labels]).reshape(-1, 3)
-    canvas[edge] = (255 * colors[ids - 1]).round()
+    colors = [list(bytes.fromhex(class_color(label)[1:])) for label in instances.labels]
+    canvas[edge] = np.array(colors).reshape(-1, 3)[ids - 1]
     return canvas
 
 
@@ -62,15 +61,20 @@ def show_image_row(axes, images: Sequence[np.ndarray], titles: Sequence[str]) ->
         axis.set_axis_off()
 
 
-def show_figure(figure: Figure, path: Path, alt: str = "") -> None:
-    """Save a figure as PNG; a notebook displays it, with `alt` or its label for screen readers."""
+def show_figure(figure: Figure, path: Path, alt: str = "", update: bool | None = None) -> None:
+    """Save a figure as PNG; a notebook displays it, with `alt` or its label for screen readers.
+
+    update: False for the first and True for later versions of a display that changes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight")
-    if IPython.get_ipython() is None:
-        print(f"figure: {path}")
-    else:
+    if IPython.get_ipython() is not None:
         alt_text = {"alt": alt or figure.get_label()}  # alt= came with IPython 8, Colab has 7
-        IPython.display.display(IPython.display.Image(filename=str(path), metadata=alt_text))
+        image = IPython.display.Image(filename=str(path), metadata=alt_text)
+        place = {} if update is None else dict(display_id=str(path), update=update)
+        IPython.display.display(image, **place)
+    elif not update:
+        print(f"figure: {path}")
 
 
 def plot_samples(items: Sequence[tuple], names: Sequence[str]) -> Figure:
@@ -98,24 +102,16 @@ def plot_augmentations(sample: CellSample, variants: Sequence[CellSample], names
     return figure
 
 
-def plot_predictions(samples: Sequence[CellSample], predictions, names, marks=()) -> Figure:
-    """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample.
-
-    marks: (missed, false positive) `Instances` of each sample, marked o and X in the prediction.
-    """
+def plot_predictions(samples: Sequence[CellSample], predictions, names) -> Figure:
+    """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample."""
     heights = [sample.size[0] / sample.size[1] for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
     figure.set_label("Image, ground truth and prediction side by side, cells outlined by class")
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
-    rows = zip(rows, samples, predictions, marks or [()] * len(samples), strict=True)
-    for row, sample, prediction, marked in rows:
+    for row, sample, prediction in zip(rows, samples, predictions, strict=True):
         image, known = sample.image.numpy(), ground_truth(sample)
-        drawn = [brighten(image), *(draw_outlines(image, each) for each in (known, prediction))]
+        drawn = [brighten(image), draw_outlines(image, known), draw_outlines(image, prediction)]
         titles = [f"ground truth: {len(known)} cells", f"prediction: {len(prediction)} cells"]
-        for instances, name, marker in zip(marked, ("missed", "false"), "oX", strict=False):
-            x1, y1, x2, y2 = instances.boxes.T * (len(drawn[2]) / len(drawn[0]))  # enlarged
-            row[2].plot((x1 + x2) / 2, (y1 + y2) / 2, marker, ms=8, mfc="white", mec="black")
-            titles[1] += f", {len(instances)} {name} ({marker})"
         show_image_row(row, drawn, [image_stem(sample.name)[:12], *titles])
     add_class_legend(figure, names)
     return figure

@@ -9,6 +9,7 @@
 # %%
 # @title write_report: captions and page
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 import os
 from pathlib import Path
@@ -17,7 +18,6 @@ import platform
 from jinja2 import Environment
 import pandas as pd
 
-from src_snippets.setup.config import Config, config_table
 from src_snippets.setup.files import atomic_write
 
 CAPTIONS = {  # by file name, in the order of the report: heading, what to see
@@ -53,20 +53,11 @@ def environment_table(gpu: str) -> pd.DataFrame:
     return pd.DataFrame({"value": {"Python": platform.python_version()} | machine | versions})
 
 
-def write_report(
-    path: Path, title, config: Config, scores, interval, counts, data_facts, environment, is_demo
-) -> None:
+def write_report(path: Path, title: str, notes: Sequence[str], tables: Mapping) -> None:
     """Write the report, with the figures of `CAPTIONS` in the folder `figures` beside `path`.
 
-    scores, interval, counts: of `score_table`, `ap_interval`, `write_exports`, each may be None.
+    notes: lines of text; tables: by heading, or None; the figures come after the first one.
     """
-    lines = ["Synthetic images: the scores say nothing about real cells."] if is_demo else []
-    lines += ["AP50, 95% CI over images: {:.3f} to {:.3f}.".format(*interval)] if interval else []
-    settings = config_table(config).astype(str).set_index("setting")  # 0.0001, not 0.000
-    tables = {"Scores on the validation images": scores}
-    tables |= {"Data": pd.DataFrame({"value": data_facts}), "Environment": environment}
-    tables["Settings that differ from the defaults"] = settings
-    tables["Exported cells"] = None if counts is None else counts.set_index("image")
     options = dict(border=0, na_rep="-", float_format="{:.3f}".format)
     tables = {name: t.to_html(**options) for name, t in tables.items() if t is not None}
     figures = []
@@ -74,7 +65,7 @@ def write_report(
         for file in sorted((path.parent / "figures").glob(f"{name}*.png")):  # history1.png: a fold
             figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
     page = Environment(autoescape=True).from_string(PAGE)
-    text = page.render(title=title, lines=lines, tables=tables, figures=figures)
+    text = page.render(title=title, lines=notes, tables=tables, figures=figures)
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{path}: a report of this run, {path.stat().st_size / 1e6:.1f} MB")

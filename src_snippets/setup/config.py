@@ -161,26 +161,21 @@ def check_setting(item, value):
 
     JSON lists stand for tuples, whole numbers for floats.
     """
-    default, limits = item.default, item.metadata
-    is_tuple, free = isinstance(default, tuple), item.name in FREE_LENGTH
-    kind = type(default[0] if is_tuple else default)
+    default, limits, is_tuple = item.default, item.metadata, isinstance(item.default, tuple)
+    kind, count = type(default[0]) if is_tuple else type(default), len(default) if is_tuple else 1
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if kind is float and type(v) is int else v for v in values)
-    valid = len(values) > 0 and all(type(v) is kind for v in values)
-    expected = "True or False (in JSON true or false)" if kind is bool else kind.__name__
-    if is_tuple:
-        expected = f"{'' if free else f'{len(default)} '}values of type {expected}"
-        valid = valid and (free or len(values) == len(default))
+    valid = len(values) == count or (item.name in FREE_LENGTH and len(values) > 0)
+    valid = valid and all(type(v) is kind for v in values)
+    expected = f"{kind.__name__} as in the default {default!r}"
     if "choices" in limits:
-        expected += " out of " + ", ".join(limits["choices"])
+        expected = f"one of {', '.join(limits['choices'])}"
         valid = value in limits["choices"]
     elif limits:
-        expected += f" from {limits['low']} to {limits['high']}"
+        expected += f", from {limits['low']} to {limits['high']}"
         valid = valid and all(limits["low"] <= v <= limits["high"] for v in values)
     if not valid:
-        raise ValueError(
-            f"Setting {item.name}={value!r}: expected {expected}; default {default!r}."
-        )
+        raise ValueError(f"Setting {item.name}={value!r}: expected {expected}.")
     return values if is_tuple else values[0]
 
 
@@ -232,16 +227,10 @@ def with_class_names(config: Config, names: Sequence[str]) -> Config:
 
 
 def config_table(config: Config) -> pd.DataFrame:
-    """The settings that differ from the defaults, and who changed them."""
-    default, recipe = vars(Config(config.recipe)), vars(make_config(config.recipe))
-    return pd.DataFrame(
-        [
-            (name, value, default[name], "recipe" if value == recipe[name] else "you or the data")
-            for name, value in vars(config).items()
-            if value != default[name]
-        ],
-        columns=["setting", "value", "default", "changed by"],
-    )
+    """The settings that differ from the defaults: their value, the recipe's and the default."""
+    columns = {"value": config, "recipe": make_config(config.recipe), "default": Config()}
+    table = pd.DataFrame({name: vars(settings) for name, settings in columns.items()}, dtype=object)
+    return table[table["value"] != table["default"]]
 
 
 def read_settings(changes: Mapping, environ: Mapping[str, str]) -> dict:

@@ -14,10 +14,9 @@ import time
 
 import IPython
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tqdm.auto import tqdm
 
-from src_snippets.data.drawing import add_class_legend, draw_outlines, show_image_row
+from src_snippets.data.drawing import add_class_legend, draw_outlines, show_figure, show_image_row
 from src_snippets.data.structures import ground_truth
 
 
@@ -34,7 +33,7 @@ def plot_history(history: Sequence[dict], names: Sequence[str], example=None) ->
             axis.plot(*zip(*points, strict=True), marker=".", label=key.replace("_", " "))
             axis.legend(fontsize=8, frameon=False, ncols=2)
         axis.set(xlabel="epoch", xlim=(0.5, max(len(history), 2) + 0.5), ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.get_major_locator().set_params(integer=True)
     rows[0, 0].set(ylabel="mean loss", title="Losses")
     rows[0, 1].set(ylabel="score (0 to 1)", title="Validation", ylim=(0, 1))
     if example:
@@ -50,18 +49,13 @@ class LiveHistory:
 
     def __init__(self, path: Path, names: Sequence[str], pause: float = 2.0):
         self.path, self.names, self.pause, self.drawn_at = path, names, pause, None
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, history: Sequence[dict], example=None, is_last: bool = False) -> None:
-        row, in_notebook = history[-1], IPython.get_ipython() is not None
-        if not in_notebook and not is_last:
+        row = history[-1]
+        if IPython.get_ipython() is None and not is_last:
             scores = [f"{k} {row[k]:.3f}" for k in ("loss", "AP50", "val_loss") if row.get(k)]
             tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
         is_first, now = self.drawn_at is None, time.monotonic()
         if is_first or is_last or now > self.drawn_at + self.pause:
             figure, self.drawn_at = plot_history(history, self.names, example), now
-            figure.savefig(self.path, dpi=80, bbox_inches="tight")
-            if in_notebook:
-                alt_text = {"alt": figure.get_label()}
-                drawn = IPython.display.Image(filename=str(self.path), metadata=alt_text)
-                IPython.display.display(drawn, display_id=str(self.path), update=not is_first)
+            show_figure(figure, self.path, update=not is_first)

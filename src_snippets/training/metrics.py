@@ -36,8 +36,10 @@ def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndar
     results = coco_annotations(predictions, [c["id"] for c in ground_truth["categories"]])
     with redirect_stdout(None):  # both libraries print their progress
         for annotations in (ground_truth["annotations"], results):
-            sides.append(coco())  # which marks the annotations: of copies
-            sides[-1].dataset = {**ground_truth, "annotations": [{**row} for row in annotations]}
+            # Ids from 1 on, since COCOeval takes 0 for "matched by none"
+            rows = [{**row, "id": k} for k, row in enumerate(annotations, start=1)]
+            sides.append(coco())
+            sides[-1].dataset = {**ground_truth, "annotations": rows}
             sides[-1].createIndex()
         evaluator = coco_eval(*sides, "segm")
         evaluator.extra_calc = False  # of faster-coco-eval: a list of matches, not used here
