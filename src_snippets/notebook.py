@@ -85,7 +85,6 @@ from src_snippets.setup.files import (
     clear_folder,
     keep_going,
     output_folder,
-    session_hours,
     show_table,
     write_json,
 )
@@ -284,7 +283,7 @@ val_count = sum(len(split["val"]) for split in splits.values())
 count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
 evaluations = len(splits) * count / max(val_count, 1)  # how many of them predicting will take
 evaluations *= dict(none=1, flips=3, d4=8)[config.tta] * (4 if config.tile else 1)
-session = Session(session_hours(config.max_hours), evaluations)
+session = Session(config.max_hours, evaluations)
 
 # %%
 folders = {}

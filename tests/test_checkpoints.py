@@ -9,7 +9,6 @@ import torch
 from src_snippets.setup.config import Config, make_config
 from src_snippets.training.checkpoints import (
     code_digest,
-    latest_checkpoint,
     load_checkpoint,
     open_run,
     PREDICTION_SETTINGS,
@@ -88,19 +87,19 @@ def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
 
 def test_the_latest_whole_checkpoint(tmp_path, capsys):
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
-    assert latest_checkpoint(tmp_path) is None
+    assert open_run(tmp_path, resume=True) is None
     for epoch in (1, 2):
         save_checkpoint(content(epoch=epoch), last, previous)
-    assert latest_checkpoint(tmp_path)["epoch"] == 2
+    assert open_run(tmp_path, resume=True)["epoch"] == 2
     last.write_bytes(last.read_bytes()[:-100])
-    assert latest_checkpoint(tmp_path)["epoch"] == 1
+    assert open_run(tmp_path, resume=True)["epoch"] == 1
     assert f"The checkpoint before it is used: {last}" in capsys.readouterr().out
     assert not last.exists()  # or the next save would put it in the place of the good one
-    assert latest_checkpoint(tmp_path)["epoch"] == 1
+    assert open_run(tmp_path, resume=True)["epoch"] == 1
     last.write_bytes(b"damaged")
     previous.unlink()
     with pytest.raises(ValueError, match=r"last\.pt: expected .*remove it"):
-        latest_checkpoint(tmp_path)
+        open_run(tmp_path, resume=True)
     (tmp_path / "best.pt").touch()
     (tmp_path / "notes.txt").touch()
     assert open_run(tmp_path, resume=False) is None

@@ -9,7 +9,6 @@ from src_snippets.setup.files import (
     clear_folder,
     keep_going,
     output_folder,
-    session_hours,
     write_json,
 )
 
@@ -71,10 +70,3 @@ def test_an_optional_part_that_fails_is_shown_and_the_rest_goes_on(capsys):
     assert "ZeroDivisionError: no cells" in out
     with pytest.raises(KeyboardInterrupt), keep_going("the figure"):
         raise KeyboardInterrupt
-
-
-def test_a_session_ends_by_itself_on_kaggle_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "KAGGLE_WORKING", tmp_path / "none")
-    assert [session_hours(hours) for hours in (-1.0, 0.0, 3.0)] == [0.0, 0.0, 3.0]
-    monkeypatch.setattr(files, "KAGGLE_WORKING", tmp_path)
-    assert [session_hours(hours) for hours in (-1.0, 0.0, 11.8)] == [8.8, 0.0, 11.8]

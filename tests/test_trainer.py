@@ -650,6 +650,16 @@ def test_a_session_reserves_and_shares_its_time(monkeypatch):
     assert not free.is_over()
 
 
+def test_a_session_ends_by_itself_on_kaggle_alone(tmp_path, monkeypatch):
+    def seconds(hours):
+        return Session(hours).end - Session(1.0).end + 3600
+
+    monkeypatch.setattr(trainer, "KAGGLE_WORKING", tmp_path / "none")
+    assert [seconds(hours) for hours in (-1.0, 0.0, 3.0)] == [math.inf, math.inf, 3 * 3600]
+    monkeypatch.setattr(trainer, "KAGGLE_WORKING", tmp_path)
+    assert [seconds(hours) for hours in (-1.0, 0.0)] == [pytest.approx(8.8 * 3600), math.inf]
+
+
 def test_too_little_disk_is_refused_before_training(parts, tiny_config, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -87,8 +87,3 @@ def check_disk_space(folder: Path, needed_bytes: int) -> None:
             f"{folder}: {free / 1e9:.1f} GB are free, checkpoints need {needed_bytes / 1e9:.1f}. "
             "Free some space, or set OUT to a folder on another disk."
         )
-
-
-def session_hours(max_hours: float) -> float:
-    """Hours after which a session ends, 0: no end. Below 0: 8.8 on Kaggle (limit 9), else 0."""
-    return max_hours if max_hours >= 0 else 8.8 if KAGGLE_WORKING.is_dir() else 0.0

@@ -17,7 +17,6 @@ import inspect
 import json
 from pathlib import Path
 import re
-from types import CodeType, FunctionType
 
 import torch
 from torch import nn
@@ -42,19 +41,19 @@ def code_digest(*roots) -> str:
         item = inspect.unwrap(getattr(item, "__func__", getattr(item, "fget", item)))
         if isinstance(item, (str, int, float, tuple, list, dict)) and name[:2] != "__":
             sources.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(item))}")
-        if not isinstance(item, (type, FunctionType)) or item in known:
+        if not (inspect.isclass(item) or inspect.isfunction(item)) or item in known:
             continue
         known.add(item)
         if item.__module__.split(".")[0] not in ("__main__", __name__.split(".")[0]):
             continue
-        if isinstance(item, type):  # method by method: in a notebook a class has no source
+        if inspect.isclass(item):  # method by method: in a notebook a class has no source
             pending += [*vars(item).items(), *(("", base) for base in item.__bases__)]
             continue
         with suppress(OSError):  # nor have methods that `dataclass` makes
             sources.add(inspect.getsource(item))
         codes = [item.__code__]
         for code in codes:  # grows by the functions inside
-            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+            codes += filter(inspect.iscode, code.co_consts)
             used = {i.argval for i in get_instructions(code) if i.opname == "LOAD_GLOBAL"}
             pending += [(n, item.__globals__[n]) for n in used & item.__globals__.keys()]
     return hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()
@@ -98,8 +97,14 @@ def load_checkpoint(path: Path) -> dict:
         ) from error
 
 
-def latest_checkpoint(folder: Path) -> dict | None:
-    """`last.pt` of a run, or `previous.pt` where that is missing or damaged; None without both."""
+def open_run(folder: Path, resume: bool) -> dict | None:
+    """`last.pt` of a run, or `previous.pt` where that is missing or damaged; None without both.
+
+    `resume=False` removes all checkpoints first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in () if resume else folder.glob("*.pt"):
+        path.unlink()
     last, previous = folder / "last.pt", folder / "previous.pt"
     if last.exists():
         try:
@@ -110,14 +115,6 @@ def latest_checkpoint(folder: Path) -> dict | None:
             print(f"The checkpoint before it is used: {error}")
             last.unlink()  # or it would replace the good one
     return load_checkpoint(previous) if previous.exists() else None
-
-
-def open_run(folder: Path, resume: bool) -> dict | None:
-    """The latest checkpoint of a run; `resume=False` removes all of them first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in () if resume else ("last.pt", "previous.pt", "best.pt", "history.csv"):
-        (folder / name).unlink(missing_ok=True)
-    return latest_checkpoint(folder)
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, names=None) -> None:

@@ -50,7 +50,7 @@ from src_snippets.setup.devices import (
     rank_indices,
     world_size,
 )
-from src_snippets.setup.files import atomic_write, check_disk_space
+from src_snippets.setup.files import atomic_write, check_disk_space, KAGGLE_WORKING
 from src_snippets.training.checkpoints import (
     check_same_settings,
     open_run,
@@ -62,10 +62,12 @@ from src_snippets.training.metrics import average_precision
 class Session:
     """When training has to stop: in time to predict before the session ends, or at SIGTERM.
 
-    max_hours: since this process began, 0: no end; evaluations: time to predict, in these.
+    max_hours: since this process began, 0: no end, below 0: 8.8 on Kaggle, whose limit is 9, else
+    no end; evaluations: time to predict, in these.
     """
 
     def __init__(self, max_hours: float, evaluations: float = 0.0):
+        max_hours = max_hours if max_hours >= 0 else 8.8 * KAGGLE_WORKING.is_dir()
         self.end = Process().create_time() + (3600 * max_hours or inf)
         self.evaluations, self.evaluation_seconds = evaluations, 0.0  # measured in training
         self.start, self.parts, self.terminated = time.time(), 1, False
