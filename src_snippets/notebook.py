@@ -47,35 +47,38 @@ from src_snippets.setup.config import (
 # text, 0 or `None` takes the recipe's own value. After a change run on from here. What only changes
 # prediction or the machine goes on with the trained model; any other change trains a new one and
 # keeps the earlier.
+#
+# | setting | meaning |
+# |---|---|
+# | `DATA` | folder with `train/`, or `demo`; empty: search `/kaggle/input`, `/content` and `./data` |
+# | `OUT` | folder for results; empty: `/kaggle/working`, else `./results` |
+# | `CHECKPOINTS` | paths of `best.pt` files of other runs, which join the ensemble on the test images |
+# | `RECIPE` | empty: `baseline`, or `demo` without a dataset |
+# | `EPOCHS` | 1 to 10,000 passes over the training images; more while the validation curve rises |
+# | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, whatever `EPOCHS` says |
+# | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (of 12: set 11.8) |
+# | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
+# | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
+# | `BACKBONE` | `resnet50`, or any name of timm as `timm:NAME`; larger ones gained .07 AP50 in public solutions |
+# | `WEIGHTS` | `imagenet`, `coco` (data beyond ImageNet: check the rules), `none`, or the path of a file |
+# | `FOLDS` | 5: five models, each validated on another fifth of the images, predict the test together |
+# | `RESUME` | `False`: train anew although a finished run with the same settings, images and code is there |
+# | `CHANGES` | any other setting, such as `dict(score_threshold=0.05, class_names=["tumour", "other"])` |
 
 # %% tags=["parameters"]
-# Folder with train/, or "demo"; empty: search /kaggle/input, /content and ./data
 DATA = ""  # @param {type:"string"}
-# Folder for results; empty: /kaggle/working, else ./results
 OUT = ""  # @param {type:"string"}
-# Paths of best.pt files of other runs: they join the ensemble on the test images
 CHECKPOINTS = []  # @param {type:"raw"}
-# Empty: baseline, or demo without a dataset
 RECIPE = ""  # @param ["", "baseline", "attention", "convnext", "small_anchors", "lsj_ensemble", "best", "best_large", "demo"]
-# 1 to 10,000 passes over the training images; more while the validation curve still rises
 EPOCHS = 0  # @param {type:"integer"}
-# Hours of training, such as 3.5: the schedule ends then, whatever EPOCHS says
 TRAIN_HOURS = 0.0  # @param {type:"number"}
-# Hours of the session, predicting and writing included; on Kaggle 8.8 unless set (of 12: set 11.8)
 MAX_HOURS = 0.0  # @param {type:"number"}
-# 1 to 256 crops per step and GPU; lower when memory runs out
 BATCH_SIZE = 0  # @param {type:"integer"}
-# 32 to 8192 px, side of a training crop; time and memory grow with its square
 CROP = 0  # @param {type:"integer"}
-# resnet50, or any name of timm as timm:NAME; larger ones gained .07 AP50 in public solutions
 BACKBONE = ""  # @param {type:"string"}
-# imagenet, coco (data beyond ImageNet: check the rules), none, or the path of a file
 WEIGHTS = ""  # @param {type:"string"}
-# 5: five models, each validated on another fifth of the images; together they predict the test
 FOLDS = 0  # @param {type:"integer"}
-# False: train anew although a finished run with the same settings, images and code is there
 RESUME = True  # @param {type:"boolean"}
-# Any other setting, such as dict(score_threshold=0.05, class_names=["tumour", "other"])
 CHANGES = dict()  # @param {type:"raw"}
 
 # %%
