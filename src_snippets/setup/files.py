@@ -6,8 +6,6 @@ from contextlib import contextmanager
 import json
 import os
 from pathlib import Path
-import shutil
-from tempfile import TemporaryFile
 import traceback
 
 import IPython
@@ -60,14 +58,9 @@ def write_json(content, path: Path) -> None:
 
 
 def output_folder(out: str) -> Path:
-    """The folder for results, made if absent; raises OSError where nothing can be written."""
+    """The folder for results, made if absent."""
     folder = Path(out or (KAGGLE_WORKING if KAGGLE_WORKING.is_dir() else "results"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        advice = "Set OUT to a folder that can be written."
-        raise OSError(f"OUT={str(folder)!r}: cannot write there ({error}). {advice}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -77,13 +70,3 @@ def clear_folder(folder: Path, suffix: str) -> Path:
     for path in folder.glob(f"*{suffix}"):
         path.unlink()
     return folder
-
-
-def check_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Raise OSError where the disk of a folder has less than `needed_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise OSError(
-            f"{folder}: {free / 1e9:.1f} GB are free, checkpoints need {needed_bytes / 1e9:.1f}. "
-            "Free some space, or set OUT to a folder on another disk."
-        )

@@ -50,7 +50,7 @@ from src_snippets.setup.devices import (
     rank_indices,
     world_size,
 )
-from src_snippets.setup.files import atomic_write, check_disk_space, KAGGLE_WORKING
+from src_snippets.setup.files import atomic_write, KAGGLE_WORKING
 from src_snippets.training.checkpoints import (
     check_same_settings,
     open_run,
@@ -268,11 +268,6 @@ class TrainingState:
             for name in self.parts.keys() & state.keys():
                 self.parts[name].load_state_dict(state[name])
             vars(self).update({name: state[name] for name in PROGRESS})
-        elif is_main():
-            size = sum(value.nbytes for value in self.model.state_dict().values())
-            check_disk_space(
-                self.folder, size * (14 if config.ema else 10)
-            )  # while one is replaced
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
     def save_best(self) -> None:
