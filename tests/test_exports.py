@@ -21,19 +21,16 @@ from skimage.color import rgb2hed, rgb_from_hed
 import tifffile
 
 from src_snippets.data.drawing import class_color
-from src_snippets.data.images import read_cell_folder
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
-from src_snippets.data.structures import ground_truth, Instances
+from src_snippets.data.structures import Instances
 from src_snippets.export.exports import (
     measure_cells,
     save_label_image,
     trace_polygons,
-    write_cell_folder,
     write_exports,
 )
 from src_snippets.setup.files import BadInput
-from tests.conftest import make_sample
 
 IMAGES = [ImageRecord(Path("a/one.tif"), 5, 6, 8), ImageRecord(Path("b/two.png"), 9, 4, 5)]
 CATEGORIES = {3: "T cell, CD8+", 7: "Zelle µ"}
@@ -431,28 +428,3 @@ def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path):
     tracemalloc.stop()
     assert len(places) == 300
     assert peak < 25e6
-
-
-# Training folders
-
-
-def test_a_cell_folder_is_read_back(tmp_path):
-    first, third = np.zeros((2, 8, 9), int)
-    first[1:4, 1:4], first[5, 5], third[3:7, 3:8] = 1, 2, 3  # classes may overlap
-    sample = make_sample([first, third], [1, 3])
-    write_cell_folder(sample, tmp_path / "x")
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [
-        "class1.tif",
-        "class3.tif",
-        "image.tif",
-    ]
-    assert tifffile.imread(tmp_path / "x" / "class1.tif").dtype == np.float64
-    again = read_cell_folder(tmp_path / "x", 3)
-    assert np.array_equal(again.image, sample.image)
-    assert ground_truth(again).rles == ground_truth(sample).rles
-    assert again.labels.tolist() == [1, 1, 3]
-    with pytest.raises(ValueError, match="class 2 is a crowd or overlaps itself"):
-        write_cell_folder(make_sample([[[1, 1]], [[0, 1]]], [2, 2]), tmp_path / "y")
-    with pytest.raises(ValueError, match="class 2 is a crowd"):
-        write_cell_folder(make_sample([[[1, 1]]], [-2]), tmp_path / "y")
-    assert not (tmp_path / "y").exists()

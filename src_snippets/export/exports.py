@@ -23,9 +23,8 @@ from tqdm.auto import tqdm
 from src_snippets.data.drawing import class_color
 from src_snippets.data.images import name_file, require
 from src_snippets.data.layouts import ImageRecord
-from src_snippets.data.rle import crop_mask, draw_masks, mask_areas
-from src_snippets.data.structures import CellSample, coco_dataset, ground_truth
-from src_snippets.data.synthetic import save_rgba
+from src_snippets.data.rle import crop_mask, draw_masks
+from src_snippets.data.structures import coco_dataset
 from src_snippets.evaluation.matching import visible_instances
 from src_snippets.setup.files import atomic_write, clear_folder, write_json
 
@@ -89,7 +88,7 @@ def qupath_feature(rle: dict, label: int, cell: dict) -> dict:
 
 
 # %%
-# @title write_exports, write_cell_folder
+# @title write_exports
 def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
     """Write a label image (H, W): uint16, from 65,536 cells on uint32; its scale as in ImageJ."""
     numbers = numbers.astype(np.uint16 if numbers.max(initial=0) < 2**16 else np.uint32)
@@ -151,17 +150,3 @@ def write_exports(
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     return counts
-
-
-def write_cell_folder(sample: CellSample, folder: Path) -> None:
-    """Write a training folder, `image.tif` and `classK.tif`; ValueError where classes overlap."""
-    truth, maps = ground_truth(sample, crowds=True), {}
-    for label in np.unique(truth.labels).tolist():
-        own = truth.select(truth.labels == label)
-        maps[label] = draw_masks(own.rles, range(1, len(own) + 1), *own.size).astype(np.float64)
-        if label < 0 or np.count_nonzero(maps[label]) < mask_areas(own.rles).sum():
-            raise ValueError(f"{sample.name}: class {abs(label)} is a crowd or overlaps itself.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_rgba(np.moveaxis(sample.image.numpy(), 0, 2), folder / "image.tif")
-    for label, drawn in maps.items():
-        imwrite(folder / f"class{label}.tif", drawn)
