@@ -306,7 +306,6 @@ for fold, folder in folders.items():
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
     parts = [subset(samples, names) for names in splits[fold].values()]
-    session.share(len(folders) - len(runs))
     with session.listen():
         launch(config, train, config, *parts, folder, session, live, RESUME)
     if broadcast((folder / "best.pt").exists):  # not where the session ended before

@@ -626,26 +626,22 @@ def test_a_session_over_in_its_first_epoch_leaves_a_model(parts, tiny_config, tm
     assert len(train(tiny_config, *parts, tmp_path)) == 2  # and it is trained anew
 
 
-def test_a_session_reserves_and_shares_its_time(monkeypatch):
+def test_a_session_reserves_time_to_predict(monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     assert 0 < now - (Session(1.0).end - 3600) < 36_000  # counted from the start of this process
-    session = Session(1.0, evaluations=2)
+    session, free = Session(1.0, evaluations=2), Session(0.0, evaluations=2)
     session.end = now + 1000
-    session.share(4)  # 250 s, less a fourth of what predicting needs
 
     def over_after(seconds):
         monkeypatch.setattr(time, "time", lambda: now + seconds)
         return session.is_over()
 
-    assert not over_after((1000 - 120) / 4 - 1)
-    assert over_after((1000 - 120) / 4 + 1)
+    assert not over_after(1000 - 120 - 1)
+    assert over_after(1000 - 120 + 1)
     session.evaluation_seconds = 100
-    assert not over_after((1000 - 120 - 400) / 4 - 1)
-    assert over_after((1000 - 120 - 400) / 4 + 1)
-    monkeypatch.setattr(time, "time", lambda: now)
-    free = Session(0.0, evaluations=2)
-    free.share(3)
+    assert not over_after(1000 - 120 - 400 - 1)
+    assert over_after(1000 - 120 - 400 + 1)
     assert not free.is_over()
 
 

@@ -70,17 +70,12 @@ class Session:
         max_hours = max_hours if max_hours >= 0 else 8.8 * KAGGLE_WORKING.is_dir()
         self.end = Process().create_time() + (3600 * max_hours or inf)
         self.evaluations, self.evaluation_seconds = evaluations, 0.0  # measured in training
-        self.start, self.parts, self.terminated = time.time(), 1, False
-
-    def share(self, parts: int) -> None:
-        """Gives the next training one of so many equal parts of the time that is left."""
-        self.start, self.parts = time.time(), parts
+        self.terminated = False
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
         reserve = 120 + 2 * self.evaluations * self.evaluation_seconds if self.evaluations else 0
-        until = self.start + (self.end - reserve - self.start) / self.parts
-        return self.terminated or time.time() >= until
+        return self.terminated or time.time() >= self.end - reserve
 
     @contextmanager
     def listen(self):
