@@ -116,6 +116,7 @@ def write_exports(
     kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
     above, tables, areas = os.path.commonpath([image.path.parent for image in images]), [], {}
     named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
+    classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
     for part, suffix in (("labels", ".tif"), ("qupath", ".geojson")):
         clear_folder(folder / part, suffix)
     for image in tqdm(images, desc="exports"):
@@ -128,7 +129,7 @@ def write_exports(
             require(pixels.shape[1:] == instances.size, f"{pixels.shape}, not as predicted.")
         table = measure_cells(numbers, pixels, um_per_px)
         table.insert(0, "image", name)
-        table.insert(2, "class", [kinds[label - 1] for label in instances.labels])
+        table.insert(2, "class", classes[image.image_id])
         table.insert(3, "score", instances.scores.astype(float).round(4))
         rows = zip(instances.rles, instances.labels, table.to_dict("records"), strict=True)
         content = dict(type="FeatureCollection", features=[qupath_feature(*row) for row in rows])
