@@ -33,8 +33,8 @@ def blurred_noise(rng: np.random.Generator, size: tuple[int, int], sigma) -> np.
 def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
     """Draw one image (H, W, 3) uint8 and `{class: (H, W) float64}`, pixel = instance id.
 
-    About half of the cells touch another one, a few overlap it; the edges cut some. Ids are unique
-    over the classes, as in the real files; a class without cells is absent.
+    About half of the cells lie beside another one, a few overlap it, the edges cut some. Ids are
+    unique over the classes, as in the real files; a class without cells is absent.
     """
     size = height + 2 * REACH, width + 2 * REACH  # with a margin, cut off in the end
     pale = 1 / (1 + np.exp(1.2 - 42 * blurred_noise(rng, size, 14.0)))  # gaps in the tissue
@@ -48,7 +48,7 @@ def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
         radius, (row, column) = rng.uniform(*radii), rng.integers((height, width))
         if placed and rng.random() < 0.5:  # beside another one
             other_row, other_column, other_radius = placed[rng.integers(len(placed))]
-            angle, gap = rng.uniform(0, 2 * np.pi), other_radius + radius
+            angle, gap = rng.uniform(0, 2 * np.pi), other_radius + radius + 2
             row = int(np.clip(other_row + gap * np.sin(angle), 0, height - 1))
             column = int(np.clip(other_column + gap * np.cos(angle), 0, width - 1))
         lobe = np.cos(lobes * np.arctan2(y, x) + rng.uniform(0, 2 * np.pi))
