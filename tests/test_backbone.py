@@ -26,8 +26,8 @@ from tests.conftest import real_data
 NAMES = (
     "resnet10",
     "resnet18",
-    "mobilenet_v2",
-    "efficientnet_b0",
+    "timm:mobilenetv2_100",
+    "timm:efficientnet_b0.ra_in1k",
     "timm:convnextv2_atto",
     "timm:regnety_002",
     "timm:hrnet_w18_small",
@@ -126,7 +126,7 @@ def test_a_file_of_another_model_never_gives_random_weights(tmp_path):
             build_backbone(small("resnet18", weights=str(path)))
     torch.save(mobilenet_v2().state_dict(), path)
     with pytest.raises(ValueError, match="parameters are not in the file"):
-        build_backbone(small("mobilenet_v2", weights=str(path)))
+        build_backbone(small("timm:mobilenetv2_100", weights=str(path)))
 
 
 @pytest.mark.parametrize("name", ["resnet18.tv_in1k.safetensors", "resnet18-f37072fd.pth"])
@@ -206,7 +206,12 @@ def test_resnet10_has_one_block_per_stage():
 @pytest.mark.parametrize("kind", ["se", "cbam"])
 @pytest.mark.parametrize(
     "name",
-    ["resnet10", "mobilenet_v2", "timm:hrnet_w18_small", "timm:swin_tiny_patch4_window7_224"],
+    [
+        "resnet10",
+        "timm:mobilenetv2_100",
+        "timm:hrnet_w18_small",
+        "timm:swin_tiny_patch4_window7_224",
+    ],
 )
 def test_attention_starts_as_the_identity_and_keeps_names(kind, name):
     torch.manual_seed(0)
@@ -223,7 +228,7 @@ def test_attention_starts_as_the_identity_and_keeps_names(kind, name):
 
 @pytest.mark.parametrize(
     ("name", "inside"),
-    [("resnet10", True), ("mobilenet_v2", True), ("timm:hrnet_w18_small", False)],
+    [("resnet10", True), ("timm:mobilenetv2_100", True), ("timm:hrnet_w18_small", False)],
 )
 def test_attention_acts_between_stages_where_timm_names_them(name, inside):
     model = build_backbone(small(name, attention="se")).eval()
@@ -276,7 +281,7 @@ def test_attention_learns():
 # Frozen stages, norms
 
 
-@pytest.mark.parametrize("name", ["resnet10", "mobilenet_v2", "timm:convnextv2_atto"])
+@pytest.mark.parametrize("name", ["resnet10", "timm:mobilenetv2_100", "timm:convnextv2_atto"])
 def test_frozen_stages_are_counted_from_the_top(name):
     trained = []
     for count in range(6):

@@ -156,14 +156,16 @@ def test_checkpoints_of_other_recipes_predict_together(demo_samples, tmp_path):
     parts = Subset(demo_samples, [0, 1, 2, 3]), Subset(demo_samples, [4])
     small = SMALL | dict(epochs=1)
     one = make_config("demo", **small)
-    two = make_config("demo", **small | dict(backbone="mobilenet_v2", scale=0.5, head_norm="none"))
+    two = make_config(
+        "demo", **small | dict(backbone="timm:mobilenetv2_100", scale=0.5, head_norm="none")
+    )
     for number, config in enumerate((one, two)):
         Trainer(config, *parts, tmp_path / str(number)).fit()
     paths = [tmp_path / str(number) / "best.pt" for number in (0, 1)]
     state = load_checkpoint(paths[1])
     config = vars(state["config"]) | dict(precision="fp16")  # made on a GPU
     save_checkpoint(state | dict(config=config), paths[1])
-    assert load_trained(paths[1], one, same=False)[1].backbone == "mobilenet_v2"
+    assert load_trained(paths[1], one, same=False)[1].backbone == "timm:mobilenetv2_100"
     images = demo_samples.dataset.test_images
     predictions = predict_test(paths[:1], paths[1:], images, tmp_path, one)
     assert list(predictions) == [image.image_id for image in images]

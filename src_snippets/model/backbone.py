@@ -64,10 +64,6 @@ ALIASES = {  # short names for models of timm
     "resnet10": "resnet18",  # with one block per stage
     "resnet50_v1": "resnet50",  # with the stride in a block's first convolution, as in detectron2
     "resnet50_v2": "resnet50.tv2_in1k",
-    "resnext50_32x4d": "resnext50_32x4d.tv_in1k",
-    "mobilenet_v2": "mobilenetv2_100.ra_in1k",
-    "efficientnet_b0": "efficientnet_b0.ra_in1k",
-    "efficientnet_b1": "efficientnet_b1.ft_in1k",
     **{f"resnet{depth}": f"resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101)},
     **{f"convnext_{size}": f"convnext_{size}.fb_in1k" for size in ("tiny", "small", "base")},
 }
