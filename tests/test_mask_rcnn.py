@@ -203,7 +203,7 @@ def test_grey_input_and_normalisation():
 
 def test_settings_reach_the_model(tiny_config):
     changes = dict(box_nms=0.33, detections=7, rpn_nms=0.44, proposals=11, score_threshold=0.2)
-    changes |= dict(roi_batch_size=24, roi_positive_fraction=0.5)
+    changes |= dict(roi_batch_size=24)
     model = build_model(replace(tiny_config, **changes))
     heads, rpn = model.roi_heads, model.rpn
     assert (heads.nms_thresh, heads.detections_per_img, heads.score_thresh) == (0.33, 7, 0.2)

@@ -103,10 +103,14 @@ def training_target(sample: CellSample) -> dict[str, Tensor]:
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Pairs of image (3, h, w) uint8 and `training_target` with `name`, anew at each look-up."""
+    """Pairs of image (3, h, w) uint8 and `training_target` with `name`, anew in each epoch.
+
+    What is drawn depends on seed, `epoch` and index, and so not on the number of workers.
+    """
 
     def __init__(self, samples, config: Config):
         self.samples, self.config = samples, config
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by all workers
         self.counts = torch.zeros(len(samples), config.num_classes + 1)  # by image and class
         if config.class_crops or config.copy_paste:
             for row, sample in zip(self.counts, samples, strict=True):
@@ -118,7 +122,9 @@ class TrainingSet(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int):
-        sample = self.augmented(index)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(hash((self.config.seed, int(self.epoch), index)))
+            sample = self.augmented(index)
         return sample.image, training_target(sample) | {"name": sample.name}
 
     def augmented(self, index: int) -> CellSample:

@@ -150,6 +150,7 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     state = {} if file in (None, "none") else read_state_dict(file)
     options = dict(features_only=True, out_indices=(-4, -3, -2, -1))
     options |= dict(strict_img_size=False) if name.startswith("swin") else {}
+    options |= dict(drop_path_rate=config.drop_path) if config.drop_path else {}
     if config.backbone == "resnet10":  # from random weights last norms of 1, as torchvision's, gain
         options |= dict(layers=(1, 1, 1, 1), zero_init_last=False)
     options |= dict(pretrained_cfg_overlay=dict(file=str(file))) if state else {}

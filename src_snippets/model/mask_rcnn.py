@@ -52,6 +52,7 @@ class InputTransform(GeneralizedRCNNTransform):
         super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std)
         self.scale, self.grey = config.scale, config.grey
         self.fixed_scale = None  # takes the place of `scale`
+        self.layout = torch.channels_last
 
     def normalize(self, image):
         if image.dtype != torch.uint8:
@@ -71,7 +72,7 @@ class InputTransform(GeneralizedRCNNTransform):
         # Of 32 px the top level of the FPN is one pixel, too few for batch norm in training.
         is_tiny = max(max(image.shape[-2:]) for image in images) <= 32
         batch = super().batch_images(images, 64 if is_tiny else size_divisible)
-        return batch.contiguous(memory_format=torch.channels_last)
+        return batch.contiguous(memory_format=self.layout)
 
     def postprocess(self, result, image_shapes, original_image_sizes):
         for detections, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
@@ -140,7 +141,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
     rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
     rpn.box_similarity = lambda *boxes: boxes  # for BlockMatcher
-    sampling = 0.5, 0.5, config.roi_batch_size, config.roi_positive_fraction
+    sampling = 0.5, 0.5, config.roi_batch_size, 0.25  # at most a quarter of them positive
     layers, classes = [config.box_features] * config.box_layers, config.num_classes + 1
     box_head = FastRCNNConvFCHead((width, 7, 7), [width] * config.box_convs, layers, norm)
     box_parts = CellRoIAlign(7), box_head, FastRCNNPredictor(config.box_features, classes)
@@ -151,6 +152,10 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.compute_losses
     transform = InputTransform(config, backbone.mean, backbone.std)
+    convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    depthwise7 = any(m.kernel_size[0] > 5 for m in convolutions)
+    if depthwise7 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        transform.layout = torch.contiguous_format  # in channels_last slow or failing in cuDNN
     model = detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, transform)
     model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
     if state is not None:
@@ -158,7 +163,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     if (trainable := count_parameters(model) / 1e6) > 200:
         message = f"{trainable:.1f} M trainable parameters; at most 200 M are allowed."
         raise ValueError(f"{message} Take a smaller backbone, or lower trainable_stages.")
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=transform.layout)
 
 
 # %%

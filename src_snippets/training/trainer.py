@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 import json
-from math import ceil, cos, inf, isfinite, pi
+from math import ceil, cos, inf, isfinite, pi, sqrt
 import os
 from pathlib import Path
 import signal
@@ -90,6 +90,7 @@ class Session:
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer, with `lr_factors` and `layer_decay`; norms and biases do not decay."""
     stem, body, fpn, heads = config.lr_factors
+    lr = config.lr * (sqrt(world_size()) if config.scale_lr else 1.0)
     parts = [(fpn, [model.backbone.attention, model.backbone.fpn])]
     parts.append((heads, [model.rpn, model.roi_heads]))
     stages = backbone_stages(model.backbone.body)
@@ -99,7 +100,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = []
     for factor, modules in parts:
         weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-        rates = dict(lr=factor * config.lr, peak_lr=factor * config.lr)
+        rates = dict(lr=factor * lr, peak_lr=factor * lr)
         groups.append(dict(params=[p for p in weights if p.ndim > 1], **rates))
         groups.append(dict(params=[p for p in weights if p.ndim <= 1], weight_decay=0.0, **rates))
     sgd = partial(torch.optim.SGD, momentum=0.9)
@@ -149,7 +150,8 @@ def training_loader(samples, config: Config, batch_size: int) -> DataLoader:
     on_gpu, workers = default_device().type == "cuda", config.workers
     if workers < 0:
         workers = min(os.cpu_count() // world_size(), 4) if on_gpu else 0
-    options = dict(num_workers=workers, pin_memory=on_gpu, collate_fn=collate, shuffle=True)
+    options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
+    options |= dict(collate_fn=collate, shuffle=True)
     drop_last = len(samples) >= batch_size * world_size()
     return DataLoader(TrainingSet(samples, config), batch_size, drop_last=drop_last, **options)
 
@@ -228,6 +230,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
 
 
 MAX_BAD_STEPS = 10  # in a row
+SAVE_SECONDS = 300  # at most between two `last.pt`; evaluations and the end write it too
 PROGRESS = ("history", "steps", "seconds")  # what last.pt holds beside the parts and settings
 
 
@@ -237,6 +240,9 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.seconds = [], 0, 0.0
+        # On a mounted Drive each replaced file stays in the bin: there at evaluations alone
+        self.save_seconds = inf if "drive" in self.folder.parts else SAVE_SECONDS
+        self.saved, self.saved_epochs = time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
         self.accelerator = accelerate.Accelerator(
@@ -283,7 +289,15 @@ class TrainingState:
             return
         with atomic_write(self.folder / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
-        if not scores or (len(scores) > evaluations and scores[-1] == max(scores)):
+        if len(scores) > evaluations and scores[-1] == max(scores):
+            self.save_best()
+        if len(scores) > evaluations or time.time() > self.saved + self.save_seconds:
+            self.save_last()
+
+    def save_last(self) -> None:
+        """Writes `last.pt`, with all that training needs to continue."""
+        self.saved, self.saved_epochs = time.time(), len(self.history)
+        if not evaluation_scores(self.history, self.config.best_by):
             self.save_best()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
@@ -361,6 +375,7 @@ class Trainer(TrainingState):
         limit = 3600 * config.train_hours or inf
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
         self.loader.set_epoch(epoch)  # order of the images
+        self.loader.dataset.epoch.fill_(epoch)
         self.model.train()
         self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
         for images, targets in self.loader:
@@ -380,8 +395,8 @@ class Trainer(TrainingState):
             if is_main() and not (self.folder / "best.pt").exists():
                 self.save_best()
             return
-        if not losses:
-            raise FloatingPointError("Every step of the epoch was skipped: see the lines above.")
+        if not losses:  # all were skipped, as at first where fp16's scale is too high: once more
+            return
         row = dict(epoch=epoch, lr=max(group["lr"] for group in self.optimizer.param_groups))
         row |= {name: np.mean([step[name] for step in losses]) for name in losses[0]}
         row["loss"] = np.mean([sum(step.values()) for step in losses])
@@ -405,7 +420,8 @@ class Trainer(TrainingState):
 
         It has epoch, lr, mean losses, fp16's `scale` and, if it was due, what `evaluate` says.
         """
-        config, done, batch_size = self.config, len(self.history), self.config.batch_size
+        config, batch_size = self.config, self.config.batch_size
+        start = done = len(self.history)
         if reason := stop_reason(self.history, self.seconds, config):
             print(f"ALREADY TRAINED: {self.folder} is used again ({done} epochs, {reason}).")
             print("Set RESUME = False to train again.")
@@ -421,6 +437,9 @@ class Trainer(TrainingState):
         self.loader = self.accelerator.prepare(loader)
         batches = len(self.loader)
         self.max_steps = self.total_steps = config.epochs * ceil(batches / accumulate)
+        if is_main() and not reason:
+            crops, lr = batch_size * accumulate * world_size(), self.optimizer.param_groups[-1]
+            print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr['peak_lr']:.2g}")
         options = dict(total=config.epochs * batches, initial=done * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
         with self.session.listen(), bar:
@@ -433,6 +452,8 @@ class Trainer(TrainingState):
                     reason = "the session ends (max_hours or SIGTERM); run again to continue"
                 if reason:
                     bar.write(f"Training ends after epoch {done}: {reason}.")
+        if is_main() and max(start, self.saved_epochs) < len(self.history):
+            self.save_last()
         if self.callback and is_main() and self.history:
             self.callback(self.history, self.example, True)
         return self.history
