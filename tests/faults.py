@@ -76,7 +76,7 @@ def run_story(kill_at: int) -> None:
     watch(torch, "save", half_saved)
     watch(Path, "write_text", half_written)
     watch(Path, "replace")
-    watch(trainer, "loss_weights")  # inside a step
+    watch(trainer, "lr_factor")  # inside a step
     watch(trainer, "detect")
     watch(trainer, "average_precision")
     watch(predict, "detect")
