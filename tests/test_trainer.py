@@ -52,6 +52,12 @@ def tiny_model(tiny_config):
     return build_model(tiny_config)
 
 
+@pytest.fixture
+def saved_each_epoch(monkeypatch):
+    """`last.pt` is written in each epoch, as where epochs take minutes."""
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", -1)
+
+
 def same_files(one, other, names=("best.pt", "history.csv")):
     assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
@@ -191,6 +197,7 @@ def test_the_callback_sees_each_epoch_and_the_end(parts, tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(ema=0.9, accumulate=2, batch_size=2)])
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_a_resumed_run_equals_one_without_stop(parts, tiny_config, tmp_path, monkeypatch, changes):
     config, saved = replace(tiny_config, epochs=3, **changes), Trainer.save
 
@@ -417,12 +424,62 @@ def test_ten_in_a_row_stop(run):
     assert all(buffer.isfinite().all() for buffer in run.model.buffers())
 
 
-def test_an_epoch_without_a_good_step_stops(parts, tiny_config, tmp_path):
+def test_an_epoch_without_a_good_step_is_repeated(parts, tiny_config, tmp_path):
+    run = Trainer(replace(tiny_config, epochs=1), *parts, tmp_path)
+    poison(run, 1, 2, 3)
+    assert [row["epoch"] for row in run.fit()] == [1]
+    assert run.steps == 1
+
+
+def test_epochs_without_a_good_step_stop(parts, tiny_config, tmp_path):
     run = Trainer(tiny_config, *parts, tmp_path)
     poison(run, *range(99))
-    with pytest.raises(FloatingPointError, match="Every step of the epoch was skipped"):
+    with pytest.raises(FloatingPointError, match="10 times in a row"):
         run.fit()
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
+    parts, tiny_config, tmp_path, monkeypatch
+):
+    """A kill loses at most the epochs since: none but the best weights are written in between."""
+    saved, now, really = [], [0.0], Trainer.save_last
+    monkeypatch.setattr(
+        Trainer, "save_last", lambda run: saved.append(len(run.history)) or really(run)
+    )
+    monkeypatch.setattr(time, "time", lambda: now[0])
+
+    def callback(*_):
+        now[0] += 200.0
+
+    config = replace(tiny_config, epochs=7, eval_every=5)
+    train(config, *parts, tmp_path / "local", None, callback)
+    assert saved == [3, 5, 7]  # after 400 s, and at the two evaluations
+    saved.clear()
+    train(config, *parts, tmp_path / "drive" / "run", None, callback)
+    assert saved == [5, 7]
+    saved.clear()
+    train(config, parts[0], [], tmp_path / "drive" / "all", None, callback)
+    assert saved == [7]  # at the end
+    assert load_checkpoint(tmp_path / "drive" / "all" / "best.pt")["history"][-1]["epoch"] == 7
+
+
+def test_samples_do_not_depend_on_workers_and_change_with_the_epoch(parts, tiny_config):
+    config = replace(tiny_config, crop=64, copy_paste=0.5)
+
+    def images(workers, epochs=(1, 2)):
+        loader, found = training_loader(parts[0], replace(config, workers=workers), 2), []
+        for epoch in epochs:
+            loader.dataset.epoch.fill_(epoch)
+            images = [image for batch in loader for image in batch[0]]
+            found.append(torch.stack(sorted(images, key=lambda image: int(image.sum()))))
+        return found
+
+    (first, second), (same, other) = images(0), images(2)
+    assert torch.equal(first, same)
+    assert torch.equal(second, other)
+    assert not torch.equal(first, second)
+    assert torch.equal(images(2, (2,))[0], second)  # as after a resume
 
 
 def test_gradients_of_several_batches_are_added_up(run):
@@ -565,6 +622,7 @@ def test_training_ends_with_its_hours(parts, tiny_config, tmp_path, clock, capsy
     assert "train_hours=0.00555556 are over" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_a_resumed_run_has_what_is_left_of_its_hours(
     parts, tiny_config, tmp_path, clock, monkeypatch
 ):
@@ -602,6 +660,7 @@ class Short(Session):
         return self.left < 0
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_a_session_that_ends_is_continued_exactly(parts, tiny_config, tmp_path, capsys):
     config = replace(tiny_config, epochs=3)
     train(config, *parts, tmp_path / "whole")
@@ -667,6 +726,7 @@ def test_sigterm_ends_training_alone(parts, tiny_config, tmp_path, capsys):
     assert "Training ends after epoch 1: the session ends" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("saved_each_epoch")
 def test_damaged_checkpoints(parts, tiny_config, tmp_path):
     config = replace(tiny_config, epochs=3)
     whole = train(config, *parts, tmp_path)
@@ -766,7 +826,7 @@ def test_two_processes_learn_as_one_from_two_batches(two, plain, tmp_path, monke
     samples = [field_of_cells(seed, 64) for seed in range(4)]
     val = [field_of_cells(seed, 64) for seed in range(4, 7)]
     one = learned(replace(plain, batch_size=2, accumulate=2), samples, val, tmp_path / "one")
-    config, folder = replace(plain, batch_size=2), tmp_path / "two"
+    config, folder = replace(plain, batch_size=2, scale_lr=False), tmp_path / "two"
     both = launch(config, learned, config, samples, val, folder)
     ((gradient,), (of_both,)) = one[0], both[0]
     assert float((gradient - of_both).norm() / gradient.norm()) < 1e-5
