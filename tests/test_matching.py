@@ -1,9 +1,11 @@
 """The table of matches and all that derives from it, against pycocotools, torchmetrics, by hand."""
 
 from dataclasses import replace
+from itertools import permutations
 
 from hypothesis import given, settings, strategies
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torchmetrics.detection import PanopticQuality
@@ -11,14 +13,14 @@ from torchmetrics.detection import PanopticQuality
 from src_snippets.data.rle import draw_masks, encode_masks, mask_areas
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
 from src_snippets.evaluation.matching import (
-    aji,
     ap50,
     ap_interval,
     mask_pairs,
     match_table,
     matches_above,
-    panoptic_quality,
+    pair_centroids,
     precision_curve,
+    quality_table,
     score_table,
     visible_instances,
 )
@@ -238,77 +240,154 @@ def test_duplicates_are_left_out_and_slivers_with_them():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_panoptic_quality_is_that_of_torchmetrics(seed):
+    """Image by image, since ours is a mean over images."""
     samples, _, predictions = jittered_fields(seed)
-    metric = PanopticQuality({1, 2, 3, 4}, {0}, return_per_class=True)
-    truths, visible = [ground_truth(sample) for sample in samples], []
-    for found, truth in zip(predictions, truths, strict=True):
-        visible.append(without_overlaps(found))
-        images = []
-        for side in (visible[-1], truth):
+    for sample, found in zip(samples, predictions, strict=True):
+        sides, images = (without_overlaps(found), ground_truth(sample)), []
+        for side in sides:
             ids = np.arange(1, len(side) + 1)
             layers = [draw_masks(side.rles, values, *side.size) for values in (side.labels, ids)]
             images.append(torch.from_numpy(np.stack(layers, axis=-1))[None])
+        metric = PanopticQuality({1, 2, 3, 4}, {0}, return_per_class=True)
         metric.update(*images)
-    expected = metric.compute().ravel()[:4].numpy()  # background is last
-    quality = panoptic_quality(match_table(visible, truths, 4), 4)
-    present = np.bincount(np.concatenate([s.labels for s in (*visible, *truths)]), minlength=5)[1:]
-    assert np.allclose(quality[present > 0], expected[present > 0], atol=1e-6)
-    assert quality[present == 0].isna().all()
+        expected = metric.compute().ravel()[:4].numpy()  # background is last
+        quality = quality_table(sides[:1], sides[1:], 4).PQ
+        present = np.unique(np.concatenate([side.labels for side in sides]))
+        assert np.allclose(quality[present], expected[present - 1], atol=1e-6)
+        assert quality.drop([0, *present]).isna().all()
 
 
-def test_panoptic_quality_worked_by_hand():
-    # Class 1: one with IoU 0.75, one invented: 0.75 / 1.5. Class 2: missed. Class 3: absent.
-    truth = truth_of((0, 0, 4, 4, 1), (10, 10, 4, 4, 2))
-    found = instances([(0, 0, 3, 4, 1, 0.9), (0, 12, 4, 4, 1, 0.9)])
-    quality = panoptic_quality(match_table([found], [truth], 3), 3)
-    assert quality.tolist() == pytest.approx([0.5, 0, np.nan], nan_ok=True)
-    half = instances([(0, 0, 2, 4, 1, 0.9)])  # IoU 0.5 is a match for AP50, not for PQ
-    assert panoptic_quality(match_table([half], [truth], 3), 3)[1] == 0
-    assert np.isnan(panoptic_quality(match_table([], [], 2), 2)).all()
+# Measures of the field
 
 
-def test_aji_worked_by_hand():
+def test_quality_worked_by_hand():
     truth = truth_of((0, 0, 10, 10, 1), (0, 20, 10, 10, 1), (20, 0, 10, 10, 2))
     found = instances(
         [
-            (0, 0, 10, 8, 2, 0.9),  # 80 shared, union 100; its class plays no part
-            (0, 20, 10, 20, 1, 0.8),  # 100 shared, union 200
-            (30, 30, 5, 5, 1, 0.7),  # not used: 25
+            (0, 0, 10, 8, 2, 0.9),  # 80 shared, union 100; of a wrong class
+            (0, 20, 10, 20, 1, 0.8),  # 100 shared, union 200: no match of PQ, too far for F1? 5 px
+            (30, 30, 5, 5, 1, 0.7),  # invented
         ]
     )
-    assert aji(truth, found) == pytest.approx((80 + 100) / (100 + 200 + 100 + 25))
-    assert (aji(truth, truth), aji(NOTHING, found)) == (1, 0)
-    # A detection over two instances is the best of both and counts for both.
-    both = instances([(0, 0, 10, 30, 1, 0.9)])
-    assert aji(truth.select([0, 1]), both) == pytest.approx(200 / (300 + 300))
-    assert aji(truth, NOTHING) == 0
-    assert np.isnan(aji(NOTHING, NOTHING))
+    table = quality_table([found], [truth], 3)
+    assert table.columns.tolist() == ["DICE", "AJI", "DQ", "SQ", "PQ", "F1"]
+    assert table.loc[0].tolist() == pytest.approx(
+        [
+            2 * 180 / (80 + 200 + 25 + 300),
+            (80 + 100) / (100 + 200 + 100 + 25),
+            1 / 3,  # one of three and three
+            0.8,
+            0.8 / 3,
+            2 / 3,  # centroids 1 and 5 px apart
+        ]
+    )
+    # Class 1: of two instances and two detections only the second share pixels. F1: a pair of its
+    # own, one invented, and the pair with the wrong class twice.
+    assert table.loc[1].tolist() == pytest.approx(
+        [2 * 100 / (225 + 200), 100 / (200 + 100 + 25), 0, 0, 0, 2 / (2 + 1 + 2)]
+    )
+    # Class 2: one missed, one that lies elsewhere; that one's pair is of the wrong class.
+    assert table.loc[2].tolist() == [0] * 6
+    assert table.loc[3].isna().all()
 
 
-@settings(max_examples=30, deadline=None)
-@given(strategies.integers(0, 2**31))
-def test_aji_of_any_label_images(seed):
-    """Against the definition, pixel by pixel."""
-    rng = np.random.default_rng(seed)
-    sides = [rng.integers(0, 4, (5, 6)).repeat(2, 0) * (rng.random((10, 6)) < 0.9) for _ in "ab"]
-    truth, found = (ground_truth(make_sample([side], [1])) for side in sides)
-    masks = [[side == k for k in np.unique(side[side > 0])] for side in sides]
+def test_a_detection_may_serve_two_instances_in_aji_only():
+    truth, both = truth_of((0, 0, 10, 10, 1), (0, 20, 10, 10, 1)), instances([(0, 0, 10, 30, 1, 1)])
+    table = quality_table([both], [truth], 1)
+    assert table.AJI[0] == pytest.approx(200 / (300 + 300))
+    assert table.DICE[0] == pytest.approx(2 * 200 / 500)
+    assert table.F1[0] == pytest.approx(2 / 3)  # centroids 10 px from both
+    half = instances([(0, 0, 10, 5, 1, 1)])  # IoU 0.5 is a match for AP50, not for PQ
+    assert quality_table([half], [truth], 1).loc[1, ["DQ", "SQ", "PQ"]].tolist() == [0, 0, 0]
+
+
+def test_centroids_are_paired_within_twelve_pixels():
+    truth = truth_of((0, 0, 3, 3, 1), (20, 0, 3, 3, 1))
+    for column, hits in ((12, 1), (13, 0)):
+        found = instances([(0, column, 3, 3, 1, 1.0)])
+        assert pair_centroids(found, truth).tolist() == [[0] * hits] * 2
+    # One each, though both detections are nearest to the first: 3 + 11 px, not 4 + 20.
+    found = instances([(0, 3, 3, 3, 1, 1.0), (9, 0, 3, 3, 1, 1.0)])
+    assert pair_centroids(found, truth).tolist() == [[0, 1], [0, 1]]
+    for sides in ((NOTHING, truth), (truth, NOTHING), (NOTHING, NOTHING)):
+        assert pair_centroids(*sides).shape == (2, 0)
+
+
+def test_quality_is_a_mean_of_images_but_f1():
+    truth = truth_of((0, 0, 10, 10, 1), (0, 20, 10, 10, 1), (20, 0, 10, 10, 1))
+    table = quality_table([truth, NOTHING, NOTHING], [truth, truth.select([0]), NOTHING], 2)
+    assert table.loc[0, ["DICE", "AJI", "DQ", "SQ", "PQ"]].tolist() == [0.5] * 5
+    assert table.F1[1] == pytest.approx(2 * 3 / (3 + 4))
+    assert table.loc[2].isna().all()
+    for sides in (([], []), ([NOTHING], [NOTHING])):
+        table = quality_table(*sides, 2)
+        assert table.shape == (3, 6)
+        assert table.isna().all(axis=None)
+    with pytest.raises(ValueError, match="zip"):
+        quality_table([NOTHING], [], 2)
+
+
+def published_scores(ids, ids_found) -> dict[str, float]:
+    """The definitions on label maps (H, W), pixel by pixel: masks, IoUs of all pairs, then sums."""
+    masks, found = ([side == k for k in np.unique(side[side > 0])] for side in (ids, ids_found))
+    ious = np.array([[(m & f).sum() / (m | f).sum() for f in found] for m in masks])
     shared, union, used = 0, 0, set()
-    for mask in masks[0]:
-        ious = [(mask & other).sum() / (mask | other).sum() for other in masks[1]]
-        if max(ious, default=0) > 0:
-            best = max(np.flatnonzero(np.array(ious) == max(ious)))
-            if ious.count(max(ious)) > 1:
-                return  # the definition leaves open which is taken
-            used.add(best)
-            shared, union = (
-                shared + (mask & masks[1][best]).sum(),
-                union + (mask | masks[1][best]).sum(),
-            )
-        else:
-            union += mask.sum()
-    union += sum(mask.sum() for k, mask in enumerate(masks[1]) if k not in used)
-    assert aji(truth, found) == pytest.approx(shared / union)
+    for row, mask in enumerate(masks):
+        best = int(ious[row].argmax())
+        other = found[best] if ious[row, best] > 0 else np.zeros_like(mask)
+        used |= {best} if other.any() else set()
+        shared, union = shared + (mask & other).sum(), union + (mask | other).sum()
+    union += sum(mask.sum() for k, mask in enumerate(found) if k not in used)
+    true = ious[ious > 0.5]
+    wrong = len(masks) + len(found) - 2 * len(true)
+    dq, sq = len(true) / (len(true) + wrong / 2), true.mean() if len(true) else 0
+    dice = 2 * ((ids > 0) & (ids_found > 0)).sum() / ((ids > 0).sum() + (ids_found > 0).sum())
+    return dict(DICE=dice, AJI=shared / union, DQ=dq, SQ=sq, PQ=dq * sq)
+
+
+def published_f1(truths, predictions, label) -> float:
+    """F of detection (label 0) or of a class over images: TP 2, pairs of two classes 2, alone 1."""
+    hits = wrong = alone = 0
+    for (centers, kinds), (others, found) in zip(truths, predictions, strict=True):
+        options = []
+        for order in permutations(range(max(len(centers), len(others)))):
+            pairs = [(i, j) for i, j in enumerate(order) if i < len(centers) and j < len(others)]
+            far = [np.hypot(*(centers[i] - others[j])) for i, j in pairs]
+            options.append((sum(far), [p for p, d in zip(pairs, far, strict=True) if d <= 12]))
+        pairs = min(options)[1]
+        for i, j in pairs:
+            known = {kinds[i], found[j]} if label else {0}
+            hits += known == {label}
+            wrong += label in known and known != {label}
+        left = [k for i, k in enumerate(kinds) if i not in {i for i, _ in pairs}]
+        left += [k for j, k in enumerate(found) if j not in {j for _, j in pairs}]
+        alone += sum(label in (0, k) for k in left)
+    total = 2 * hits + 2 * wrong + alone
+    return 2 * hits / total if total else np.nan
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.integers(0, 2**31))
+def test_quality_is_as_published(seed):
+    """Against the definitions on random label maps, three images with two classes."""
+    rng = np.random.default_rng(seed)
+    truths, predictions, rows, centers = [], [], [], ([], [])
+    for _ in range(3):
+        maps = [rng.integers(0, 4, (5, 6)).repeat(5, 0).repeat(3, 1) for _ in "ab"]
+        maps = [side * (rng.random(side.shape) < 0.9) for side in maps]
+        maps[1][:, 3:] = np.where(rng.random((25, 18)) < 0.8, maps[0], maps[1])[:, 3:]
+        for side, own, places in zip(maps, (truths, predictions), centers, strict=True):
+            sample = make_sample([side], [1])
+            labels = torch.from_numpy(rng.integers(1, 3, len(sample.labels)))
+            own.append(ground_truth(replace(sample, labels=labels)))
+            ids = np.unique(side[side > 0])
+            places.append(([np.argwhere(side == k).mean(0) for k in ids], labels.tolist()))
+        rows.append(published_scores(*maps))
+    table = quality_table(predictions, truths, 2)
+    expected = pd.DataFrame(rows).mean().to_dict()
+    assert table.loc[0].drop("F1").to_dict() == pytest.approx(expected, abs=1e-6)
+    for label in range(3):
+        assert table.F1[label] == pytest.approx(published_f1(*centers, label), nan_ok=True)
 
 
 # The table of scores
@@ -320,22 +399,36 @@ def test_scores_worked_by_hand():
     found = instances([(2, 2, 4, 4, 1, 0.9), (2, 10, 4, 3, 1, 0.3), (0, 0, 2, 2, 1, 0.04)], size)
     config = make_config("demo", class_names=("round", "flat"), score_threshold=0.5)
     table = score_table([truth], [found], config)
-    assert table.index.tolist() == ["all", "best 100 per image and class", "round", "flat"]
-    assert table.columns.tolist() == ["AP", "AP50", "AP75", "PQ", "AJI", "instances"]
-    # One of two from 0.5 on; PQ and AJI too: only that one is exported, 16 of 32 pixels
+    every = "all instances"
+    assert table.index.tolist() == [every, "best 100 per image and class", "round", "flat"]
+    expected = "AP AP50 AP75 instances DICE AJI DQ SQ PQ F1"
+    assert table.columns.tolist() == expected.split()
+    # One of two from 0.5 on; the others too: only that one is exported, 16 of 32 pixels
     assert table.AP50.tolist()[:3] == pytest.approx([51 / 101] * 3)
-    assert (table.PQ["all"], table.AJI["all"]) == pytest.approx((2 / 3, 0.5))
-    assert table.instances["all"] == table.instances["round"] == 2
-    assert table.loc["flat", ["AP", "AP50", "PQ"]].isna().all()
+    expected = dict(DICE=2 / 3, AJI=0.5, DQ=2 / 3, SQ=1, PQ=2 / 3, F1=2 / 3)
+    for row in (every, "round"):
+        assert table.loc[row, list(expected)].to_dict() == pytest.approx(expected)
+    assert table.instances[every] == table.instances["round"] == 2
+    assert table.loc["flat"].drop("instances").isna().all()
     assert "NaN" not in table.to_html(na_rep="-")
     low = replace(config, score_threshold=0.3, export_score_threshold=0.04)
     table = score_table([truth], [found], low)
-    assert table.AP50["all"] == 1
-    assert table.PQ["all"] == pytest.approx((1 + 0.75) / 2.5)  # one of three is invented
-    assert table.AJI["all"] == pytest.approx(28 / 36)
+    assert table.AP50[every] == 1
+    assert table.PQ[every] == pytest.approx((1 + 0.75) / 2.5)  # one of three is invented
+    assert table.AJI[every] == pytest.approx(28 / 36)
     nothing = ground_truth(empty_sample())
     table = score_table([truth, empty_sample()], [found, nothing], low)
-    assert table.AJI["all"] == pytest.approx(28 / 36)  # an image without instances does not count
+    assert table.AJI[every] == pytest.approx(28 / 36)  # an image without instances does not count
+
+
+def test_ground_truth_that_overlaps_is_scored_as_a_label_image():
+    """Two instances share 20 of 100 px each: the first keeps them, in prediction and truth."""
+    ids = np.zeros((2, 30, 30), int)
+    ids[0, :10, :10], ids[1, 8:18, :10] = 1, 1
+    sample = make_sample(ids, [1, 1])
+    config = make_config("demo", class_names=("round",))
+    table = score_table([sample], [ground_truth(sample)], config)
+    assert table.loc["round"].tolist() == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_cap_of_100_hides_the_101st():

@@ -4,7 +4,7 @@
 # ### Match detections with the ground truth and score them
 # AP50 is one number; the table of matches says where it comes from. Predictions and ground truth of
 # the validation images go in, every score and figure below comes out of the same rows. The trap: AP
-# takes all detections; PQ, AJI and the figures take those that are exported, without overlaps.
+# takes all detections; DICE, AJI, PQ, F1 and the figures take what is exported, without overlaps.
 
 # %%
 # @title match_table: one row per detection and per missed instance
@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pycocotools.mask
+from scipy.ndimage import center_of_mass
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 
 from src_snippets.data.rle import draw_masks, mask_areas
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
@@ -22,6 +25,7 @@ from src_snippets.training.metrics import average_precision
 
 MATCH_DTYPES = dict(image=int, detection=int, label=int, target=int, target_label=int)
 MATCH_DTYPES |= dict(target_area=int, score="float32", iou=float, tp50=bool)
+MEASURES = ("DICE", "AJI", "DQ", "SQ", "PQ")
 
 
 def mask_pairs(detections: Instances, truth: Instances) -> pd.DataFrame:
@@ -91,7 +95,7 @@ def matches_above(table: pd.DataFrame, min_score: float) -> pd.DataFrame:
 
 
 # %%
-# @title score_table: AP, PQ and AJI; the interval of AP50
+# @title score_table: AP with its interval; DICE, AJI, PQ and F1 of detection
 def precision_curve(table: pd.DataFrame, label: int) -> np.ndarray:
     """Precision (101,) of a class at recall 0, 0.01 .. 1, as in COCOeval; NaN: no instances."""
     hits, total = table.tp50[table.label == label].cumsum(), (table.target_label == label).sum()
@@ -127,42 +131,71 @@ def visible_instances(instances: Instances) -> Instances:
     return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
 
 
-def panoptic_quality(table: pd.DataFrame, num_classes: int) -> pd.Series:
-    """PQ (arXiv:1801.00868) of classes 1..C from matches without overlaps; NaN: nothing there."""
-    hits = table[(table.label == table.target_label) & (table.iou > 0.5)].groupby("label").iou
-    sizes = pd.concat([table.label, table.target_label]).value_counts()
-    classes = range(1, num_classes + 1)
-    return 2 * hits.sum().reindex(classes, fill_value=0) / sizes.reindex(classes)
+def segmentation_quality(found: Instances, truth: Instances) -> tuple[float, ...]:
+    """DICE of the foreground, AJI, DQ, SQ and PQ of one image, whatever the classes; 0..1 or NaN.
+
+    In AJI several instances may take one detection; DQ, SQ and PQ are of pairs with IoU above 0.5.
+    """
+    if not (count := len(found) + len(truth)):
+        return (np.nan,) * len(MEASURES)
+    pairs, foreground = mask_pairs(found, truth), mask_areas([*found.rles, *truth.rles]).sum()
+    best = pairs.loc[pairs.groupby("target").iou.idxmax()]
+    shared, again = best.shared.sum(), best.area[best.detection.duplicated()].sum()
+    ious = pairs.iou[pairs.iou > 0.5]
+    dq, sq = 2 * len(ious) / count, ious.sum() / max(len(ious), 1)
+    dice, aji = 2 * pairs.shared.sum() / foreground, shared / (foreground + again - shared)
+    return dice, aji, dq, sq, dq * sq
 
 
-def aji(truth: Instances, found: Instances) -> float:
-    """Aggregated Jaccard index of all classes (Kumar et al., IEEE TMI 2017); NaN: nothing there."""
-    best = mask_pairs(found, truth).sort_values("iou").drop_duplicates("target", keep="last")
-    unused = np.delete(mask_areas(found.rles), best.detection).sum()
-    union = mask_areas(truth.rles).sum() + (best.area - best.shared).sum() + unused
-    return best.shared.sum() / union if union else np.nan
+def pair_centroids(found: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:
+    """Pair centroids at most `radius` px apart: (2, K) int64, detections and their targets."""
+    maps = [draw_masks(s.rles, np.arange(len(s)) + 1, *s.size) for s in (found, truth)]
+    centers = (np.reshape(center_of_mass(m > 0, m, range(1, m.max() + 1)), (-1, 2)) for m in maps)
+    distances = cdist(*centers)
+    pairs = np.array(linear_sum_assignment(distances))
+    return pairs[:, distances[tuple(pairs)] <= radius]
+
+
+def quality_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
+    """DICE, AJI, DQ, SQ, PQ, F1 of detection (0..1, NaN: nothing there): row 0 of all, then 1..C.
+
+    Means over the images with instances or detections; but F1 is pooled, and a pair of two classes
+    counts twice in it. predictions, ground_truths: one per image, without overlaps and crowds.
+    Source: HoVer-Net, Graham et al. 2019, doi:10.1016/j.media.2019.101563, and its code.
+    """
+    rows = []
+    for found, truth in zip(predictions, ground_truths, strict=True):
+        pairs = pair_centroids(found, truth)
+        for label in range(num_classes + 1):
+            own, known = ((side.labels == label) | (label == 0) for side in (found, truth))
+            first, second = own[pairs[0]], known[pairs[1]]
+            count = own.sum() + known.sum() + (first != second).sum()
+            quality = segmentation_quality(found.select(own), truth.select(known))
+            rows.append((label, *quality, 2 * (first & second).sum(), count))
+    columns = ["label", *MEASURES, "hits", "count"]
+    groups = pd.DataFrame(rows, columns=columns, dtype=float).groupby("label")
+    table = groups.mean().assign(F1=groups.hits.sum() / groups["count"].sum())
+    return table.reindex(range(num_classes + 1))[[*MEASURES, "F1"]]
 
 
 def score_table(samples, predictions, config: Config) -> pd.DataFrame:
-    """AP, AP50, AP75, PQ, AJI (0..1, NaN: not defined) and instances, of all and by class.
+    """AP and the measures of `quality_table` (0..1, NaN: not defined), of all and by class.
 
-    predictions: one per sample. AP is of those from `score_threshold` on; PQ and AJI (mean of the
-    images) are of what is exported, see `visible_instances`.
+    predictions: one per sample. AP (of all: mean of the classes) is of those from `score_threshold`
+    on; the others are of what is exported, see `visible_instances`.
     """
     categories = dict(enumerate(config.class_names, start=1))
     results = {k: p.above(config.score_threshold) for k, p in enumerate(predictions, start=1)}
     scores = average_precision(coco_ground_truth(samples, categories), results)
     truths = [ground_truth(sample, crowds=True) for sample in samples]
     exported = [visible_instances(p.above(config.export_score_threshold)) for p in predictions]
-    table, values = match_table(exported, truths, len(categories)), []
-    for image, (truth, instances) in enumerate(zip(truths, exported, strict=True)):
-        counted = table.detection[(table.image == image) & (table.label > 0)]
-        values.append(aji(truth.select(truth.labels > 0), instances.select(counted)))
-    quality, classes = panoptic_quality(table, len(categories)), scores["classes"]
-    means = dict(PQ=quality.mean(), AJI=pd.Series(values, dtype=float).mean())
-    count = dict(instances=sum(row["instances"] for row in classes.values()))
+    table = match_table(exported, truths, len(categories)).query("label > 0")  # none in a crowd
+    exported = [p.select(table.detection[table.image == k]) for k, p in enumerate(exported)]
+    truths = [without_overlaps(truth.select(truth.labels > 0)) for truth in truths]
+    quality = quality_table(exported, truths, len(categories))
+    count = dict(instances=sum(row["instances"] for row in scores["classes"].values()))
     capped = {name: scores[f"{name}_100"] for name in ("AP", "AP50", "AP75")}
-    rows = {"all": scores | means | count, "best 100 per image and class": capped | count}
-    rows |= {categories[k]: row | dict(PQ=quality[k]) for k, row in classes.items()}
-    columns = dict.fromkeys(("AP", "AP50", "AP75", "PQ", "AJI"), float) | dict(instances=int)
-    return pd.DataFrame(list(rows.values()), list(rows), list(columns)).astype(columns)
+    rows = {0: scores | count, "best 100 per image and class": capped | count} | scores["classes"]
+    columns = dict.fromkeys(("AP", "AP50", "AP75"), float) | dict(instances=int)
+    table = pd.DataFrame(list(rows.values()), list(rows), list(columns)).astype(columns)
+    return table.join(quality).rename({0: "all instances"} | categories)
