@@ -184,7 +184,9 @@ dataset = open_dataset(data_root, config)
 config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
-print(f"{len(dataset.test_images)} test images;", dataset_warnings(samples, config) * trains)
+print(
+    f"{len(dataset.test_images)} test images;", dataset_warnings(samples, splits, config) * trains
+)
 show_table(dataset_table(samples, splits, config.class_names))
 
 # %%

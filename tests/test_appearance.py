@@ -71,6 +71,21 @@ def test_plain_borders_make_no_seam():
     assert find_seams([image_borders(image.astype(np.uint8)) for image in plain]) == []
 
 
+def test_black_corners_of_turned_images_make_no_seam():
+    """Right and left border end in the same black corner; beside it they have nothing in common."""
+    one, other = noise(100, 40), noise(100, 40, 1)
+    for image in (one, other):
+        image[:, :30] = np.arange(9)[:, None].repeat(4, 0)[:30]  # as JPEG leaves it
+        image[:, 30:] //= 2
+        image[:, 30:] += 100
+    assert find_seams([image_borders(one), image_borders(other)]) == []
+    beside = np.concatenate([one, other], 2).repeat(2, 2)
+    halves = [image_borders(beside[:, :, :79]), image_borders(beside[:, :, 79:])]
+    assert find_seams(halves) == [(0, 1)]  # the rest is enough where it goes on
+    black = [image_borders(np.zeros((3, 100, 40), np.uint8))] * 2
+    assert find_seams(black) == []
+
+
 def test_one_picture_only_is_one_group():
     picture = noise(80, 120).repeat(2, 1).repeat(2, 2)
     two = [image_borders(np.roll(picture, 99 * k, 2)[:, :, :99]) for k in range(2)] * 30

@@ -1,7 +1,11 @@
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+import re
 
+from hypothesis import given, settings, strategies
 import numpy as np
+import pandas as pd
 from PIL import Image
 import pytest
 
@@ -11,6 +15,7 @@ from src_snippets.data.samples import (
     available_memory,
     CellSamples,
     dataset_table,
+    dataset_warnings,
     image_stem,
     make_splits,
     sample_records,
@@ -18,7 +23,7 @@ from src_snippets.data.samples import (
 )
 from src_snippets.data.synthetic import save_rgba
 from src_snippets.setup.config import make_config
-from tests.conftest import make_sample, real_data, refused, write_folder
+from tests.conftest import empty_sample, make_sample, real_data, refused, write_folder
 
 CONFIG = make_config("demo", split_by="image")
 
@@ -41,8 +46,10 @@ class Counted(CellSamples):
     def __init__(self, names, counts, groups=()):
         self.names, self.counts = list(names), np.asarray(counts)
         self.positions = {name: index for index, name in enumerate(self.names)}
-        own = dict(groups)
+        own, self.pixels = dict(groups), self.names
         self.dataset = CellDataset(Path(), "csv", self.names, None, {1: "a"}, [], own)
+        index = pd.MultiIndex.from_tuples([("images", "read"), ("instances", "read")])
+        self.summary = pd.DataFrame(dict(count=[len(self.names), self.counts.sum()]), index)
 
 
 def counted(names, groups=(), classes=None) -> Counted:
@@ -65,9 +72,9 @@ def test_the_budget_bounds_the_cache(tmp_path, monkeypatch, capsys):
     assert samples[2].labels.tolist() == [1]
     assert samples.counts.tolist() == [[0, 1, 0, 0, 0]] * 3
     assert [s.name for s in samples] == ["a/image.tif", "b/image.tif", "c/image.tif"]
-    assert "read 3 of 3 images with 3 instances; left out: 0 crowds; in memory: 2 images" in (
-        capsys.readouterr().out
-    )
+    assert len(samples.cache) == 2
+    text = capsys.readouterr().out
+    assert re.search(r"images +read +3 *\ninstances +read +3 *\n$", text)
     monkeypatch.setattr(module, "available_memory", lambda: 4 * one)  # half of it counts
     assert len(CellSamples(dataset, cache_gb=1.0).cache) == 2
     monkeypatch.setattr(module, "world_size", lambda: 2)  # as many processes share the machine
@@ -77,11 +84,51 @@ def test_the_budget_bounds_the_cache(tmp_path, monkeypatch, capsys):
     assert len(CellSamples(dataset, cache_gb=1.0).cache) == 3
 
 
-def test_crowds_are_counted_apart(capsys):
-    sample = make_sample([np.eye(4), 2 * np.ones((4, 4))], [1, -2])
-    dataset = CellDataset(Path(), "coco", ["x"], lambda name: sample, {3: "a", 7: "b"}, [], {})
-    assert CellSamples(dataset, 0.0).counts.tolist() == [[0, 1, 0]]
-    assert "left out: 1 crowds; in memory: 0 images" in capsys.readouterr().out
+def drawn(names, read, **files) -> CellSamples:
+    """Samples that `read` draws by name."""
+    return CellSamples(
+        CellDataset(Path(), "coco", names, read, {3: "a", 7: "b"}, [], {}, **files), 0
+    )
+
+
+def test_what_is_left_out_is_counted_with_an_example(capsys):
+    """Four instances and a crowd on each of three images; of two files more is left out."""
+    sample = make_sample([np.arange(4).reshape(4, 1) + np.ones((4, 4), int), np.eye(4)], [1, -2])
+    others = {"y": {"box only": 2, "outside": 1}, "z": {"box only": 5}}
+    files = {"not listed": [Path("p.png"), Path("q.png")], "none of these": []}
+    samples = drawn(
+        [*"xyz"], lambda name: replace(sample, left_out=others.get(name, {})), left_out=files
+    )
+    assert samples.counts.tolist() == [[0, 4, 0]] * 3
+    assert [*samples.summary.itertuples(name=None)] == [
+        (("images", "read"), 3, ""),
+        (("instances", "read"), 12, ""),
+        (("instances", "crowd: ignored"), 3, "x"),
+        (("instances", "box only"), 7, "y"),
+        (("instances", "outside"), 1, "y"),
+        (("images", "not listed"), 2, "p.png"),
+    ]
+    assert re.search(r"box only +7 +y\n", capsys.readouterr().out)
+    told = dataset_warnings(samples, {}, replace(CONFIG, class_names=("a", "b")))
+    assert told.splitlines() == [
+        "WARNING: 2 of 5 images are left out: see the table above.",
+        "WARNING: 11 of 23 instances are left out: see the table above.",
+    ]
+
+
+@pytest.mark.parametrize(("lost", "warned"), [(1, False), (2, True)])
+def test_more_than_one_in_twenty_left_out_is_a_warning(lost, warned):
+    sample = make_sample([np.arange(1, 20).reshape(1, 19)], [1])
+    samples = drawn(["x"], lambda name: replace(sample, left_out={"outside": lost}))
+    told = dataset_warnings(samples, {}, CONFIG)
+    assert ("WARNING" in told) is warned
+    assert told.startswith("WARNING: 2 of 21 instances" if warned else "each class has instances")
+
+
+def test_all_left_out_is_an_error_that_counts():
+    sample = replace(empty_sample(), left_out={"box only": 1234})
+    with refused(r"no instances in any training image; expected some.\n(.|\n)*box only +2468 +x"):
+        drawn(["x", "y"], lambda name: sample)
 
 
 def test_the_digest_changes_with_any_id(tmp_path):
@@ -132,7 +179,7 @@ def test_a_split_with_groups_is_near_the_fraction():
         assert {groups[n] for n in split["val"]}.isdisjoint(groups[n] for n in split["train"])
     two = {name: f"g{i // 20}" for i, name in enumerate(names)}
     assert len(make_splits(counted(names, two), CONFIG)[0]["val"]) == 20
-    with pytest.raises(ValueError, match=r"of 1 groups, but 2 parts.*correct groups.csv"):
+    with pytest.raises(ValueError, match=r"of 1 groups .*, but 2 parts.*correct groups.csv"):
         make_splits(counted(names, dict.fromkeys(names, "p")), CONFIG)
 
 
@@ -150,7 +197,7 @@ def test_groups_are_never_split_by_folds():
         assert own[0].isdisjoint(own[1])
     assert make_splits(counted(names[::-1], groups), three) == folds
     assert make_splits(counted(names, groups), replace(three, fold=2)) == {2: folds[2]}
-    with pytest.raises(ValueError, match=r"of 6 groups, but 7 parts: lower folds \(now 7\)"):
+    with pytest.raises(ValueError, match=r"of 6 groups .*, but 7 parts: lower folds \(now 7\)"):
         make_splits(counted(names, groups), replace(CONFIG, folds=7))
 
 
@@ -188,12 +235,142 @@ def test_images_that_look_alike_stay_together(tmp_path):
     for name, group in groups.items():
         slides.setdefault(group, set()).add(int(name[1:]) % 3)
     assert all(len(slide) == 1 for slide in slides.values())
-    assert samples.groups("image") == {}
+    assert set(samples.groups("image").values()) == set(samples.names)
     split = make_splits(samples, make_config("demo"))[0]
     assert split["val"]
     assert {groups[n] for n in split["val"]}.isdisjoint(groups[n] for n in split["train"])
     samples.dataset = replace(samples.dataset, groups={"n00": "patient"})
-    assert samples.groups("appearance") == {"n00": "patient"}  # the dataset knows better
+    assert samples.groups("appearance") == samples.groups("image")  # the dataset knows better
+    assert len(set(samples.groups("image").values())) == 42
+    samples.features[:] = samples.features[:1] * 42
+    samples.dataset = replace(samples.dataset, groups={})
+    assert len(make_splits(samples, make_config("demo"))[0]["val"]) == 8  # all look alike: by image
+
+
+def test_copies_are_one_group_whatever_else_groups_images(monkeypatch):
+    """Equal pixels, Roboflow's names and groups join each other, directly or by way of others."""
+    names = ["a", "train/b_png.rf.0a1b.png", "b_png.rf.77.jpg", "d", "e", "b_png", "e.png"]
+    samples = counted(names, {names[2]: "p", "d": "p"})
+    samples.pixels = [b"1", b"1", b"2", b"3", b"4", b"5", b"6"]
+    groups = samples.groups("image")
+    assert len({groups[name] for name in names[:4]}) == 1
+    assert len(set(groups.values())) == 4
+    assert samples.groups("appearance") == groups
+    split = make_splits(samples, CONFIG)[0]
+    assert len({groups[name] for name in split["val"]} & {groups[n] for n in split["train"]}) == 0
+    samples = counted(names)
+    samples.pixels = names
+    samples.features, samples.borders = [], []
+    monkeypatch.setattr(module, "group_by_appearance", lambda *_: np.array([1, 2, 1, 3, 3, 4, 5]))
+    groups = samples.groups("appearance")
+    assert [names.index(min(n for n in names if groups[n] == groups[m])) for m in names[:3]] == [
+        0
+    ] * 3
+    assert groups["d"] == groups["e"] != groups["a"]
+
+
+def test_equal_images_have_equal_pixels():
+    images = {
+        name: make_sample([np.eye(8)], [1], seed)
+        for name, seed in zip("abc", (0, 1, 0), strict=True)
+    }
+    groups = drawn([*"abc"], images.get).groups("image")
+    assert groups["a"] == groups["c"] != groups["b"]
+
+
+# What the training part can teach
+
+
+def missing_classes(samples, names) -> int:
+    """Classes (and images) of the dataset without any in these."""
+    every = samples.counts.copy()
+    every[:, 0] = 1
+    part = every[[samples.positions[name] for name in names]].sum(0)
+    return ((part == 0) & (every.sum(0) > 0)).sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(strategies.integers(0, 2**31))
+def test_every_class_is_learned_where_groups_allow(seed):
+    """Against all ways to choose the validation part: none misses fewer classes in training."""
+    rng = np.random.default_rng(seed)
+    number = rng.integers(2, 7)
+    names = [f"n{i}" for i in range(rng.integers(number, 2 * number))]
+    groups = {name: str(i % number) for i, name in enumerate(names)}
+    samples = counted(names, groups)
+    samples.counts = rng.integers(0, 9, (len(names), 4)) * (rng.random((len(names), 4)) < 0.3)
+    samples.counts[:, 0] = 0
+    config = replace(CONFIG, seed=seed % 99, val_fraction=float(rng.choice([0.05, 0.2, 0.5, 0.9])))
+    split = make_splits(samples, config)[0]
+    assert split["val"]
+    assert split["train"]
+    options = []
+    for size in range(1, number):
+        for val in combinations(map(str, range(number)), size):
+            options.append(missing_classes(samples, [n for n in names if groups[n] not in val]))
+    assert missing_classes(samples, split["train"]) == min(options)
+
+
+def test_controls_without_instances_are_no_training_part():
+    names = [f"n{i}" for i in range(8)]
+    groups = {name: "patient" if i < 4 else "control" for i, name in enumerate(names)}
+    samples = counted(names, groups)
+    samples.counts[4:] = 0
+    samples.counts[:, 2:] = 0
+    config = replace(CONFIG, class_names=("a", "b", "c"))
+    for seed in range(5):
+        splits = make_splits(samples, replace(config, seed=seed))
+        assert splits == {0: {"train": names[:4], "val": names[4:]}}
+        told = dataset_warnings(samples, splits, config).splitlines()
+        assert told == [
+            "WARNING: no b, c in train: correct classes or groups.",
+            "WARNING: no a, b, c in val: correct classes or groups.",
+        ]
+    # With a second patient the controls train too.
+    samples = counted([*names, "o"], groups | {"o": "other"})
+    samples.counts[4:8] = 0
+    for seed in range(5):
+        val = make_splits(samples, replace(config, seed=seed, val_fraction=0.1))[0]["val"]
+        assert val == ["o"]
+
+
+def test_a_class_of_two_groups_is_in_every_fold_for_training():
+    names = [f"n{i}" for i in range(6)]
+    samples = counted(names, classes=[1, 1, 1, 1, 2, 2])
+    for seed in range(20):
+        folds = make_splits(samples, replace(CONFIG, folds=2, seed=seed))
+        assert all(missing_classes(samples, fold["train"]) == 0 for fold in folds.values())
+    alone = counted(names, classes=[1, 1, 1, 1, 1, 2])
+    folds = make_splits(alone, replace(CONFIG, folds=2))
+    told = dataset_warnings(alone, folds, replace(CONFIG, class_names=("a", "b", "c")))
+    assert [len(fold["val"]) for fold in folds.values()] == [3, 3]
+    assert sum("no b, c in fold" in line for line in told.splitlines()) == 1
+    assert sum("no c in fold" in line for line in told.splitlines()) == 1
+
+
+# A validation part of the dataset's own
+
+
+def test_the_datasets_own_validation_part():
+    names = ["a", "b", "e", "valid/c", "valid/d"]
+    samples = counted(names)
+    samples.dataset = replace(samples.dataset, validation=["valid/d", "valid/c"])
+    config = replace(CONFIG, class_names=("a",))
+    samples.counts = samples.counts[:, :2]
+    splits = make_splits(samples, config)
+    assert splits == {0: {"train": ["a", "b", "e"], "val": ["valid/c", "valid/d"]}}
+    told = dataset_warnings(samples, splits, config)
+    assert told == "The dataset's own 2 validation images validate, all others train."
+    samples.pixels = ["1", "2", "1", "1", "4"]
+    told = dataset_warnings(samples, splits, config).splitlines()
+    assert told[1:] == ["WARNING: 2 training images are copies of these, or of one group."]
+    for changed in (replace(config, val_fraction=0), replace(config, folds=2)):
+        splits = make_splits(samples, changed)
+        told = dataset_warnings(samples, splits, changed)
+        assert told == "The dataset's own 2 validation images are split like all others."
+    assert sorted(splits[1]["val"] + splits[2]["val"]) == names
+    assert {"a", "valid/c", "e"} in ({*splits[1]["val"]}, {*splits[1]["train"]})
+    assert make_splits(samples, replace(config, val_fraction=0))[0]["train"] == names
 
 
 # Parts and names

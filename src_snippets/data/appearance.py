@@ -32,7 +32,9 @@ def image_borders(image: np.ndarray) -> list[np.ndarray]:
     The product of two of one length is their correlation; smaller where a line is plain.
     """
     lines = [image[:, :, 0], image[:, :, -1], image[:, 0], image[:, -1]]
-    lines = [(line - line.mean(1, keepdims=True)).ravel() for line in lines]
+    # Black is what turning an image leaves empty; equal corners would make it a neighbour of all
+    lines = [np.ma.array(x, mask=np.broadcast_to(x.max(0) <= 8, x.shape)) for x in lines]
+    lines = [(x - x.mean(1, keepdims=True)).filled(0).ravel() for x in lines]
     return [(x / max(x.std(), 4) / np.sqrt(len(x))).astype(np.float32) for x in lines]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from psutil import virtual_memory
+from scipy.cluster.hierarchy import DisjointSet
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
@@ -24,7 +25,7 @@ from src_snippets.data.layouts import CellDataset, ImageRecord
 from src_snippets.data.structures import CellSample
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import is_main, world_size
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.files import BadInput, show_table
 
 
 def available_memory() -> int:
@@ -45,7 +46,8 @@ class CellSamples(Sequence):
 
     Attributes:
         names: those of the dataset; counts: (n, C + 1) int64, instances per image and class;
-            digest: text that changes with any pixel, id or class.
+            summary: images and instances that were read, and those left out, by reason, with an
+            example; digest: text that changes with any pixel, id or class.
 
     Raises:
         BadInput: an image is broken, or there are no instances in any.
@@ -55,26 +57,33 @@ class CellSamples(Sequence):
         self.dataset, self.names, self.cache = dataset, dataset.names, {}
         self.positions = {name: index for index, name in enumerate(self.names)}
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
-        self.features, self.borders = [], []  # what `groups` needs, of each image
+        self.features, self.borders, self.pixels = [], [], []  # for `groups`, of each image
         left = min(cache_gb * 1e9, available_memory() / 2) / world_size()
-        digest, crowds = sha256(), 0
+        digest, lost = sha256(), []
         for index, name in enumerate(tqdm(self.names, "reading", disable=not is_main())):
             sample = dataset.read(name)
             labels, image = sample.labels[sample.labels > 0], sample.image.numpy()
             self.counts[index] = np.bincount(labels, minlength=self.counts.shape[1])
-            crowds += len(sample.labels) - len(labels)
+            reasons = {**sample.left_out, "crowd: ignored": len(sample.labels) - len(labels)}
+            lost += [("instances", reason, n, name) for reason, n in reasons.items() if n]
             for part in (sample.image, sample.layers, sample.labels):
                 digest.update(part.numpy().tobytes())
+            self.pixels.append(sha256(image.tobytes()).digest())
             self.features.append(appearance_features(image))
             self.borders.append(image_borders(image))
             left -= sample.image.nbytes + sample.layers.nbytes
             if left >= 0:
                 self.cache[index] = sample
+        lost += [("images", k, 1, str(p)) for k, paths in dataset.left_out.items() for p in paths]
         self.digest, total = digest.hexdigest(), self.counts.sum()
+        lost = [("images", "read", len(self), ""), ("instances", "read", total, ""), *lost]
+        columns = ["of", "reason", "count", "example"]
+        table = pd.DataFrame(lost, columns=columns).groupby(columns[:2], sort=False)
+        self.summary = table.agg({"count": "sum", "example": "first"})
         if self.names and not total:
-            raise BadInput(f"{dataset.root}: no instances in any training image; expected some.")
-        print(f"read {len(self)} of {len(self)} images with {total} instances;", end=" ")
-        print(f"left out: {crowds} crowds; in memory: {len(self.cache)} images (cache_gb)")
+            found = f"{dataset.root}: no instances in any training image; expected some."
+            raise BadInput(f"{found}\n{self.summary.to_string()}")
+        show_table(self.summary)
 
     def __len__(self):
         return len(self.names)
@@ -83,50 +92,69 @@ class CellSamples(Sequence):
         return self.cache.get(index) or self.dataset.read(self.names[index])
 
     def groups(self, split_by: str) -> dict[str, str]:
-        """Name -> group: those of the dataset, else by appearance if `split_by` says so."""
-        if self.dataset.groups or split_by == "image":
-            return dict(self.dataset.groups)
-        numbers = group_by_appearance(np.array(self.features), self.borders)
-        return {name: f"appearance {k}" for name, k in zip(self.names, numbers, strict=True)}
+        """Name -> one name of its group: the dataset's, else by appearance if `split_by` says so.
+
+        Images of equal pixels are in one group, and so are those that Roboflow made of one source.
+        """
+        known, merged = self.dataset.groups, DisjointSet(self.names)
+        sources = [Path(n).name.split(".rf.")[0] if ".rf." in n else (n,) for n in self.names]
+        columns = [self.pixels, sources, [known.get(name, (name,)) for name in self.names]]
+        if split_by == "appearance" and not known:
+            columns.append(group_by_appearance(np.array(self.features), self.borders))
+        for column in columns:
+            first = {}
+            for name, key in zip(self.names, column, strict=True):
+                merged.merge(name, first.setdefault(key, name))
+        return {name: merged[name] for name in self.names}
 
 
 def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, list[str]]]:
     """Split images so that groups stay whole and each part has its fraction of images and classes.
 
-    Groups go one by one to the part that is shortest of what they hold; the most even of
-    50 random orders counts.
+    Groups go one by one to the part that is shortest of what they hold, but no part takes all
+    groups of a class, if possible, since then none is left to learn from. Of 50 random orders the
+    best counts: fewest such classes, fewest validation parts without instances, most even.
 
     Returns:
-        `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds` is 1.
+        `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds` is 1:
+        then a validation part that the dataset has itself is taken.
 
     Raises:
         ValueError: fewer groups of images than parts.
     """
-    names, groups = sorted(samples.names), samples.groups(config.split_by)
-    if config.folds == 1 and (len(names) < 2 or config.val_fraction == 0):
-        return {0: {"train": names, "val": []}}
-    keys = [f"group {groups[name]}" if name in groups else f"image {name}" for name in names]
-    codes, unique = pd.factorize(np.array(keys, object))
+    names, val = sorted(samples.names), sorted(samples.dataset.validation)
+    if config.folds == 1 and (val or len(names) < 2 or config.val_fraction == 0):
+        val = val if config.val_fraction else []
+        return {0: {"train": sorted({*names} - {*val}), "val": val}}
+    groups = pd.Series(samples.groups(config.split_by))
+    if groups.nunique() < max(config.folds, 2):  # too many look alike
+        groups = pd.Series(samples.groups("image"))
+    codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]
     fractions = np.array(single if config.folds == 1 else [1 / config.folds] * config.folds)
     if len(unique) < len(fractions):
         raise ValueError(
-            f"Images of {len(unique)} groups, but {len(fractions)} parts: lower folds (now "
-            f"{config.folds}), correct groups.csv, or where there is none, set split_by='image'."
+            f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts: lower "
+            f"folds (now {config.folds}), correct groups.csv, or without it set split_by='image'."
         )
     counts = samples.counts[[samples.positions[name] for name in names]]
     counts[:, 0] = 1  # images are shared out like the instances of a class
-    shares = np.zeros((len(unique), counts.shape[1]))
-    np.add.at(shares, codes, counts / counts.sum(0).clip(1))
-    rng, best, parts = np.random.default_rng(config.seed), np.inf, None
+    shares = pd.DataFrame(counts / counts.sum(0).clip(1)).groupby(codes).sum().to_numpy()
+    rng, best, parts = np.random.default_rng(config.seed), (np.inf,), None
     for _ in range(50):
         chosen, totals = np.zeros(len(unique), int), np.zeros((len(fractions), counts.shape[1]))
         for number, group in enumerate(rng.permutation(len(unique))):
             costs = (2 * totals + shares[group]) @ shares[group] / fractions  # squared distance
-            part = number if number < len(fractions) else int(costs.argmin())  # none stays empty
-            chosen[group], totals[part] = part, totals[part] + shares[group]
-        if (distance := np.abs(totals - fractions[:, None]).sum()) < best:
-            best, parts = distance, chosen[codes]
+            empty, after = ~totals.any(1), totals[: config.folds] + shares[group]
+            costs[empty] = -1  # none stays empty
+            if len(unique) - number > empty.sum():
+                costs[: config.folds] += 1e6 * (after[:, shares[group] > 0] > 0.999999).any(1)
+            chosen[group] = part = int(costs.argmin())
+            totals[part] += shares[group]
+        val, distance = totals[: config.folds], np.abs(totals - fractions[:, None]).sum()
+        rank = (val > 0.999999).sum(), (~val[:, 1:].any(1)).sum(), distance
+        if rank < best:
+            best, parts = rank, chosen[codes]
     splits = {}
     for part in range(config.folds):
         fold = part + (config.folds > 1)
@@ -158,13 +186,23 @@ def dataset_table(
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def dataset_warnings(samples: CellSamples, config: Config) -> str:
-    """What will cost score: classes without an instance, more instances than detections."""
-    lines = [
-        f"WARNING: no {name}: nothing to learn from. Name the classes that are there: class_names."
-        for name, count in zip(config.class_names, samples.counts.sum(0)[1:], strict=True)
-        if count == 0
-    ]
+def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> str:
+    """What will cost score: what is left out, absent classes, copies, crowded images."""
+    lines, own = [], sorted(samples.dataset.validation)
+    for of, rows in samples.summary["count"].groupby(level=0):
+        if (lost := rows.iloc[1:].sum()) > 0.05 * rows.sum():
+            lines.append(f"WARNING: {lost} of {rows.sum()} {of} are left out: see the table above.")
+    for part, row in dataset_table(samples, splits, config.class_names).iterrows():
+        absent = [name for name, count in row.iloc[1:-2].items() if count == 0]
+        if absent and row.images and (part.endswith("train") or len(absent) == len(row) - 3):
+            lines.append(f"WARNING: no {', '.join(absent)} in {part}: correct classes or groups.")
+    if own:
+        groups = pd.Series(samples.groups("image"))
+        alone = all(split["val"] == own for split in splits.values())
+        use = "validate, all others train" if alone else "are split like all others"
+        lines.append(f"The dataset's own {len(own)} validation images {use}.")
+        if alone and (copies := groups.drop(own).isin(groups[own]).sum()):
+            lines.append(f"WARNING: {copies} training images are copies of these, or of one group.")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         lines.append(
