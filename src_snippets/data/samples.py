@@ -8,7 +8,7 @@
 # both sides make validation too kind.
 
 # %%
-# @title CellSamples: read once; make_splits: groups on one side
+# @title CellSamples: read once; groups of images
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -108,6 +108,8 @@ class CellSamples(Sequence):
         return {name: merged[name] for name in self.names}
 
 
+# %%
+# @title make_splits: groups on one side; facts about the parts
 def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, list[str]]]:
     """Split images so that groups stay whole and each part has its fraction of images and classes.
 
@@ -164,8 +166,6 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     return splits
 
 
-# %%
-# @title Parts of a dataset, and facts about them
 def subset(samples: CellSamples, names: Sequence[str]) -> Subset:
     """The samples of some names, in their order."""
     return Subset(samples, [samples.positions[name] for name in names])
