@@ -48,9 +48,9 @@ def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
     keys, ascending = ["score", "detection", "iou", "target"], [False, True, False, False]
     pairs = pairs[pairs.iou >= 0.5].sort_values(keys, ascending=ascending)
     match, used = {}, set()
-    for detection, target in zip(pairs.detection, pairs.target, strict=True):
-        if detection not in match and target not in used:
-            match[detection] = target
+    for found, target in zip(pairs.detection, pairs.target, strict=True):
+        if found not in match and target not in used:
+            match[found] = target
             used.add(target)
     return match
 

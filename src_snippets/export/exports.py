@@ -28,8 +28,8 @@ from src_snippets.data.structures import coco_dataset
 from src_snippets.evaluation.matching import visible_instances
 from src_snippets.setup.files import atomic_write, clear_folder, write_json
 
-MEASURES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
-MEASURES += ("eccentricity", "solidity", "bbox", "intensity_mean")
+REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
+REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")
 MEASURE_NAMES = ("cell", "area_px", "centroid_y_px", "centroid_x_px", "major_axis_px")
 MEASURE_NAMES += ("minor_axis_px", "eccentricity", "solidity", "top", "left", "bottom", "right")
 MEASURE_NAMES += ("intensity", "hematoxylin_od", "eosin_od")
@@ -45,7 +45,7 @@ def measure_cells(numbers: np.ndarray, image: np.ndarray, um_per_px: float) -> p
     is_grey = (image == image[0]).all()
     stains = np.where(is_grey, np.nan, density @ skimage.color.hed_from_rgb[:, :2])
     values = np.dstack([image.mean(axis=0), stains])
-    table = pd.DataFrame(skimage.measure.regionprops_table(numbers, values, properties=MEASURES))
+    table = pd.DataFrame(skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES))
     table = table.set_axis(MEASURE_NAMES, axis=1)
     table[["centroid_x_px", "centroid_y_px"]] += 0.5  # from pixel centres to the image's edge
     if um_per_px:

@@ -107,7 +107,7 @@ class Config:
 # fmt: off
 BEST = dict(
     backbone="timm:resnet101.tv2_in1k", crop=576, scale=1.333, scale_jitter=(0.5, 2.0),
-    class_crops=0.5, copy_paste=0.5, batch_size=4, epochs=1000, train_hours=7.0, schedule="cosine",
+    class_crops=0.5, copy_paste=0.5, epochs=1000, train_hours=7.0, schedule="cosine",
     ema=0.999, eval_every=25, score_threshold=0.01, detections=600, tile=768, tta="d4",
 )
 RECIPES = {
@@ -136,10 +136,10 @@ RECIPES = {
         lr_factors=(0.1, 0.3, 1.0, 1.0), weight_decay=0.0,
     ),
     # What scored in public solutions of this task, and gained here; a T4, one session of 9 hours
-    "best": BEST,
+    "best": BEST | dict(batch_size=4),
     # The backbone of the best of them: a larger GPU, or several sessions
     "best_large": BEST | dict(
-        backbone="timm:convnextv2_base.fcmae_ft_in1k", train_hours=20.0, batch_size=2, accumulate=2,
+        backbone="timm:convnextv2_base.fcmae_ft_in1k", train_hours=20.0, accumulate=2,
         drop_path=0.2, weight_decay=0.05, layer_decay=0.8,
     ),
     # For a laptop or a session without a GPU: a small backbone from ImageNet weights

@@ -391,11 +391,10 @@ class Trainer(TrainingState):
         for own, buffer in zip(self.best_model.buffers(), self.model.buffers(), strict=True):
             if buffer.is_floating_point():  # each process has seen other images
                 own.copy_(buffer.copy_(self.accelerator.reduce(buffer, "mean")))
-        if all_max(self.session.is_over())[0]:
-            if is_main() and not (self.folder / "best.pt").exists():
-                self.save_best()
-            return
-        if not losses:  # all were skipped, as at first where fp16's scale is too high: once more
+        is_over = all_max(self.session.is_over())[0]
+        if is_over and is_main() and not (self.folder / "best.pt").exists():
+            self.save_best()
+        if is_over or not losses:  # no step, as at first where fp16's scale is too high: once more
             return
         row = dict(epoch=epoch, lr=max(group["lr"] for group in self.optimizer.param_groups))
         row |= {name: np.mean([step[name] for step in losses]) for name in losses[0]}
@@ -437,7 +436,7 @@ class Trainer(TrainingState):
         self.loader = self.accelerator.prepare(loader)
         batches = len(self.loader)
         self.max_steps = self.total_steps = config.epochs * ceil(batches / accumulate)
-        if is_main() and not reason:
+        if not reason:
             crops, lr = batch_size * accumulate * world_size(), self.optimizer.param_groups[-1]
             print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr['peak_lr']:.2g}")
         options = dict(total=config.epochs * batches, initial=done * batches, unit="batch")
