@@ -316,10 +316,7 @@ for fold, folder in folders.items():
 # %% [markdown]
 # ## Inference
 # Large images are cut into tiles that overlap by half, and shown flipped and scaled where the
-# settings say so (test-time augmentation); tiles, views and models are fused by mask IoU.
-
-# %%
-from src_snippets.inference.fusion import fuse
+# settings say so (test-time augmentation); tiles, views and models are fused by box IoU.
 
 # %%
 from src_snippets.inference.predict import predict_test, predict_validation, submission_preview

@@ -61,7 +61,7 @@ def empty_sample(height=40, width=50) -> CellSample:
 
 def detect(model, images, config) -> list[Instances]:
     """The predictions of a model for some images, each whole and in one view."""
-    return [detect_image(model, image, config) for image in images]
+    return [detect_image([model], image, config) for image in images]
 
 
 def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Path:

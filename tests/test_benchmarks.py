@@ -19,7 +19,6 @@ from tests.benchmarks.cases import (
     benchmark_config,
     grid_sample,
     inference,
-    mask_suppression,
     matching,
     padding,
     pooling,
@@ -92,7 +91,6 @@ def test_curves_end_where_a_side_failed(tmp_path):
     ("case", "arguments"),
     [
         (matching, dict(count=40)),
-        (mask_suppression, dict(count=60, size=200)),
         (ap, dict(images=2, cells=30)),
     ],
 )

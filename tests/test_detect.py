@@ -14,8 +14,6 @@ from src_snippets.data.structures import Instances
 from src_snippets.model import detect as module
 from src_snippets.model.detect import (
     detect,
-    greedy_groups,
-    join_tiles,
     paste_masks,
     tile_corners,
     View,
@@ -108,7 +106,7 @@ def test_masks_in_chunks_are_those_pasted_alone():
     assert paste_masks(masks, boxes, (500, 600), 0.5) == alone
 
 
-# Overlaps and groups
+# Overlaps
 
 ROWS = [[[1, 1, 1, 0, 0, 0]], [[0, 1, 1, 0, 0, 0]], [[0, 0, 0, 1, 1, 1]], [[0, 0, 1, 1, 0, 0]]]
 
@@ -136,19 +134,6 @@ def random_instances(rng, count, size=(12, 12)) -> Instances:
     return make_instances(masks, np.sort(rng.random(count))[::-1], rng.integers(1, 3, count))
 
 
-@pytest.mark.parametrize("with_cut", [False, True])
-def test_blocks_of_rows_change_no_group(with_cut):
-    rng = np.random.default_rng(0)
-    every, owners = random_instances(rng, 90), rng.integers(0, 3, 90)
-    cut = rng.random(90) < 0.5 if with_cut else None
-    whole, blocks = (list(greedy_groups(every, owners, 0.5, cut, rows)) for rows in (1000, 4))
-    assert whole == blocks
-    assert sorted(index for group in whole for index in group) == list(range(90))
-    assert max(map(len, whole)) > 1
-    shared = [group for group in whole if len(set(owners[group])) < len(group)]
-    assert bool(shared) == with_cut  # without `cut` each owner has one voice
-
-
 @settings(max_examples=30, deadline=None)
 @given(strategies.integers(0, 2**31))
 def test_pixels_belong_to_one_instance_and_none_is_lost(seed):
@@ -158,63 +143,21 @@ def test_pixels_belong_to_one_instance_and_none_is_lost(seed):
     assert np.array_equal(apart.any(0), decoded(every).any(0))
 
 
-# Tiles joined
-
-
-def row(*filled, length=8):
-    """A mask of one row."""
-    return [[int(k in filled) for k in range(length)]]
-
-
-def joined_scores(parts, cut, **changes):
-    """Scores that stay of [(mask, score, label), ..] per tile, with whether each one is cut."""
-    pieces = [
-        make_instances(*(list(column) for column in zip(*part, strict=True))) for part in parts
-    ]
-    joined = join_tiles(pieces, [np.array(c, bool) for c in cut], make_config("demo", **changes))
-    return joined.scores.astype(float).round(2).tolist()
-
-
-def test_tiles_joined_worked_by_hand():
-    whole = [(row(2, 3, 4, 5), 0.4, 1), (row(6, 7), 0.9, 1)]
-    pieces = [(row(2, 3, 4), 0.8, 1), (row(0), 0.3, 1)]
-    # The better but cut piece gives way to the whole one; a piece that nobody holds stays
-    assert joined_scores([whole, pieces], [[0, 0], [1, 1]]) == [0.9, 0.4, 0.3]
-    assert joined_scores([whole, pieces], [[0, 0], [1, 1]], detections=2) == [0.9, 0.4]
-    again = [(row(2, 3, 4, 5, 6), 0.6, 1)]
-    assert joined_scores([whole, again], [[0, 0], [0]]) == [0.9, 0.6]  # of doubles the better
-    other = [(row(2, 3, 4, 5, 6), 0.6, 2)]
-    assert joined_scores([whole, other], [[0, 0], [0]]) == [0.9, 0.6, 0.4]  # of another class
-    assert joined_scores([[whole[0], whole[0]]], [[0, 0]]) == [0.4, 0.4]  # of one tile
-    empty = make_instances(np.zeros((0, 1, 8)), [])
-    assert len(join_tiles([empty, empty], [np.zeros(0, bool)] * 2, make_config("demo"))) == 0
-
-
-def test_a_cut_instance_goes_where_over_half_of_it_is_held():
-    whole = [(row(2, 3, 4, 5), 0.4, 1)]
-    three_quarters, half = [(row(3, 4, 5, 6), 0.8, 2)], [(row(4, 5, 6, 7), 0.8, 2)]
-    assert joined_scores([whole, three_quarters], [[0], [1]]) == [0.4]
-    assert joined_scores([whole, half], [[0], [1]]) == [0.8, 0.4]
-
-
-def test_of_cut_instances_the_largest_comes_first():
-    large, small = [(row(0, 1, 2, 3, 4, 5), 0.3, 1)], [(row(0, 1, 2), 0.9, 1)]
-    assert joined_scores([large, small], [[1], [1]]) == [0.3]
-    assert joined_scores([small, large], [[1], [1]]) == [0.3]
-
-
 # Views and tiles of a model
+
+BINS = (torch.arange(28) + 0.5) / 28
 
 
 class Squares:
-    """A model that detects regions of one brightness exactly, in every view and tile.
+    """A model and its parts; detects regions of one brightness exactly in every view and tile.
 
     It runs out of memory where the images of a batch have over `limit` pixels.
     """
 
     def __init__(self, limit=np.inf):
-        self.transform, self.roi_heads = SimpleNamespace(fixed_scale=None), SimpleNamespace()
-        self.limit, self.calls, self.tiles = limit, [], []
+        self.transform = self.roi_heads = self
+        self.scale, self.fixed_scale, self.limit = 1.0, None, limit
+        self.calls, self.tiles, self.features, self.alive = [], [], [], []
 
     def parameters(self):
         return iter([torch.zeros(1)])
@@ -224,46 +167,70 @@ class Squares:
 
     def __call__(self, images):
         self.tiles = [weakref.ref(image) for image in images]
-        self.calls.append((len(images), tuple(images[0].shape[1:]), self.transform.fixed_scale))
+        self.calls.append((len(images), tuple(images[0].shape[1:]), self.fixed_scale))
         if sum(image[0].numel() for image in images) > self.limit:
             raise torch.OutOfMemoryError("no memory")
-        return [self.find(image[0].numpy()) for image in images]
+        sizes = [tuple(image.shape[1:]) for image in images]
+        return SimpleNamespace(tensors=images, image_sizes=sizes), None
+
+    def backbone(self, images):
+        self.alive.append(sum(features() is not None for features in self.features))
+        copies = [image[0].clone() for image in images]
+        self.features = [weakref.ref(copy) for copy in copies]
+        return copies
+
+    def rpn(self, images, features):
+        return images, {}
+
+    def predict_boxes(self, features, proposals, sizes):
+        return ([image.clone() for image in features],)
+
+    def postprocess_detections(self, features, proposals, sizes):
+        return tuple(zip(*(self.find(image.numpy()) for image in features), strict=True))
 
     def find(self, image):
-        boxes, scores, masks = [], [], []
+        boxes, scores = [], []
         for level in np.unique(image[image > 0]):
             rows, columns = np.nonzero(image == level)
-            top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
-            boxes.append([left, top, right, bottom])
+            boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
             scores.append(len(rows) / 1000 + 0.1)
-            # One bin a pixel where the region is 28 px wide; exact for full squares else
-            crop = (image[top:bottom, left:right] == level).astype(np.float32)
-            grid = [((np.arange(28) + 0.5) * n / 28).astype(int) for n in crop.shape]
-            masks.append(crop[np.ix_(*grid)])
-        return result(boxes, scores, masks=masks)
+        return result(boxes, scores)
+
+    def detect_masks(self, features, boxes, labels, sizes):
+        masks = []
+        for image, own in zip(features, boxes, strict=True):
+            masks.append(torch.zeros(len(own), 1, 28, 28))
+            for k, box in enumerate(own):
+                masks[-1][k, 0] = brightest(image, box)
+        return masks
 
 
-def result(boxes, scores, labels=None, masks=None):
-    """What torchvision's models return for an image; masks are full unless given."""
+def brightest(image, box):
+    """(28, 28) bool: where a box has its most frequent brightness, at the middles of the bins."""
+    x, y = ((low + (high - low) * BINS).long() for low, high in box.view(2, 2).T)
+    pixels = image[y[:, None], x]
+    return pixels == pixels[pixels > 0].mode().values
+
+
+def result(boxes, scores, labels=None):
+    """Boxes, scores and labels as torchvision's heads return them for an image."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    masks = torch.ones(len(boxes), 28, 28) if masks is None else torch.tensor(np.array(masks))
-    return dict(
-        boxes=boxes,
-        scores=torch.tensor(scores, dtype=torch.float32),
-        labels=torch.tensor(labels or [1] * len(boxes), dtype=torch.int64),
-        masks=masks.float().reshape(-1, 1, 28, 28),
-    )
+    labels = torch.tensor(labels or [1] * len(boxes), dtype=torch.int64)
+    return boxes, torch.tensor(scores, dtype=torch.float32), labels
 
 
 class Scripted(Squares):
-    """A model whose results for the tiles of an image are given."""
+    """A model whose detections for the tiles of an image are given; all its masks are `mask`."""
 
-    def __init__(self, *results):
+    def __init__(self, *results, mask=1.0):
         super().__init__()
-        self.results = list(results)
+        self.results, self.mask = list(results), torch.as_tensor(mask)
 
-    def __call__(self, images):
-        return [self.results.pop(0) for _ in images]
+    def find(self, image):
+        return self.results.pop(0)
+
+    def detect_masks(self, features, boxes, labels, sizes):
+        return [self.mask.expand(len(own), 1, 28, 28) for own in boxes]
 
 
 def draw(cells, height, width):
@@ -281,14 +248,20 @@ def test_every_view_is_undone_exactly(turns, mirrored):
     image[:, 10:38, 50:60] = 1
     image[:, 31:38, 50:78] = 1
     model = Squares()
-    found = detect(model, image, make_config("demo"), View(1.0, turns, mirrored))
+    found = detect([model], image, make_config("demo"), [View(1.0, turns, mirrored)])
     assert model.calls[0][1] == ((60, 90) if turns % 2 == 0 else (90, 60))
-    assert found.boxes.tolist() == [[50, 10, 78, 38]]
+    assert np.allclose(found.boxes, [[50, 10, 78, 38]], atol=1e-4)
     assert np.array_equal(decoded(found)[0], (image[0] == 1).numpy())
 
 
 def test_views_are_turned_to_the_left_then_mirrored():
     image = torch.arange(6).view(1, 2, 3)
+    box = torch.tensor([[0.2, 0.0, 0.6, 0.5]])  # the corners (.2, 0), (.6, .5): x -> 1 - x
+    assert View(1.0, 0, True).apply_to_boxes(box).allclose(torch.tensor([[0.4, 0.0, 0.8, 0.5]]))
+    # (x, y) -> (y, 1 - x), then mirrored: (1 - y, 1 - x)
+    assert View(1.0, 1, False).apply_to_boxes(box).allclose(torch.tensor([[0.0, 0.4, 0.5, 0.8]]))
+    assert View(1.0, 1, True).apply_to_boxes(box).allclose(torch.tensor([[0.5, 0.4, 1.0, 0.8]]))
+    assert View(1.0, 3, False).apply_to_boxes(box[:0]).shape == (0, 4)
     assert View(1.0, 0, True).apply(image)[0].tolist() == [[2, 1, 0], [5, 4, 3]]
     assert View(1.0, 1, False).apply(image)[0].tolist() == [[2, 5], [1, 4], [0, 3]]
     assert View(1.0, 1, True).apply(image)[0].tolist() == [[5, 2], [4, 1], [3, 0]]
@@ -308,7 +281,7 @@ def test_tiles_cover_a_side_and_overlap_by_half():
 def test_instances_on_every_seam_are_detected_once(view):
     cells = [(y, x, y + 12, x + 12) for y in range(2, 150, 15) for x in range(2, 190, 15)]
     image, model = draw(cells, 160, 200), Squares()
-    found = detect(model, image, make_config("demo", tile=64, detections=1000), view)
+    found = detect([model], image, make_config("demo", tile=64, detections=1000), [view])
     assert sorted(map(tuple, found.boxes[:, [1, 0, 3, 2]].round(3).tolist())) == sorted(cells)
     assert {size for _, size, _ in model.calls} == {(64, 64)}
     assert np.array_equal(decoded(found).sum(0), (image[0] > 0).numpy())
@@ -316,7 +289,7 @@ def test_instances_on_every_seam_are_detected_once(view):
 
 def test_an_instance_larger_than_the_overlap_stays():
     image = draw([(10, 4, 40, 92)], 64, 100)
-    found = detect(Squares(), image, make_config("demo", tile=64))
+    found = detect([Squares()], image, make_config("demo", tile=64))
     assert len(found) >= 1
     assert found.boxes[0].tolist()[1::2] == [10, 40]
 
@@ -324,56 +297,121 @@ def test_an_instance_larger_than_the_overlap_stays():
 WIDE = torch.zeros(3, 64, 96, dtype=torch.uint8)  # tiles of 64 px begin at x = 0 and 32
 
 
-def test_a_pixel_beside_the_edge_of_a_tile_is_cut():
-    piece, whole = [43, 10, 63.4, 30], [11, 10, 53, 30]  # the second in its own tile
-    model = Scripted(result([piece], [0.9]), result([whole], [0.4]))
-    found = detect(model, WIDE, make_config("demo", tile=64))
-    assert found.scores.astype(float).round(2).tolist() == [0.4]
-    piece[2] = 62.9
-    model = Scripted(result([piece], [0.9]), result([whole], [0.4]))
-    assert len(detect(model, WIDE, make_config("demo", tile=64))) == 2
+def scores_on_wide(*tiles, **changes):
+    """Rounded scores that stay of [(box, score, label), ..] in each tile of WIDE."""
+    results = [result(*(list(v) for v in zip(*tile, strict=True))) for tile in tiles]
+    found = detect([Scripted(*results)], WIDE, make_config("demo", tile=64, **changes))
+    return found.scores.astype(float).round(2).tolist()
 
 
-def test_the_border_of_the_image_is_no_cut():
-    # Four tiles of 64 px; a small one at each border, a larger one of another tile holds it
-    small = [[40, 0, 50, 10], [0, 40, 10, 50]], [[54, 8, 64, 18], [8, 54, 18, 64]]
-    large = [[4, 0, 28, 30], [34, 36, 64, 60]], [[0, 4, 30, 28], [36, 34, 60, 64]]
-    tiles = [result(small[0], [0.9, 0.8]), *(result(boxes, [0.6, 0.5], [2, 2]) for boxes in large)]
-    tiles.append(result(small[1], [0.9, 0.8]))
-    found = detect(Scripted(*tiles), torch.zeros(3, 96, 96).byte(), make_config("demo", tile=64))
-    assert found.labels.tolist() == [1] * 4 + [2] * 4
+def test_a_detection_counts_in_the_tile_that_it_is_nearest_to():
+    """The middles of the tiles are 32 and 64 px, the boundary 48; slack 2 x 20 / 8 = 5 px."""
+    piece, whole = ([44, 10, 64, 30], 0.9, 1), ([12, 10, 42, 30], 0.4, 1)  # from 44 px on, both
+    assert scores_on_wide([piece], [whole]) == [0.4]  # the better but cut one gives way
+    left, right = ([10, 10, 30, 30], 0.8, 1), ([0, 10, 20, 30], 0.7, 2)  # cut; middle 42 px
+    assert scores_on_wide([left], [right]) == [0.8]
+    border = ([0, 10, 20, 30], 0.8, 1), ([44, 44, 64, 64], 0.7, 2)  # of the image, no cut
+    assert scores_on_wide(border[:1], border[1:]) == [0.8, 0.7]
+
+
+def test_of_duplicates_beside_the_boundary_the_better_stays():
+    # Middles 50 and 47 px: 4 px nearer to the other tile, 2 px; both within the slack of 5 px
+    first, second = ([40, 10, 60, 30], 0.6, 1), ([5, 10, 25, 30], 0.8, 1)
+    assert scores_on_wide([first], [second]) == [0.8]
+    assert scores_on_wide([first], [(*second[:2], 2)]) == [0.8, 0.6]  # of another class
+    assert scores_on_wide([first], [second], fusion_iou=0.9) == [0.8, 0.6]
+    far = ([41, 10, 61, 30], 0.6, 1)  # middle 51 px: 6 px nearer to the other
+    assert scores_on_wide([far], [(*second[:2], 2)]) == [0.8]
+    assert scores_on_wide([first, ([0, 0, 9, 9], 0.5, 1)], [second], detections=1) == [0.8]
 
 
 def test_one_tile_is_the_whole_image(tiny_config):
     config = change_config(tiny_config, dict(score_threshold=0.0))
     model, image = build_model(config), field_of_cells(0, 64).image
-    whole = detect(model, image, config)
+    whole = detect([model], image, config)
     assert len(whole) > 0
     assert (np.diff(whole.scores) <= 0).all()
     assert (whole.size, {tuple(rle["size"]) for rle in whole.rles}) == ((64, 64), {(64, 64)})
     for tile in (64, 100):
-        tiled = detect(model, image, change_config(config, dict(tile=tile)))
+        tiled = detect([model], image, change_config(config, dict(tile=tile)))
         assert (tiled.rles, tiled.boxes.tolist()) == (whole.rles, whole.boxes.tolist())
-    tiles = detect(model, image, change_config(config, dict(tile=40, detections=7)))
-    assert len(tiles) == 7
+    tiles = detect([model], image, change_config(config, dict(tile=40, detections=7)))
+    assert 0 < len(tiles) <= 7
+
+
+def test_a_whole_image_in_one_view_is_what_the_model_returns(tiny_config):
+    config = change_config(tiny_config, dict(score_threshold=0.0, scale=1.5))
+    model, image = build_model(config).eval(), field_of_cells(0, 70).image[:, :50]
+    found = detect([model], image, config)
+    with torch.inference_mode():
+        (wanted,) = model([image])
+    rles = paste_masks(wanted["masks"][:, 0], wanted["boxes"], (50, 70), config.mask_threshold)
+    stay = [k for k, rle in enumerate(rles) if rle]
+    assert len(stay) > 10
+    assert found.rles == [rles[k] for k in stay]
+    assert np.allclose(found.boxes, wanted["boxes"][stay], atol=1e-4)
+    assert (found.scores == wanted["scores"][stay].numpy()).all()
+    assert (found.labels == wanted["labels"][stay].numpy()).all()
+
+
+# Masks
+
+
+def test_a_mask_is_the_mean_of_all_models_and_views():
+    """One model says 1, the other .2 in the left half and .6 in the right one: means .6 and .8."""
+    halves = torch.tensor([0.2] * 14 + [0.6] * 14)
+    image, boxes = torch.zeros(3, 40, 60).byte(), ([[10, 10, 30, 20]], [0.8])
+    for threshold, area in ((0.55, 200), (0.65, 100), (0.85, 0)):
+        models = [Scripted(result(*boxes)), Scripted(result(*boxes), mask=halves)]
+        found = detect(models, image, make_config("demo", mask_threshold=threshold))
+        assert decoded(found).sum() == area
+        assert len(found) == (area > 0)
+    # Left to right, the halves of the second view are those of the image the other way round
+    model = Scripted(result(*boxes), result([[30, 10, 50, 20]], [0.8]), mask=halves)
+    views = [View(), View(1.0, 0, True)]
+    config = make_config("demo", mask_threshold=0.39)
+    assert decoded(detect([model], image, config, views)).sum() == 200  # .4 everywhere
+    model.results = [result(*boxes), result([[30, 10, 50, 20]], [0.8])]
+    config = make_config("demo", mask_threshold=0.41)
+    assert len(detect([model], image, config, views)) == 0
+
+
+def test_features_of_some_tiles_at_a_time_are_in_memory():
+    image, model = draw([(5, 5, 15, 15), (50, 60, 60, 70)], 96, 96), Squares()
+    assert len(detect([model], image, make_config("demo"))) == 2
+    assert len(model.calls) == 1  # boxes and masks of the same features
+    model.calls.clear()
+    assert len(detect([model], image, make_config("demo", tile=32), [View(), View(2.0)])) == 2
+    assert len(model.calls) == 2 * 14 - 1  # 25 tiles by four, twice, but for the last ones
+    assert model.alive == [0] * 28
+
+
+@pytest.mark.parametrize("tile", [0, 32])
+def test_nothing_is_detected_in_an_empty_image(tile):
+    views = [View(), View(1.0, 1, True)]
+    found = detect([Squares()], draw([], 40, 50), make_config("demo", tile=tile), views)
+    assert (len(found), found.boxes.shape, found.size) == (0, (0, 4), (40, 50))
+    assert [v.dtype for v in (found.boxes, found.scores)] == [np.float32] * 2
+    assert found.labels.dtype == np.int64
 
 
 def test_settings_are_those_of_the_call(tiny_config):
     model, image = build_model(tiny_config), field_of_cells(0, 64).image
-    changes = dict(score_threshold=0.2, box_nms=0.33, detections=7, scale=2.0)
-    detect(model, image, change_config(tiny_config, changes))
+    changes = dict(score_threshold=0.2, box_nms=0.33, detections=7)
+    detect([model], image, change_config(tiny_config, changes))
     heads = model.roi_heads
     assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.2, 0.33, 7)
     assert not model.training
     assert model.transform.fixed_scale is None
-    assert len(detect(model, image, change_config(tiny_config, dict(score_threshold=1.0)))) == 0
+    assert len(detect([model], image, change_config(tiny_config, dict(score_threshold=1.0)))) == 0
 
 
 def test_tiles_are_scaled_as_their_image():
     model, image = Squares(), draw([(5, 5, 15, 15)], 40, 40)
-    found = detect(model, image, make_config("demo", scale=2.0), View(1.5, 0, False))
-    detect(model, image, make_config("demo", scale=2.0, tile=32))
-    assert [scale for _, _, scale in model.calls] == [3.0, 2.0]
+    model.scale = 2.0  # each model's own
+    found = detect([model, Squares()], image, make_config("demo"), [View(1.5, 0, False)])
+    detect([model], image, make_config("demo", tile=36))
+    assert [scale for _, _, scale in model.calls] == [3.0, 3.0, 2.0]
     assert found.boxes.tolist() == [[5, 5, 15, 15]]
 
 
@@ -388,7 +426,7 @@ def test_full_memory_shrinks_batches_then_tiles(monkeypatch, capsys):
         alive.append(sum(tile() is not None for tile in model.tiles))
 
     monkeypatch.setattr(module, "free_memory", free)
-    found = detect(model, image, make_config("demo", tile=300))
+    found = detect([model], image, make_config("demo", tile=300))
     assert [call[:2] for call in model.calls[:5]] == [
         (4, (300, 300)),
         (2, (300, 300)),
@@ -397,24 +435,24 @@ def test_full_memory_shrinks_batches_then_tiles(monkeypatch, capsys):
         (1, (150, 150)),
     ]
     assert alive == [0, 0, 0]
-    assert found.boxes.tolist() == [[5, 5, 33, 33]]
+    assert np.allclose(found.boxes, [[5, 5, 33, 33]], atol=1e-4)
     assert "1 tile(s) of 150 px at a time" in capsys.readouterr().out
     assert model.transform.fixed_scale is None
     model.calls.clear()
-    detect(model, image, make_config("demo", tile=300))
+    detect([model], image, make_config("demo", tile=300))
     assert {call[:2] for call in model.calls} == {(1, (150, 150))}  # remembered
     model.calls.clear()
-    detect(model, image, make_config("demo"))  # whole images
+    detect([model], image, make_config("demo"))  # whole images
     assert [call[1] for call in model.calls[:4]] == [(600, 600), (300, 300), (150, 150), (150, 150)]
 
 
 def test_memory_for_not_one_small_tile_is_an_error():
     model, image = Squares(limit=0), draw([], 200, 300)
     with pytest.raises(torch.OutOfMemoryError):
-        detect(model, image, make_config("demo"))
+        detect([model], image, make_config("demo"))
     assert [call[1] for call in model.calls] == [(200, 300), (150, 150), (128, 128)]
     with pytest.raises(RuntimeError, match="another"):
-        detect(Raises(RuntimeError("another")), image, make_config("demo"))
+        detect([Raises(RuntimeError("another"))], image, make_config("demo"))
 
 
 class Raises(Squares):

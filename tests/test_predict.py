@@ -9,7 +9,6 @@ from src_snippets.data.images import read_image
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.structures import ground_truth
 from src_snippets.inference import predict
-from src_snippets.inference.fusion import fuse
 from src_snippets.inference.predict import (
     predict_image,
     predict_test,
@@ -194,8 +193,8 @@ def test_checkpoints_on_disk_predict_together(images, tiny_config, tmp_path):
     assert [own.detections for _, own in members] == [5, 5]
     for image in images:
         pixels = torch.from_numpy(read_image(image.path))
-        alone = [detect(model, pixels, own) for model, own in members]
-        assert found[image.image_id].rles == fuse(alone, config).rles
+        together = detect([model for model, _ in members], pixels, config)
+        assert found[image.image_id].rles == together.rles
 
 
 def test_the_preview_shows_the_price_of_the_threshold():

@@ -333,7 +333,7 @@ def test_evaluation_is_of_whole_images_from_a_low_score_on(parts, tiny_config, m
         assert set(row) == {"AP", "AP50", "AP75", "val_loss"}
     truth = coco_ground_truth(parts[1], dict(enumerate(config.class_names, start=1)))
     config = replace(config, tile=0)
-    predictions = {k: really(model, s.image, config) for k, s in enumerate(parts[1], start=1)}
+    predictions = {k: really([model], s.image, config) for k, s in enumerate(parts[1], start=1)}
     assert row["AP"] == average_precision(truth, predictions)["AP"]
 
 

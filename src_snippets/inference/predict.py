@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 
 from src_snippets.data.images import read_image
 from src_snippets.data.structures import coco_ground_truth, Instances
-from src_snippets.inference.fusion import fuse
 from src_snippets.model.detect import detect, View, without_overlaps
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices, world_size
@@ -46,9 +45,8 @@ def views(config: Config) -> list[View]:
 
 def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instances:
     """Predict one image (3, H, W) uint8 by all `members`, pairs of a model and its settings."""
-    predictions = [detect(model, image, own, v) for model, own in members for v in views(own)]
-    fused = fuse(predictions, config) if len(predictions) > 1 else predictions[0]
-    return fused if config.overlaps else without_overlaps(fused)
+    found = detect([model for model, _ in members], image, config, views(config))
+    return found if config.overlaps else without_overlaps(found)
 
 
 def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:

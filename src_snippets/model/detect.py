@@ -1,21 +1,26 @@
-"""Detection: images of any size to `Instances`, tile by tile."""
+"""Detection: images of any size to `Instances`, by models, views and tiles together."""
 
 # %% [markdown]
 # ### Detect instances
-# The model sees an image whole or in tiles with half overlap, so that memory does not grow with
-# the image. Boxes and 28 x 28 masks are carried back to the image, pasted at pixel centres and
-# stored as RLEs on the spot. An instance that a tile's edge cuts gives way to one of another tile
-# that holds it; the trap: an edge that is the border of the image itself is no cut.
+# Boxes first, masks last, as in detectron2's `GeneralizedRCNNWithTTA`. Each model sees the image in
+# each view, whole or in tiles with half overlap, so that memory does not grow with the image. A box
+# counts in the tile to whose middle it is nearest: there it is whole, unless it is longer than the
+# overlap. Boxes of one instance are fused, and only for those that stay does each model and view
+# predict the 28 x 28 mask: their mean is pasted at pixel centres and stored as RLE. The trap: a
+# score becomes the mean over all models and views, those without such a detection too, so that
+# fused scores are lower.
 
 # %%
-# @title Paste masks, group the detections of one instance
+# @title Paste masks, separate instances
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
-import pycocotools.mask
 import torch
 from torch import nn, Tensor
+from torchvision.ops import batched_nms, box_iou
 
 from src_snippets.data.rle import draw_masks, encode_layers, encode_masks, mask_areas
 from src_snippets.data.structures import instance_boxes, Instances
@@ -50,39 +55,6 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     return rles
 
 
-def concatenate(parts: list[Instances]) -> tuple[Instances, np.ndarray]:
-    """Concatenate predictions of one image; return owners (N,) int64: the part that each is of."""
-    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    names = ("boxes", "scores", "labels")
-    arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-    return Instances(*arrays, [rle for part in parts for rle in part.rles], parts[0].size), owners
-
-
-def greedy_groups(every: Instances, owners: np.ndarray, min_iou: float, cut=None, rows: int = 256):
-    """Yield indices of the detections of one instance; the first of them stands for it.
-
-    A detection takes those after it of its class with mask IoU > `min_iou`: the first of each
-    other owner. With `cut` (N,) bool it takes all of them, and cut ones that lie in it by over
-    half. `rows` masks are compared with all after them at a time: 16 * rows * N bytes.
-    """
-    free = np.ones(len(every), bool)
-    for begin in range(0, len(every), rows):
-        rest, leads = every.rles[begin:], every.rles[begin : begin + rows]
-        joined = pycocotools.mask.iou(rest, leads, [0] * len(leads)) > min_iou
-        joined &= every.labels[begin:, None] == every.labels[begin : begin + rows]
-        if cut is not None:  # for a crowd the overlap counts by the area of the other mask alone
-            inside = pycocotools.mask.iou(rest, leads, [1] * len(leads)) > 0.5
-            joined |= inside & cut[begin:, None]
-        joined &= owners[begin:, None] != owners[begin : begin + rows]
-        for lead, column in enumerate(joined.T, start=begin):
-            if free[lead]:
-                others = begin + np.flatnonzero(column & free[begin:])
-                if cut is None:
-                    others = others[np.unique(owners[others], return_index=True)[1]]
-                free[lead], free[others] = False, False
-                yield [lead, *others.tolist()]
-
-
 def without_overlaps(instances: Instances) -> Instances:
     """Give each pixel to its best detection, the first of equals; order stays, empty ones go."""
     order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
@@ -93,32 +65,63 @@ def without_overlaps(instances: Instances) -> Instances:
 
 
 # %%
-# @title detect: one image, in tiles that fit into memory
-TILE_BATCH = 4  # tiles at a time
-MIN_TILE = 128  # px; smaller tiles would cut too many instances
-
-
+# @title Views of an image; boxes of several views and models fused
 class View(NamedTuple):
-    """How the model sees an image: scaled, turned by quarters to the left, then mirrored."""
+    """How a model sees an image: scaled, turned by quarters to the left, then mirrored."""
 
     scale: float = 1.0
     turns: int = 0
     mirrored: bool = False
 
-    def apply(self, image: Tensor) -> Tensor:
-        """Turn and mirror (3, H, W); `detect` scales."""
-        turned = torch.rot90(image, self.turns, (-2, -1))
+    @property
+    def inverse(self) -> "View":
+        """The view that turns and mirrors back."""
+        return self if self.mirrored else self._replace(turns=-self.turns % 4)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Turn and mirror images or masks (.., H, W); the model scales."""
+        turned = torch.rot90(pixels, self.turns, (-2, -1))
         return turned.flip(-1) if self.mirrored else turned
 
-    def undo(self, boxes: Tensor, masks: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Carry boxes (N, 4) and masks (N, M, M) of a view of `size` (H, W) back to the image."""
+    def apply_to_boxes(self, boxes: Tensor) -> Tensor:
+        """Turn and mirror boxes (N, 4), XYXY in fractions of the image's width and height."""
         x, y = boxes[:, ::2], boxes[:, 1::2]  # (N, 2), of both corners
-        if self.mirrored:
-            x, masks = size[1] - x, masks.flip(-1)
-        for turn in range(self.turns):
-            x, y = size[turn % 2] - y, x
-        boxes = torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], 1)
-        return boxes, torch.rot90(masks, -self.turns, (-2, -1))
+        for _ in range(self.turns):
+            x, y = y, 1 - x
+        x = 1 - x if self.mirrored else x
+        return torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], 1)
+
+
+def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
+    """Fuse detections (n, 6), XYXY, score and label, one part of each model and view; best first.
+
+    NMS by class at IoU `fusion_iou` leaves one box of each instance; the others join the one that
+    they overlap most. The fused box is their mean weighted by score, the fused score the mean over
+    the parts of the best in each, 0 where there is none. Source: arXiv:1910.13302.
+    """
+    rows, sizes = torch.cat(parts), [len(part) for part in parts]
+    min_iou = min(config.fusion_iou, 0.99)  # or equal boxes would both stay
+    leads = rows[batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], min_iou)]
+    if len(leads) == 0:
+        return leads
+    groups = []  # the lead that each box joins
+    for some in rows.split(256):  # bounds the memory
+        overlaps = box_iou(some[:, :4], leads[:, :4]) * (some[:, 5:] == leads[:, 5])
+        groups.append(overlaps.argmax(1))
+    groups, weights = torch.cat(groups), rows[:, 4:5].clamp(min=1e-6)  # a score may be 0
+    weighted = torch.cat([rows[:, :4] * weights, weights], 1)
+    boxes = torch.zeros_like(leads[:, :5]).index_add(0, groups, weighted)
+    zeros, pairs = boxes[:, 4] * 0, zip(groups.split(sizes), parts, strict=True)
+    best = torch.stack([zeros.scatter_reduce(0, own, part[:, 4], "amax") for own, part in pairs])
+    fused = torch.column_stack([boxes[:, :4] / boxes[:, 4:], best.mean(0), leads[:, 5]])
+    fused = fused[fused[:, 4].argsort(descending=True, stable=True)]
+    return fused[fused[:, 4] >= config.score_threshold][: config.detections]
+
+
+# %%
+# @title detect: boxes of all models, views and tiles, then masks of those that stay
+TILE_BATCH = 4  # tiles at a time
+MIN_TILE = 128  # px; smaller tiles would cut too many instances
 
 
 def tile_corners(length: int, tile: int) -> list[int]:
@@ -127,62 +130,85 @@ def tile_corners(length: int, tile: int) -> list[int]:
     return np.linspace(0, length - tile if count > 1 else 0, count).round().astype(int).tolist()
 
 
-def join_tiles(pieces: list[Instances], cut: list[np.ndarray], config: Config) -> Instances:
-    """Join the detections of tiles, at image size; cut: (N,) bool each, cut by the tile's edge.
-
-    A cut one gives way to one of another tile that holds over half of it, the largest of cut
-    ones first; of whole ones that overlap (class, IoU > `fusion_iou`) the better stays.
-    """
-    (every, owners), cut = concatenate(pieces), np.concatenate(cut)
-    order = np.lexsort((np.where(cut, -mask_areas(every.rles), -every.scores), cut))
-    groups = greedy_groups(every.select(order), owners[order], config.fusion_iou, cut[order])
-    best = every.select(order[[group[0] for group in groups]])
-    return best.select(np.argsort(-best.scores, kind="stable")[: config.detections])
-
-
 @torch.inference_mode()
-def detect_tiles(model: nn.Module, image: Tensor, config: Config, view: View, tile, batch):
+def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch: int) -> Instances:
     """`detect` with tiles of side `tile`, `batch` of them at a time."""
-    heads, device = model.eval().roi_heads, next(model.parameters()).device
-    heads.score_thresh, heads.nms_thresh = config.score_threshold, config.box_nms
-    heads.detections_per_img = config.detections
-    size, pieces, cut = tuple(image.shape[-2:]), [], []
+    size, device = tuple(image.shape[-2:]), next(models[0].parameters()).device
     tall, wide = (min(length, tile) for length in size)
-    corners = [(y, x) for y in tile_corners(size[0], tile) for x in tile_corners(size[1], tile)]
-    model.transform.fixed_scale = config.scale * view.scale
-    for begin in range(0, len(corners), batch):
-        part = corners[begin : begin + batch]
-        tiles = [view.apply(image[:, y : y + tall, x : x + wide].to(device)) for y, x in part]
-        with autocast_for(config, device):
-            results = model(tiles)
-        for (y, x), pixels, found in zip(part, tiles, results, strict=True):
-            boxes, masks = view.undo(found["boxes"], found["masks"][:, 0], pixels.shape[-2:])
-            boxes = boxes + boxes.new_tensor([x, y, x, y])
-            rles = paste_masks(masks, boxes, size, config.mask_threshold)
-            arrays = (v.cpu().numpy() for v in (boxes, found["scores"], found["labels"]))
-            pieces.append(Instances(*arrays, rles, size).select([rle is not None for rle in rles]))
-            edges = np.abs(pieces[-1].boxes - [x, y, x + wide, y + tall])  # 1 px: touches it
-            inner = [x > 0, y > 0, x + wide < size[1], y + tall < size[0]]
-            cut.append(((edges < 1) & inner).any(1))
-    return join_tiles(pieces, cut, config) if len(pieces) > 1 else pieces[0]
+    corners = [(x, y) for y in tile_corners(size[0], tile) for x in tile_corners(size[1], tile)]
+    origins = torch.tensor(corners, device=device).float().repeat(1, 2)  # (T, 4)
+    sides = origins.new_tensor([wide, tall]).repeat(2)
+    members, parts = list(product(models, views)), torch.arange(len(corners)).split(batch)
+
+    def extract(model, view, part):
+        """`ImageList` of tiles in a view, their sides (4,) in network pixels, FPN features."""
+        tiles = [image[:, y : y + tall, x : x + wide] for x, y in (corners[k] for k in part)]
+        model.transform.fixed_scale = model.transform.scale * view.scale
+        images, _ = model.transform([view.apply(pixels.to(device)) for pixels in tiles])
+        extent = origins.new_tensor(images.image_sizes[0][::-1]).repeat(2)
+        return images, extent, model.backbone(images.tensors)
+
+    def tile_distances(boxes):
+        """(N, T) px, along x plus along y, between the middles of boxes and of tiles."""
+        return torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, (origins + sides / 2)[:, :2], p=1)
+
+    found = []
+    with autocast_for(config, device):
+        for model, view in members:
+            rows, heads = [], model.roi_heads
+            for part in parts:
+                features = None  # frees those of the tiles before
+                images, extent, features = extract(model, view, part)
+                proposals, _ = model.rpn(images, features)
+                outputs = heads.predict_boxes(features, proposals, images.image_sizes)
+                columns = heads.postprocess_detections(*outputs, proposals, images.image_sizes)
+                for k, boxes, scores, labels in zip(part, *columns, strict=True):
+                    boxes = view.inverse.apply_to_boxes(boxes / extent) * sides + origins[k]
+                    distances, spans = tile_distances(boxes), boxes[:, 2:] - boxes[:, :2]
+                    is_nearest = distances[:, k] <= distances.amin(1) + spans.sum(1) / 8
+                    rows.append(torch.column_stack([boxes, scores, labels])[is_nearest])
+            rows = torch.cat(rows)
+            if len(corners) > 1:  # two tiles may both be nearest
+                stay = batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], config.fusion_iou)
+                rows = rows[stay[: config.detections]]
+            found.append(rows)
+        rows = fuse_boxes(found, config) if len(found) > 1 else found[0]
+        boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5].long()
+        masks, tile_of = boxes.new_zeros(len(boxes), 28, 28), tile_distances(boxes).argmin(1)
+        for (model, view), part in reversed(list(product(members, parts))):
+            if features is None:  # those of the last tiles are still there
+                images, extent, features = extract(model, view, part)
+            indices = [torch.where(tile_of == k)[0] for k in part]
+            rois = view.apply_to_boxes((boxes - origins[tile_of]) / sides) * extent
+            columns = zip(*((rois[i], labels[i]) for i in indices), strict=True)
+            columns = model.roi_heads.detect_masks(features, *columns, images.image_sizes)
+            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(columns)[:, 0]) / len(members)
+            features = None
+    rles = paste_masks(masks, boxes, size, config.mask_threshold)
+    every = Instances(*(values.cpu().numpy() for values in (boxes, scores, labels)), rles, size)
+    return every.select([rle is not None for rle in rles])
 
 
-def detect(model: nn.Module, image: Tensor, config: Config, view: View | None = None) -> Instances:
-    """Detect the instances of an image (3, H, W) uint8 in one view, best first.
+def detect(models: Sequence[nn.Module], image: Tensor, config: Config, views=None) -> Instances:
+    """Detect the instances of an image (3, H, W) uint8 by all models in all `views`, best first.
 
     Where memory is full, smaller batches, then smaller tiles are used, for later images too; it
     raises torch.OutOfMemoryError where one tile of `MIN_TILE` px is too much.
     """
-    limits, longest = model.__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
+    limits, longest = models[0].__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
+    for heads in (model.eval().roi_heads for model in models):
+        heads.score_thresh, heads.nms_thresh = config.score_threshold, config.box_nms
+        heads.detections_per_img = config.detections
     while True:
         tile, batch = limits.get(config.tile, (config.tile or longest, TILE_BATCH))
         try:
-            return detect_tiles(model, image, config, view or View(), tile, batch)
+            return detect_tiles(models, image, config, views or [View()], tile, batch)
         except Exception as error:
             if not is_out_of_memory(error) or (tile <= MIN_TILE and batch == 1):
                 raise
         finally:
-            model.transform.fixed_scale = None
+            for model in models:
+                model.transform.fixed_scale = None
         free_memory()  # not in the handler, which still holds the tensors that did not fit
         if tile < longest and batch > 1:
             batch //= 2

@@ -116,18 +116,22 @@ class CellRoIHeads(RoIHeads):
         pooled = self.mask_roi_pool(features, boxes, image_shapes)
         return self.mask_predictor(self.mask_head(pooled)).float()
 
+    def detect_masks(self, features, boxes, labels, image_shapes):
+        """Probabilities (R, 1, M, M) of the labels inside the boxes, for each image."""
+        chunks = []
+        for start in range(0, max(map(len, boxes)), 200) or [0]:  # bounds the memory
+            some, classes = ([v[start : start + 200] for v in parts] for parts in (boxes, labels))
+            logits = self.predict_masks(features, some, image_shapes)
+            chunks.append(maskrcnn_inference(logits, classes))
+        return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
     def forward(self, features, proposals, image_shapes, targets=None):
         """Detections with masks (R, 1, M, M) inside their boxes; in training the losses."""
         if self.training:
             return [], self.compute_losses(features, proposals, image_shapes, targets)
         prediction = self.predict_boxes(features, proposals, image_shapes)
         boxes, scores, labels = self.postprocess_detections(*prediction, proposals, image_shapes)
-        chunks = []
-        for start in range(0, max(map(len, boxes)), 200) or [0]:  # bounds the memory
-            some, classes = ([v[start : start + 200] for v in parts] for parts in (boxes, labels))
-            logits = self.predict_masks(features, some, image_shapes)
-            chunks.append(maskrcnn_inference(logits, classes))
-        masks = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        masks = self.detect_masks(features, boxes, labels, image_shapes)
         columns = zip(boxes, scores, labels, masks, strict=True)
         return [dict(boxes=b, scores=s, labels=k, masks=m) for b, s, k, m in columns], {}
 

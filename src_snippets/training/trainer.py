@@ -218,7 +218,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     """
     config = replace(config, tile=0, score_threshold=min(config.score_threshold, 0.05))
     images = (samples[i].image for i in rank_indices(len(samples)))
-    predictions = gather([detect(model, image, config) for image in images])
+    predictions = gather([detect([model], image, config) for image in images])
     ground_truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
     scores = average_precision(ground_truth, dict(enumerate(predictions, start=1)))
     row = {name: scores[name] for name in ("AP", "AP50", "AP75")}

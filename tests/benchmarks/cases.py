@@ -35,16 +35,14 @@ from torchvision.transforms import v2
 
 from src_snippets.data.images import read_cell_folder, read_image
 from src_snippets.data.layouts import ImageRecord
-from src_snippets.data.rle import encode_masks
 from src_snippets.data.structures import (
     CellSample,
     coco_annotations,
     coco_ground_truth,
-    Instances,
 )
 from src_snippets.data.transforms import build_augmentation, collate, training_target, TrainingSet
 from src_snippets.inference.predict import predict_image
-from src_snippets.model.detect import greedy_groups, paste_masks
+from src_snippets.model.detect import paste_masks
 from src_snippets.model.heads import BlockMatcher, sample_mask_targets
 from src_snippets.model.mask_rcnn import build_model, InputTransform
 from src_snippets.model.roi_align import CellRoIAlign
@@ -269,43 +267,6 @@ def paste(side: str, device: str, count: int, height: int, width: int) -> Callab
     if side == "ours":
         return lambda: paste_masks(masks[:, 0], boxes, (height, width), 0.5)
     return lambda: encode_dense(paste_masks_in_image(masks, boxes, (height, width))[:, 0] >= 0.5)
-
-
-# Mask NMS: the greedy loop of tiles, views and models
-
-
-def mask_suppression(side: str, device: str, count: int, size: int) -> Callable:
-    """Mask NMS at IoU 0.3 of `count` detections, discs of 9 to 15 px on an image of `size` px."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:30, :30] - 14.5
-    crops = np.hypot(y, x) <= rng.uniform(9, 15, (count, 1, 1))
-    tops, lefts = rng.integers(0, size - 30, (2, count))
-    scores = rng.random(count).astype(np.float32)
-    if side == "ours":
-
-        def ours():
-            rles = encode_masks(crops, tops, lefts, size, size)
-            labels = np.ones(count, np.int64)
-            every = Instances(np.zeros((count, 4)), scores, labels, rles, (size, size))
-            best_first = every.select(np.argsort(-scores, kind="stable"))
-            return {"survivors": len(list(greedy_groups(best_first, np.arange(count), 0.3)))}
-
-        return ours
-
-    def work():
-        flat = torch.zeros(count, size, size)
-        for mask, crop, top, left in zip(flat, crops, tops, lefts, strict=True):
-            mask[top : top + 30, left : left + 30] = torch.from_numpy(crop)
-        flat = flat.flatten(1)[torch.from_numpy(scores).argsort(descending=True)]
-        shared, areas = flat @ flat.T, flat.sum(1)
-        over = shared / (areas[:, None] + areas - shared) > 0.3
-        survives = torch.ones(count, dtype=torch.bool)
-        for i in range(count):
-            if survives[i]:
-                survives[i + 1 :] &= ~over[i, i + 1 :]
-        return {"survivors": int(survives.sum())}
-
-    return work
 
 
 # Average precision

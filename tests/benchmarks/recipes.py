@@ -45,7 +45,7 @@ def measure(name: str, device: torch.device, root: Path) -> list[str]:
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     model = build_model(config).to(device)
     millions = count_parameters(model) / 1e6
-    per_image = seconds(lambda: detect(model, image, config), device)
+    per_image = seconds(lambda: detect([model], image, config), device)
     samples = CellSamples(open_dataset(root, config), 1.0)
     trainer = new_trainer(config, samples)
     images, targets = next(iter(trainer.loader))

@@ -58,12 +58,6 @@ CASES = {
     "1,000 detections at 1771x1760 to RLE": Case(
         "paste", dict(count=1000, height=1771, width=1760), quick=False
     ),
-    "mask NMS of 300 detections at 1000x1000": Case(
-        "mask_suppression", dict(count=300, size=1000), on_gpu=False
-    ),
-    "mask NMS of 2,000 detections at 2000x2000": Case(
-        "mask_suppression", dict(count=2000, size=2000), on_gpu=False, quick=False
-    ),
     "AP of 6 images, 300 instances each": Case("ap", dict(images=6, cells=300), on_gpu=False),
     "AP of 42 images, 300 instances each": Case(
         "ap", dict(images=42, cells=300), on_gpu=False, quick=False
