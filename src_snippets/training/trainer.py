@@ -419,15 +419,14 @@ class Trainer(TrainingState):
 
         It has epoch, lr, mean losses, fp16's `scale` and, if it was due, what `evaluate` says.
         """
-        config, batch_size = self.config, self.config.batch_size
-        start = done = len(self.history)
+        config, start, batch_size = self.config, len(self.history), self.config.batch_size
         if reason := stop_reason(self.history, self.seconds, config):
-            print(f"ALREADY TRAINED: {self.folder} is used again ({done} epochs, {reason}).")
+            print(f"ALREADY TRAINED: {self.folder} is used again ({start} epochs, {reason}).")
             print("Set RESUME = False to train again.")
-        elif done:
-            print(f"{self.folder}: {done} of {config.epochs} epochs are done, training continues.")
+        elif start:
+            print(f"{self.folder}: {start} of {config.epochs} epochs are done, training continues.")
         if default_device().type == "cuda" and not reason:
-            batch_size = fit_memory(self.model, config, 0 if done else 2)  # Adam keeps two
+            batch_size = fit_memory(self.model, config, 0 if start else 2)  # Adam keeps two
         accumulate = config.accumulate * config.batch_size // batch_size
         if batch_size < config.batch_size:
             print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
@@ -439,18 +438,19 @@ class Trainer(TrainingState):
         if not reason:
             crops, lr = batch_size * accumulate * world_size(), self.optimizer.param_groups[-1]
             print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr['peak_lr']:.2g}")
-        options = dict(total=config.epochs * batches, initial=done * batches, unit="batch")
+        options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
         with self.session.listen(), bar:
             while not reason:
-                self.run_epoch(len(self.history) + 1, bar)
+                done = len(self.history)
+                self.run_epoch(done + 1, bar)
                 if self.callback and is_main() and len(self.history) > done:
                     self.callback(self.history, self.example, False)
-                done, reason = len(self.history), stop_reason(self.history, self.seconds, config)
+                reason = stop_reason(self.history, self.seconds, config)
                 if not reason and all_max(self.session.is_over())[0]:
                     reason = "the session ends (max_hours or SIGTERM); run again to continue"
                 if reason:
-                    bar.write(f"Training ends after epoch {done}: {reason}.")
+                    bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
         if is_main() and max(start, self.saved_epochs) < len(self.history):
             self.save_last()
         if self.callback and is_main() and self.history:
