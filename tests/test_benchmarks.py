@@ -1,5 +1,6 @@
 from dataclasses import asdict, replace
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from src_snippets.data.rle import mask_areas
 from src_snippets.setup.config import make_config
 from src_snippets.training import trainer
 from src_snippets.training.checkpoints import PREDICTION_SETTINGS
-from tests.benchmarks import ablate, leakage, race, recipes
+from tests.benchmarks import ablate, leakage, published, race, recipes
 from tests.benchmarks.cases import (
     ap,
     baseline_model,
@@ -26,7 +27,8 @@ from tests.benchmarks.cases import (
     training,
 )
 from tests.benchmarks.run import as_row, CASES, find_case, growth_cases, plot_growth, run_case
-from tests.conftest import real_data, ROOT
+from tests.benchmarks.timed import timed_config, train_timed
+from tests.conftest import make_sample, real_data, ROOT
 
 
 def test_an_error_in_a_case_is_shown():
@@ -253,3 +255,85 @@ def test_predictions_of_the_baseline_are_torchvisions(demo_samples):
     areas = (expected["masks"][:, 0] >= 0.5).flatten(1).sum(1)
     assert mask_areas(found.rles).tolist() == areas[areas > 0].tolist()
     assert np.allclose(found.scores, expected["scores"][areas > 0])
+
+
+# Published results
+
+
+def cut(sample, rows: slice, columns: slice):
+    """A tile of a sample of one layer, with ids from 1 on."""
+    ids = sample.layers[0, rows, columns].numpy()
+    known, own = np.unique(ids[ids > 0], return_inverse=True)
+    tile = np.zeros_like(ids)
+    tile[ids > 0] = own + 1
+    labels = sample.labels[known.astype(np.int64) - 1]
+    layers = torch.from_numpy(tile)[None]
+    return replace(sample, image=sample.image[:, rows, columns], layers=layers, labels=labels)
+
+
+def test_tiles_become_the_field_that_they_were_cut_from():
+    """A strip above two tiles; squares of two classes that the cuts go through."""
+    ids = np.zeros((220, 240), int)
+    corners = [(10, 10), (110, 20), (50, 130), (190, 110), (100, 200)]
+    for number, (top, left) in enumerate(corners, start=1):
+        ids[top : top + 30, left : left + 30] = number
+    field = make_sample([ids], [1])
+    labels = torch.tensor([1, 2, 1, 2, 1])
+    image = field.image[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    field = replace(field, image=image[:, 1:, 1:], layers=field.layers[:, 1:, 1:], labels=labels)
+    cuts = [
+        (slice(120), slice(None)),
+        (slice(120, None), slice(125)),
+        (slice(120, None), slice(125, None)),
+    ]
+    tiles = [cut(field, *part) for part in cuts]
+    assert [len(tile.labels) for tile in tiles] == [4, 2, 2]
+    for order in ([0, 1, 2], [2, 0, 1]):
+        (joined,) = published.stitch([tiles[k] for k in order])
+        assert torch.equal(joined.image, field.image)
+        assert len(joined.labels) == 5
+        pairs = (
+            torch.stack([joined.layers[0].long(), field.layers[0].long()]).flatten(1).unique(dim=1)
+        )
+        assert pairs.shape[1] == 6  # one id for each, and the background
+        ours, known = pairs[:, pairs[0] > 0]
+        assert torch.equal(joined.labels[ours - 1], labels[known - 1])
+    assert published.stitch([]) == []
+    assert published.stitch(tiles[:1]) == tiles[:1]
+
+
+def test_cells_that_only_touch_stay_two():
+    one = np.zeros((4, 6), int)
+    one[3, :3], one[3, 3:] = 1, 2
+    below = np.zeros((4, 6), int)
+    below[0, :3], below[0, 4:] = 1, 2
+    first, second = make_sample([one], [1]), make_sample([below], [1])
+    second = replace(second, labels=torch.tensor([2, 1]))  # under the first another class
+    joined = published.join_samples(first, second, axis=0)
+    assert joined.size == (8, 6)
+    assert sorted(joined.labels.tolist()) == [1, 1, 2]
+    few = np.zeros((4, 6), int)
+    few[0, 5] = 1  # a third of the border
+    assert len(published.join_samples(first, make_sample([few], [1]), axis=0).labels) == 3
+
+
+def test_checkpoints_stand_beside_published_results(options, demo_samples, capsys):
+    config = timed_config(options, demo_samples, options.minutes)
+    folder = options.out / "run"
+    train_timed(config, demo_samples, folder)
+    names = demo_samples.names[:2]
+    (folder / "split.json").write_text(json.dumps(dict(train=[], val=names)))
+    table = published.main([folder / "best.pt"], demo_samples.dataset.root)
+    assert table.columns.tolist() == ["DICE", "AJI", "DQ", "SQ", "PQ", "F1"]
+    assert table.index[0] == "all instances"
+    assert table.loc["Mask R-CNN"].tolist() == [0.74, 0.474, 0.619, 0.74, 0.46, 0.692]
+    assert table.loc["all instances"].between(0, 1).all()
+    assert "2 tiles make 2 fields" in capsys.readouterr().out
+
+
+def test_published_results_need_a_folder():
+    command = [sys.executable, "tests/benchmarks/published.py", "best.pt"]
+    environment = {key: value for key, value in os.environ.items() if key != "HW3_DATA"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "set HW3_DATA to the folder of the dataset" in done.stderr
