@@ -2,8 +2,10 @@ from collections import Counter
 import json
 import math
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 import pycocotools.mask
 import pytest
@@ -11,14 +13,16 @@ import torch
 
 from src_snippets.data.layouts import (
     dataset_roots,
+    encode_outline,
     find_dataset,
     has_ground_truth,
     image_files,
     MAPPING_NAME,
+    normal_name,
     open_dataset,
-    segmentation_pixels,
+    whole,
 )
-from src_snippets.data.rle import rle_to_csv
+from src_snippets.data.rle import pixel_indices, rle_to_csv
 from src_snippets.data.structures import coco_ground_truth, ground_truth
 from src_snippets.setup.config import make_config
 from src_snippets.setup.files import write_json
@@ -126,7 +130,11 @@ def test_folders_and_their_mapping(tmp_path, capsys):
     Image.fromarray(RGB).save(root / "train" / "loose.png")
     (root / "train" / ".ipynb_checkpoints").mkdir()
     assert open_dataset(root, CONFIG).names == ["a", "b"]
-    assert "read 2 of 3 images, left out 1: not listed, or not in a" in capsys.readouterr().out
+    (root / "train" / "a" / "slide.czi").touch()
+    assert open_dataset(root, CONFIG).left_out == {
+        "images without ground truth, or not listed": [root / "train" / "loose.png"],
+        "files of another kind": [root / "train" / "a" / "slide.czi"],
+    }
 
 
 def test_test_images_and_mapping_need_no_training_images(tmp_path):
@@ -147,17 +155,17 @@ def test_test_images_and_mapping_need_no_training_images(tmp_path):
         ([], "lists no images"),
         (5, "lists no images"),
         ([5], "cannot be read"),
-        ([{"file_name": "a.tif", "id": 1}], "expected a plain file_name .* height and width"),
-        ([dict(ENTRY, id="1")], "expected a plain file_name .*whole id"),
+        ([{"file_name": "a.tif", "id": 1}], "1 of 1 rows.*Expected a file_name and whole id"),
+        ([dict(ENTRY, id="x")], "'id': 'x'.*whole id"),
         ([dict(ENTRY, height=10.5)], "whole id, height and width"),
-        ([dict(ENTRY, file_name="../a.tif")], "expected a plain file_name"),
-        ([dict(ENTRY, file_name="/etc/passwd")], "expected a plain file_name"),
-        ([dict(ENTRY, file_name="..")], "expected a plain file_name"),
-        ([dict(ENTRY, file_name="")], "expected a plain file_name"),
-        ([dict(ENTRY, file_name="a\\b.tif")], "is not there"),
-        ([ENTRY, dict(ENTRY, file_name="b.tif")], "id 3 occurs twice"),
-        ([ENTRY, dict(ENTRY, id=4)], "file_name 'a.tif' occurs twice"),
-        ([dict(ENTRY, file_name="b.tif")], "b.tif is not there"),
+        ([dict(ENTRY, height=0)], "whole id, height and width"),
+        ([dict(ENTRY, file_name=5)], "a file_name"),
+        ([dict(ENTRY, file_name="../b.tif")], r"\['../b.tif'\], 1 of 1 names: not there"),
+        ([dict(ENTRY, file_name="/etc/passwd")], "not there"),
+        ([dict(ENTRY, file_name="..")], "not there"),
+        ([dict(ENTRY, file_name="")], "a file_name"),
+        ([ENTRY, dict(ENTRY, file_name="b.tif")], "2 of 2 rows.*each id once"),
+        ([ENTRY, dict(ENTRY, id=4, file_name="b.tif")], r"\['b.tif'\], 1 of 2 names: not there"),
         ([dict(ENTRY, width=15)], r"\(10, 14\) \(H, W\), but stated as \(10, 15\)"),
     ],
 )
@@ -236,12 +244,64 @@ def test_csv(tmp_path):
     assert [rle_to_csv(rle) for rle in ground_truth(sample).rles] == ["2 2 16 1", "3 3"]
 
 
-def test_images_without_rows_are_counted(tmp_path, capsys):
+def test_images_without_rows_are_left_out(tmp_path):
     dataset = open_dataset(make_csv(tmp_path, HEADER + "b,-1,14,10,long\n"), CONFIG)
     assert len(dataset.read("b").labels) == 0  # as submissions write an image without instances
-    out = capsys.readouterr().out
-    assert "read 1 of 2 images, left out 1: not listed" in out
-    assert str(tmp_path / "train" / "a.png") in out
+    assert dataset.categories == {1: "cell"}  # no annotation names another class
+    (paths,) = dataset.left_out.values()
+    assert paths == [tmp_path / "train" / "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "categories"),
+    [
+        ("a,1 1,14.0,10.0,cort\nb,,,,\n", {1: "cort"}),  # as pandas writes what is missing
+        ("a,1 1,14,10,\nb,2 1,14,10,\n", {1: "cell"}),
+        ("a,1 1,,,cort\nb,2 1,14,,cort\n", {1: "cort"}),
+        ("a.png,1 1,14,10,x\nA,3 1,14,10,x\nb,2 1,14,10,y\n", {1: "x", 2: "y"}),
+    ],
+)
+def test_empty_cells_and_numbers_of_tables(tmp_path, rows, categories):
+    dataset = open_dataset(make_csv(tmp_path, HEADER + rows), CONFIG)
+    assert (dataset.names, dataset.categories) == (["a", "b"], categories)
+    labels = [dataset.read(name).labels.tolist() for name in "ab"]
+    assert sum(map(len, labels)) == rows.count(" 1,")
+
+
+def test_equal_rows_count_once(tmp_path):
+    rows = "a,1 2,14,10,x\na,1 2,14,10,x\na,1 2,14,10,y\na,2 2,14,10,x\na,,14,10,x\na,,14,10,x\n"
+    sample = open_dataset(make_csv(tmp_path, HEADER + rows), CONFIG).read("a")
+    assert sample.labels.tolist() == [1, 2, 1]  # another class or other pixels are another cell
+    assert sample.left_out == {"annotated twice": 1}
+
+
+def stripes(height: int, width: int, order: str) -> str:
+    """Rows of a.png with three discs, their runs along rows ("C") or columns ("F")."""
+    y, x = np.mgrid[:height, :width]
+    lines = []
+    for row, column in ((10, 12), (12, 30), (25, 20)):
+        flat = (np.hypot(y - row, x - column) < 7).ravel(order)
+        ends = np.flatnonzero(np.diff(flat, prepend=False, append=False))
+        runs = " ".join(f"{a + 1} {b - a}" for a, b in zip(ends[::2], ends[1::2], strict=True))
+        lines.append(f"a,{runs}")
+    return "id,annotation\n" + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("size", [(40, 50), (50, 40), (40, 46)])
+def test_run_lengths_column_by_column_are_refused(tmp_path, size):
+    make_csv(tmp_path, stripes(*size, "C"))
+    Image.fromarray(np.zeros(size, np.uint8)).save(tmp_path / "train" / "a.png")
+    sample = open_dataset(tmp_path, CONFIG).read("a")
+    assert ground_truth(sample).boxes.tolist() == [
+        [6, 4, 19, 17],
+        [24, 6, 37, 19],
+        [14, 19, 27, 32],
+    ]
+    (tmp_path / "train.csv").write_text(stripes(*size, "F"))
+    with refused(
+        f"stripes, with runs {size[0]} px apart.*expected {size[1]}", tmp_path / "train.csv"
+    ):
+        open_dataset(tmp_path, CONFIG).read("a")
 
 
 def test_csv_with_wells_and_a_sample_submission(tmp_path):
@@ -253,7 +313,7 @@ def test_csv_with_wells_and_a_sample_submission(tmp_path):
     assert [image.path.name for image in dataset.test_images] == ["c.png"]
     assert dataset.categories == {1: "cell"}
     (tmp_path / "sample_submission.csv").write_text("id,predicted\n../train/a,1 1\n")
-    with refused("train/a'.*no such image", tmp_path / "sample_submission.csv"):
+    with refused("train/a'.*not there", tmp_path / "sample_submission.csv"):
         open_dataset(tmp_path, CONFIG)
 
 
@@ -267,19 +327,24 @@ def test_csv_with_wells_and_a_sample_submission(tmp_path):
         (HEADER + "a,1 1,14,10,x,y\n", "some without a value for each column"),
         (HEADER + "a,1 1,14,10,x\na,1 1,14,10,x,y\n", "Expected 5 fields in line 3, saw 6"),
         (HEADER + 'a,"1 1,14,10,x\n', "cannot be read"),
-        (HEADER + "a,1,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,1 0,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,0 1,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,139 3,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,1 99999999999999,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + f"a,{2**63 - 1} 2,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,1 3 2 1,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,1 x,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,1 99999999999999999999,14,10,x\n", "a, annotation 2: cannot be read"),
-        (HEADER + "a,1 1,15,10,x\n", r"\(10, 14\) \(H, W\), but stated as \('10', '15'\)"),
-        (HEADER + "a,1 1,14,10,x\na,2 1,14,11,x\n", "of one id state different sizes"),
-        (HEADER + "d,1 1,14,10,x\n", r"\['d'\], but no such image"),
-        (HEADER + "../a,1 1,14,10,x\n", "but no such image"),
+        (HEADER + "a,1,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + "a,1 0,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + "a,0 1,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + "a,139 3,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + "a,1 99999999999999,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + f"a,{2**63 - 1} 2,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + "a,1 3 2 1,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (HEADER + "a,1 x,14,10,x\n", ", a: 1 of 1 rows: annotation 2: "),
+        (
+            HEADER + "a,1 99999999999999999999,14,10,x\n",
+            ", a: 1 of 1 rows: annotation 2: ",
+        ),
+        (HEADER + "a,1 1,15,10,x\n", r"\(10, 14\) \(H, W\), but stated as \(10, 15\)"),
+        (HEADER + "a,1 1,14,10,x\na,2 1,14,11,x\n", "2 of 2 rows.*one size for each image"),
+        (HEADER + "a,1 1,14,10,x\na,2 1,14,10,\n", "1 of 2 rows.*a cell_type in each row"),
+        (HEADER + "d,1 1,14,10,x\n", r"\['d'\], 1 of 1 names: not there"),
+        (HEADER + "../d,1 1,14,10,x\n", "not there"),
+        (HEADER + "a,1,14,10,x\na,2 1,14,10,x\na,0 1,14,10,x\n", "2 of 3 rows: annotation 2.*n 4"),
     ],
 )
 def test_csv_that_is_refused(tmp_path, text, cause):
@@ -307,13 +372,14 @@ def test_all_of_the_real_csv_round_trips():
 
 
 def coco_content(**changes) -> dict:
-    """Two images; a polygon, both kinds of RLE and a crowd on the second."""
+    """Two images; a polygon, both kinds of RLE and a crowd in two pieces on the second."""
     square = np.zeros((10, 14), np.uint8, order="F")
     square[2:5, 3:9] = 1
     compressed = pycocotools.mask.encode(square)
     compressed["counts"] = compressed["counts"].decode()
     plain = {"size": [10, 14], "counts": [0, 2, 138]}
-    shapes = [[[3, 2, 9, 2, 9, 5, 3, 5]], plain, compressed, plain]
+    crowd = {"size": [10, 14], "counts": [0, 2, 98, 40]}
+    shapes = [[[3, 2, 9, 2, 9, 5, 3, 5]], crowd, compressed, plain]
     rows = [
         dict(id=k, image_id=9, category_id=(7, 3)[k % 2], segmentation=shape, iscrowd=int(k == 1))
         for k, shape in enumerate(shapes)
@@ -344,15 +410,20 @@ def test_a_coco_file(tmp_path):
     assert dataset.test_images == [(tmp_path / "test" / "c.png", 1, 10, 14)]
     assert len(dataset.read("a.png").labels) == 0
     sample = dataset.read("deep/b.png")
-    assert (sample.name, sample.labels.tolist()) == ("deep/b.png", [2, 2, 1, -1])
-    assert [int((sample.layers == i).sum()) for i in (1, 2, 3, 4)] == [18, 18, 2, 2]
-    assert torch.equal((sample.layers == 1).any(0), (sample.layers == 2).any(0))
+    assert (sample.name, sample.labels.tolist()) == ("deep/b.png", [2, 1, -1])
+    assert [int((sample.layers == i).sum()) for i in (1, 2, 3)] == [18, 2, 42]
+    assert sample.left_out == {"annotated twice": 1}  # as polygon and as RLE
     # Without overlaps the crowd, though listed first, gets no pixel that an instance has.
     alone = open_dataset(tmp_path, make_config("demo", overlaps=False)).read("deep/b.png")
-    assert alone.labels.tolist() == [2, 1]
-    entry = dict(file_name="c.png", id=77, height=10, width=14)
-    (tmp_path / "test.json").write_text(json.dumps({"images": [entry]}))
-    assert open_dataset(tmp_path, CONFIG).test_images[0].image_id == 77
+    assert alone.labels.tolist() == [2, 1, -1]
+    assert [int((alone.layers == i).sum()) for i in (1, 2, 3)] == [18, 2, 40]
+    entry = dict(file_name="c.png", id="77", height=10.0, width="14")
+    (tmp_path / "test.json").write_text(json.dumps({"images": [entry, entry | dict(id=78)]}))
+    images = open_dataset(tmp_path, CONFIG).test_images
+    assert images == [
+        (tmp_path / "test" / "c.png", 77, 10, 14),
+        (tmp_path / "test" / "c.png", 78, 10, 14),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -386,31 +457,33 @@ def polygon_row(*points) -> dict:
     [
         (dict(images=[]), "lists no images"),
         (dict(images=5), "lists no images"),
-        (dict(annotations={}), "expected a COCO file with lists of images, annotations and cat"),
+        (dict(annotations=5), "expected lists of images, annotations and categories"),
         (dict(annotations=[5]), "cannot be read"),
-        (dict(annotations=[dict(ROW, image_id=8)]), "annotation 5: image_id 8.*expected listed"),
-        (dict(annotations=[dict(ROW, image_id=[9])]), r"annotation 5: image_id \[9\]"),
-        (dict(annotations=[dict(ROW, category_id=1)]), "category_id 1.*expected listed ones"),
-        (dict(annotations=[dict(ROW, iscrowd="0")]), "iscrowd '0'; expected .* iscrowd 0 or 1"),
-        (dict(annotations=[{k: ROW[k] for k in ("image_id", "category_id")}]), "a segmentation"),
-        (dict(annotations=[dict(ROW, segmentation="1 5")]), "expected .* a segmentation"),
-        (polygon_row(1, 2, 3, 4, 1e9, 5), "annotation 5: polygon"),
-        (polygon_row(1, 2, 3, 4), "annotation 5: polygon"),
-        (polygon_row(1, 2, 3, 4, 5, 6, 7), "annotation 5: polygon"),
-        (polygon_row(1, 2, 3, 4, "x", 5), "annotation 5: polygon"),
+        (dict(annotations=[dict(ROW, image_id=8)] * 4), "4 of 4 rows.*'image_id': 8.*of listed"),
+        (dict(annotations=[dict(ROW, image_id=[9])]), r"'image_id': \[9\].*of listed images"),
+        (dict(annotations=[dict(ROW, category_id=1)]), "'category_id': 1.*listed images and cat"),
+        (dict(annotations=[dict(ROW, iscrowd=2)]), "'iscrowd': 2.*iscrowd 0 or 1"),
+        (dict(annotations=[{k: ROW[k] for k in ("image_id", "category_id")}]), "1 of 1 .*outline"),
+        (dict(annotations=[dict(ROW, segmentation="1 5")]), "annotation 5: could not convert"),
+        (polygon_row(1, 2, 3, 4, 1e9, 5), "1 of 1 annotations cannot be used: 1 without a pixel"),
+        (polygon_row(1, 2, 3, 4), "1 polygons of fewer than 3 points"),
+        (polygon_row(1, 2, 3, 4, 5, 6, 7), "1 of 1 annotations: annotation 5: polygon"),
+        (polygon_row(1, 2, 3, 4, "x", 5), "annotation 5: could not convert"),
         (polygon_row(1, 2, 3, 4, math.nan, 5), "annotation 5: polygon"),
-        (dict(annotations=[dict(ROW, segmentation=[])]), "annotation 5: polygon"),
-        (dict(annotations=[dict(ROW, segmentation={})]), "annotation 5: cannot be read"),
+        (dict(annotations=[dict(ROW, segmentation=[])] * 3), "3 of 3 .* 3 without an outline"),
+        (dict(annotations=[ROW, *[dict(ROW, segmentation=None)] * 2]), "2 of 3 annotations cannot"),
+        (polygon_row(0.1, 0.1, 0.9, 0.1, 0.9, 0.9), "without a pixel .*coordinates of another"),
         (rle_row(counts=[math.inf]), "annotation 5"),
         (rle_row(counts=[10**20]), "annotation 5"),
         (rle_row(size=[9, 9], counts=[81]), r"RLE of size \[9, 9\] in an image of \[10, 14\]"),
         (rle_row(counts=[7]), "add up to 7"),
-        (dict(categories=[dict(name="x")]), "cannot be read"),
-        (dict(categories=[dict(id="3", name="x")]), "expected whole numbers, each once"),
-        (dict(categories=[dict(id=3, name=n) for n in "ab"]), "whole numbers, each once"),
-        (dict(images=[dict(file_name="../x.png", id=1, height=1, width=1)]), "a plain file_name"),
-        (dict(images=[dict(file_name="x.png", id=9, height=1, width=1)]), "x.png is not there"),
-        (dict(images=[dict(file_name="a.png", id=9, height=1, width=1)]), "but stated as"),
+        (dict(categories=[dict(name="x")]), "a name and a whole id, each once"),
+        (dict(categories=[dict(id="x", name="x")]), "'name': 'x'.*a whole id, each once"),
+        (dict(categories=[dict(id=3)]), "a name and a whole id"),
+        (dict(categories=[dict(id=3, name=n) for n in "ab"]), "2 of 2 rows.*whole id, each once"),
+        (dict(images=[dict(file_name="../x.png", id=9, height=1, width=1)]), "not there"),
+        (dict(images=[dict(file_name="a.png", id=9, height=9, width=9)]), "3 of 4 .*RLE of size"),
+        (dict(images=[dict(file_name="a.png", id=9, height=9, width=9)], annotations=[]), "stated"),
     ],
 )
 def test_coco_files_that_are_refused(tmp_path, changes, cause):
@@ -429,14 +502,280 @@ def test_what_is_no_coco_file_is_refused(tmp_path, content):
         open_dataset(tmp_path, CONFIG)
 
 
+def outline_pixels(segmentation, height, width) -> list[int]:
+    rle, _ = encode_outline(segmentation, height, width)
+    return pixel_indices(rle).tolist()
+
+
 def test_polygons_beside_the_image_are_cut_at_its_border():
-    assert segmentation_pixels([[-9, -9, 2, -9, 2, 2, -9, 2]], 4, 5).tolist() == [0, 1, 5, 6]
+    assert outline_pixels([[-9, -9, 2, -9, 2, 2, -9, 2]], 4, 5) == [0, 1, 5, 6]
     # A triangle that leaves the image on the left: no side of it is bent.
-    inside = segmentation_pixels([[-100, 0, 50, 50, -100, 100]], 100, 100)
-    assert 800 < len(inside) < 870
-    assert segmentation_pixels(dict(size=[4, 5], counts=[20]), 4, 5).tolist() == []
+    assert 800 < len(outline_pixels([[-100, 0, 50, 50, -100, 100]], 100, 100)) < 870
     two = [[0, 0, 1, 0, 1, 1, 0, 1], [4, 0, 5, 0, 5, 1, 4, 1]]  # one instance in two pieces
-    assert segmentation_pixels(two, 4, 5).tolist() == [0, 4]
+    assert outline_pixels(two, 4, 5) == [0, 4]
+
+
+SQUARE = [1, 1, 3, 1, 3, 3, 1, 3]
+SQUARE_RLE = dict(size=[4, 5], counts=[5, 2, 2, 2, 9])
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [SQUARE],
+        SQUARE,  # flat, as of VIA
+        [[1, 1], [3, 1], [3, 3], [1, 3]],  # a list of points
+        [[[1, 1], [3, 1], [3, 3], [1, 3]]],
+        [list(map(str, SQUARE))],
+        SQUARE_RLE,
+        dict(size=["4.0", 5], counts=SQUARE_RLE["counts"]),
+        pycocotools.mask.frPyObjects(SQUARE_RLE, 4, 5),
+        dict(size=[4, 5], counts=str(pycocotools.mask.frPyObjects(SQUARE_RLE, 4, 5)["counts"])),
+    ],
+)
+def test_ways_to_write_one_square(segmentation):
+    assert outline_pixels(segmentation, 4, 5) == [6, 7, 11, 12]
+    assert encode_outline(segmentation, 4, 5)[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "pixels", "reason"),
+    [
+        ([], 0, "without an outline"),
+        (None, 0, "without an outline"),
+        (math.nan, 0, "without an outline"),
+        ({}, 0, "without an outline"),
+        ([[]], 0, "fewer than 3 points"),
+        ([[1, 1, 3, 3]], 0, "fewer than 3 points"),
+        ([[1, 1, 3, 3], SQUARE], 4, "fewer than 3 points"),
+        (dict(size=[4, 5], counts=[20]), 0, "without a pixel"),
+        ([[v + 9 for v in SQUARE]], 0, "without a pixel"),
+        ([[v - 9 for v in SQUARE]], 0, "without a pixel"),
+        ([[v / 5 for v in SQUARE]], 0, "without a pixel"),  # fractions of the image
+        ([[2, 2, 2, 2, 2, 2]], 0, "without a pixel"),
+    ],
+)
+def test_what_is_no_outline_has_a_reason(segmentation, pixels, reason):
+    rle, found = encode_outline(segmentation, 4, 5)
+    assert reason in found
+    assert (0 if rle is None else pycocotools.mask.area(rle)) == pixels
+
+
+def square_row(number: int, shift: float = 0, **changes) -> dict:
+    points = [v + shift for v in (1, 1, 4, 1, 4, 4, 1, 4)]
+    return dict(id=number, image_id=4, category_id=3, segmentation=[points]) | changes
+
+
+def test_a_third_without_a_pixel_is_counted_and_more_is_refused(tmp_path):
+    rows = [square_row(0), square_row(1, 2), square_row(2, 20)]
+    make_coco(tmp_path, coco_content(annotations=rows))
+    sample = open_dataset(tmp_path, CONFIG).read("a.png")
+    assert sample.labels.tolist() == [1, 1]
+    assert list(sample.left_out.values()) == [1]
+    rows += [square_row(3, 30), square_row(4, segmentation=[])]
+    (tmp_path / "train.json").write_text(json.dumps(coco_content(annotations=rows)))
+    with refused("3 of 5 annotations cannot be used: 2 without a pixel .*, 1 without an outline"):
+        open_dataset(tmp_path, CONFIG)
+
+
+def brush(number: int, *columns: int, crowd: int = 1) -> dict:
+    """A row with an RLE of 4 pixels down each of some columns."""
+    mask = np.zeros((10, 14), np.uint8, order="F")
+    mask[2:6, columns] = 1
+    rle = pycocotools.mask.encode(mask)
+    rle["counts"] = rle["counts"].decode()
+    return square_row(number, segmentation=rle, iscrowd=crowd)
+
+
+def test_brush_masks_of_cvat_are_cells(tmp_path, capsys):
+    """In one piece and up to 4 times the median area, here 4 x 8 px."""
+    rows = [brush(0, 1, 2, crowd=0), brush(1, 4, 5), brush(2, 1, 9), brush(3, *range(9))]
+    rows += [brush(4, *range(4, 12)), square_row(5, iscrowd=1), brush(6, 7, 8, crowd=0)]
+    make_coco(tmp_path, coco_content(annotations=rows))
+    sample = open_dataset(tmp_path, CONFIG).read("a.png")
+    assert sample.labels.tolist() == [1, 1, 1, 1, -1, -1, -1]
+    assert "2 of 7 annotations have iscrowd 1 but are in one" in capsys.readouterr().out
+    rows = [brush(k, k, k + 1) for k in range(5)]  # all of them
+    (tmp_path / "train.json").write_text(json.dumps(coco_content(annotations=rows)))
+    assert open_dataset(tmp_path, CONFIG).read("a.png").labels.tolist() == [1] * 5
+
+
+def test_an_image_that_is_listed_twice_keeps_the_cells_of_both_ids(tmp_path, capsys):
+    images = [dict(file_name="a.png", id=k, height=10, width=14) for k in (4, 5)]
+    rows = [square_row(0), square_row(1, image_id=5), square_row(2, 3, image_id=5)]
+    make_coco(tmp_path, coco_content(images=images, annotations=rows))
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert dataset.names == ["a.png"]
+    assert "1 images are listed again" in capsys.readouterr().out
+    sample = dataset.read("a.png")
+    assert (len(sample.labels), sample.left_out) == (2, {"annotated twice": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "categories"),
+    [
+        (dict(categories=[dict(id=3, name="cell"), dict(id=7, name="cell")]), ["cell 3", "cell 7"]),
+        (dict(categories=[dict(id="7.0", name="x"), dict(id=3, name="y")]), ["y", "x"]),
+        (  # Roboflow's name of the project
+            dict(
+                categories=[
+                    dict(id=0, name="cells", supercategory="none"),
+                    dict(id=3, name="a", supercategory="cells"),
+                    dict(id=7, name="b", supercategory="cells"),
+                ]
+            ),
+            ["a", "b"],
+        ),
+        (dict(annotations={"5": square_row(5), "6": square_row(6, 3)}), ["round", "long"]),
+        (dict(annotations=[square_row(5, image_id="4", category_id="3")]), ["round", "long"]),
+        (dict(annotations=[]), ["round", "long"]),
+    ],
+)
+def test_categories_and_ids_as_people_export_them(tmp_path, changes, categories):
+    dataset = open_dataset(make_coco(tmp_path, coco_content(**changes)), CONFIG)
+    assert list(dataset.categories.values()) == categories
+    assert all(type(key) is int for key in dataset.categories)
+    count = sum(len(dataset.read(name).labels) for name in dataset.names)
+    assert count == len(changes.get("annotations", "abc"))
+
+
+def test_validation_images_of_the_dataset(tmp_path):
+    root = make_coco(tmp_path, coco_content(), "train/_annotations.coco.json")
+    (root / "valid").mkdir()
+    for name in ("a.png", "other.webp"):
+        Image.fromarray(RGB).save(root / "valid" / name)
+    own = dict(images=[dict(file_name="a.png", id=4, height=10, width=14)])
+    content = coco_content(annotations=[square_row(0, category_id=7)]) | own
+    (root / "valid" / "_annotations.coco.json").write_text(json.dumps(content))
+    dataset = open_dataset(root, CONFIG)
+    assert dataset.names == ["a.png", "deep/b.png", "valid/a.png"]
+    assert dataset.validation == ["valid/a.png"]
+    assert [len(dataset.read(name).labels) for name in dataset.names] == [0, 3, 1]
+    assert dataset.read("valid/a.png").labels.tolist() == [2]
+    assert dataset.left_out == {"files of another kind": [root / "valid" / "other.webp"]}
+    (root / "valid" / "_annotations.coco.json").unlink()
+    dataset = open_dataset(root, CONFIG)
+    assert (dataset.names, dataset.validation) == (["a.png", "deep/b.png"], [])
+    assert len(dataset.left_out["images without ground truth, or not listed"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("train2017", "annotations/instances_train2017.json"),
+        ("images/default", "annotations/instances_default.json"),
+        ("images", "annotations/instances_default.json"),
+        ("images/train", "annotations/instances_train.json"),
+    ],
+)
+def test_folders_of_coco_and_cvat(tmp_path, folder, file):
+    root = tmp_path / "data"
+    make_coco(root, coco_content(), file)
+    (root / folder).parent.mkdir(exist_ok=True)
+    (root / "train").rename(root / folder)
+    assert find_dataset(str(tmp_path)) == root
+    dataset = open_dataset(root, CONFIG)
+    assert (dataset.names, dataset.left_out) == (["a.png", "deep/b.png"], {})
+    assert len(dataset.read("deep/b.png").labels) == 3
+
+
+# Names
+
+
+def test_normal_names_and_whole_numbers():
+    names = ["C:\\x\\My%20Cell.PNG", "/home/x/my cell.png", "my cell.png"]
+    assert {normal_name(name) for name in names} == {"my cell.png"}
+    assert normal_name(normalize("NFD", "Zelle_ä")) == normal_name(normalize("NFC", "zelle_ä"))
+    found = whole(
+        pd.Series([128, 128.0, "128", "1.5", "", None, math.inf, 10**20, [9]], dtype=object)
+    )
+    assert found[:3].tolist() == [128] * 3
+    assert found[3:].isna().all()
+    assert whole(pd.Series([], dtype=object)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "listed"),
+    [
+        (normalize("NFD", "zelle_ä.png"), normalize("NFC", "zelle_ä.png")),
+        ("my cell.png", "my%20cell.png"),
+        ("a b.PNG", "a b.png"),
+        ("x$1$.png", "/home/someone/x$1$.png"),
+        ("x.png", "..\\train\\x.png"),
+        ("細胞.png", "細胞"),
+    ],
+)
+def test_listed_names_that_differ_from_those_on_disk(tmp_path, capsys, on_disk, listed):
+    image = dict(file_name=listed, id=4, height=10, width=14)
+    make_coco(tmp_path, coco_content(images=[image], annotations=[square_row(0)]))
+    Image.fromarray(RGB).save(tmp_path / "train" / on_disk)
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert dataset.names == [on_disk]
+    assert len(dataset.read(on_disk).labels) == 1
+    assert ("1 names differ on disk" in capsys.readouterr().out) == (listed != "細胞")
+
+
+def test_names_that_fit_several_files_are_refused(tmp_path):
+    make_csv(tmp_path, "id,annotation\nA,1 1\n")
+    for name in ("A.png", "b.tif"):  # beside a.png and b.png
+        Image.fromarray(RGB).save(tmp_path / "train" / name)
+    assert open_dataset(tmp_path, CONFIG).names == ["A"]  # exactly as written
+    for text in ("b", "x/a.png"):
+        (tmp_path / "train.csv").write_text(f"id,annotation\n{text},1 1\n")
+        with refused("not there, or several files", tmp_path / "train.csv"):
+            open_dataset(tmp_path, CONFIG)
+
+
+def test_names_with_dollars_and_accents_of_groups(tmp_path):
+    disk = normalize("NFD", "ä$1$")
+    make_csv(tmp_path, "id,annotation,cell_type\n" + normalize("NFC", "ä$1$") + ",1 1,$x$\n")
+    Image.fromarray(RGB).save(tmp_path / "train" / f"{disk}.png")
+    (tmp_path / "groups.csv").write_text("name,group\n" + normalize("NFC", "ä$1$") + ",p\n")
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert (dataset.names, dataset.categories) == ([disk], {1: "$x$"})
+    assert dataset.groups == {disk: "p"}
+
+
+# Pairs of an image and a label image
+
+IDS = np.zeros((10, 14), np.uint16)
+IDS[1:4, 1:4], IDS[5:8, 5:9] = 3, 7
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("train/a.png", "train/a_masks.tif"),
+        ("train/a.PNG", "train/a_cp_masks.png"),
+        ("train/a_img.png", "train/a_masks.png"),
+        ("train/images/a.png", "train/masks/a.png"),
+        ("train/images/a.png", "train/labels/a.tif"),
+        ("images/a.png", "masks/a.png"),
+        ("images/a.png", "labels/a.tif"),
+    ],
+)
+def test_pairs_of_cellpose_and_stardist(tmp_path, image, labels):
+    root = tmp_path / "data"
+    for path in (image, labels, "test/images/t.png"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RGB).save(root / image)
+    Image.fromarray(RGB).save(root / "test/images/t.png")
+    Image.fromarray(IDS).save(root / labels)
+    Image.fromarray(RGB).save((root / image).with_name("alone.png"))
+    (root / "test/masks").mkdir()
+    assert find_dataset(str(tmp_path)) == root
+    dataset = open_dataset(root, make_config("demo", class_names=["x", "y"]))
+    assert (dataset.layout, dataset.categories) == ("pairs", {1: "cell"})
+    assert [Path(name).name for name in dataset.names] == [Path(image).name]
+    sample = dataset.read(dataset.names[0])
+    assert sample.labels.tolist() == [1, 1]
+    assert sample.layers[0].tolist() == np.where(IDS == 3, 1, np.where(IDS == 7, 2, 0)).tolist()
+    assert [path.name for path, *_ in dataset.test_images] == ["t.png"]
+    (paths,) = dataset.left_out.values()
+    assert [path.name for path in paths] == ["alone.png"]
+    Image.fromarray(IDS[:9]).save(root / labels)
+    with refused(r"\(9, 14\) \(H, W\); expected \(10, 14\)", root / labels):
+        dataset.read(dataset.names[0])
 
 
 def partition(sample) -> set:
@@ -461,20 +800,28 @@ def test_folders_to_coco_lose_nothing(demo_root, demo_samples, tmp_path):
 # Images alone, real data
 
 
-def test_label_images_beside_images_are_left_out(tmp_path, capsys):
-    for name in ("a.png", "a_cp_masks.png", "b.png", "b_masks.tif", "c_masks.png"):
+def test_label_images_beside_images_are_left_out(tmp_path):
+    kept = ["a.png", "b.png", "c_masks.png", "d_img.png"]
+    outputs = ["a_cp_masks.png", "a_cp_output.png", "a_flows.tif", "a_outlines_cp_masks.png"]
+    outputs += ["b_masks.tif", "d_labels.png", "d_masks.png"]
+    others = ["e.webp", "f.czi"]
+    for name in (*kept, *outputs):
         Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / name)
+    for name in (*others, "notes.txt", ".hidden.czi"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(RGB).save(tmp_path / "sub" / "g.png")
     dataset = open_dataset(tmp_path, CONFIG)
     assert (dataset.layout, dataset.names) == ("images", [])
-    assert dataset.test_images[1:] == [
-        (tmp_path / "b.png", 2, 8, 9),
-        (tmp_path / "c_masks.png", 3, 8, 9),
-    ]
-    out = capsys.readouterr().out
-    assert "read 3 of 5 images, left out 2: label images of Cellpose" in out
+    assert dataset.test_images == [(tmp_path / name, k, 8, 9) for k, name in enumerate(kept, 1)]
+    assert dataset.left_out == {
+        "label images and outputs of Cellpose or StarDist": [tmp_path / name for name in outputs],
+        "files of another kind": [tmp_path / name for name in others],
+        "images without ground truth, or not listed": [tmp_path / "sub" / "g.png"],
+    }
 
 
 def test_the_real_mapping_without_its_images_is_refused():
     root = real_data("hw3-real")
-    with refused("is not there", root / MAPPING_NAME):
+    with refused("101 of 101 names: not there", root / MAPPING_NAME):
         open_dataset(root, CONFIG)

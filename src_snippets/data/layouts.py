@@ -1,41 +1,63 @@
-"""Find a dataset on disk and open its layout: folders, CSV, COCO, or images alone."""
+"""Find a dataset on disk and open its layout: folders, CSV, COCO, pairs, or images alone."""
 
 # %% [markdown]
 # ### Find the dataset
-# Four layouts are known by where their ground truth is: `class1.tif ..` beside each
+# Five layouts are known by where their ground truth is: `class1.tif ..` beside each
 # `train/<name>/image.tif`; `train.csv` with an RLE per row; `train.json`, COCO polygons or RLEs;
-# nowhere, images alone for `CHECKPOINTS` to predict. Each becomes a `CellDataset`.
-# The trap: results carry the dataset's own ids of images and categories, labels are always 1..C.
+# label images as Cellpose and StarDist keep them, `train/a_masks.tif` beside `train/a.tif` or
+# `masks/a.tif` for `images/a.tif`; nowhere, images alone for `CHECKPOINTS` to predict. Each becomes
+# a `CellDataset`. The trap: results carry the dataset's own ids, labels are always 1..C.
 
 # %%
-# @title Find a dataset; read tables and lists of images
-from collections import Counter
+# @title Find a dataset and the files of its parts
+from ast import literal_eval
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from csv import field_size_limit
 from dataclasses import dataclass, field
 from functools import partial
 import json
 from pathlib import Path
+import re
 from typing import NamedTuple
+from unicodedata import normalize
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pycocotools.mask
+from scipy import ndimage
 import torch
 
-from src_snippets.data.images import name_file, read_cell_folder, read_image, require
-from src_snippets.data.rle import csv_to_pixels, pixel_indices
+from src_snippets.data.images import (
+    name_file,
+    read_cell_folder,
+    read_image,
+    read_instance_map,
+    require,
+)
+from src_snippets.data.rle import crop_mask, csv_to_pixels, decode_runs, pixel_indices
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import Config
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
+TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
 MAPPING_NAME = "test_image_name_to_ids.json"
 SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
+# What a part of a dataset is called, by Roboflow and CVAT too, and where its files are
+PARTS = dict(train=("train", "default"), val=("val", "valid"), test=("test",))
+IMAGE_FOLDERS = ("{}", "{}2017", "images/{}", "images/{}2017")
+COCO_FOLDERS = (*IMAGE_FOLDERS, "images")
+COCO_FILES = ("{}.json", "{}_gt.json", "annotations/{}.json", "annotations/instances_{}.json")
+COCO_FILES += ("annotations/instances_{}2017.json", "{}/_annotations.coco.json")
+# How the names of label images end, and of what else Cellpose writes beside an image
+LABEL_END = re.compile(r"(?<!_outlines)(_cp)?_(masks?|labels?)$", re.IGNORECASE)
+OUTPUT_END = re.compile(r"(_outlines)?(_cp)?_(masks?|labels?|flows|output)$", re.IGNORECASE)
 
 
 class ImageRecord(NamedTuple):
-    """Where an image is, its id in results, its size in pixels."""
+    """Where an image is, its id in results, its size in pixels (0 where a table tells none)."""
 
     path: Path
     image_id: int
@@ -48,7 +70,7 @@ class CellDataset:
     """What is on disk, whatever its layout."""
 
     root: Path
-    layout: str  # "folders", "csv", "coco" or "images"
+    layout: str  # "folders", "csv", "coco", "pairs" or "images"
     names: list[str]  # training images, unique; none in "images"
     read: Callable[[str], CellSample]  # of a name; raises BadInput
     categories: dict[int, str]  # names of the classes 1..C by their ids in results, ascending
@@ -64,18 +86,42 @@ def image_files(folder: Path) -> list[Path]:
     return [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
 
 
-def coco_file(root: Path, part: str) -> Path | None:
-    """The COCO file of `train` or `test`, None where there is none."""
-    names = (f"{part}.json", f"{part}_gt.json", f"annotations/{part}.json")
-    names += (f"annotations/instances_{part}.json", f"{part}/_annotations.coco.json")
-    return next((path for name in names if (path := root / name).is_file()), None)
+def find_part(root: Path, part: str, patterns: Sequence[str]) -> Path | None:
+    """The first path below `root` that is named after a part of the dataset, None without one."""
+    paths = (root / pattern.format(name) for pattern in patterns for name in PARTS[part])
+    return next((path for path in paths if path.exists()), None)
+
+
+def find_pairs(folder: Path) -> dict[Path, Path]:
+    """The label image of each image that has one, as Cellpose and StarDist keep them."""
+    images = image_files(folder / "images") or image_files(folder)
+    apart = image_files(folder / "masks") or image_files(folder / "labels")
+    beside = [path for path in images if LABEL_END.search(path.stem)]
+    labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
+    images = [path for path in images if path not in beside]
+    named = {name: p for p in images for name in (p.stem, p.stem.removesuffix("_img"))}
+    return {path: labels[name] for name, path in named.items() if name in labels}
+
+
+def find_layout(root: Path) -> str:
+    """The layout of a folder, by its ground truth; "images" without any."""
+    train = root / "train"
+    if (root / MAPPING_NAME).is_file():
+        return "folders"
+    if (root / "train.csv").is_file() and train.is_dir():
+        return "csv"
+    if find_part(root, "train", COCO_FILES) and find_part(root, "train", COCO_FOLDERS):
+        return "coco"
+    if any(train.glob("*/class*.tif")):
+        return "folders"
+    apart = (root / "images").is_dir() and find_pairs(root)
+    return "pairs" if find_pairs(train) or apart else "images"
 
 
 def has_ground_truth(root: Path) -> bool:
-    """Whether a folder holds a dataset to learn from."""
-    marked = (root / MAPPING_NAME).is_file() or (root / "train.csv").is_file()
-    marked = marked or coco_file(root, "train") or any((root / "train").glob("*/class*.tif"))
-    return bool(marked) and (root / "train").is_dir()
+    """Whether a folder holds a dataset to learn from, more than test images and their mapping."""
+    layout = find_layout(root)
+    return layout != "images" and (layout != "folders" or (root / "train").is_dir())
 
 
 def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
@@ -109,11 +155,26 @@ def find_dataset(data: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Path 
             kind = "nothing" if folder.is_dir() else "a file" if folder.is_file() else "no folder"
             raise FileNotFoundError(
                 f"No dataset in {folder}, but {', '.join(names[:5]) or kind}. Expected train/ and "
-                "its ground truth (class1.tif in its folders, train.csv or train.json), at most "
-                f"six levels down; or DATA naming a folder of images ({', '.join(IMAGE_SUFFIXES)})."
+                "its ground truth (class1.tif in its folders, train.csv, train.json, a_masks.tif), "
+                "at most six levels down; or DATA naming a folder of images, such as .tif or .png."
                 " Unpack archives, correct DATA, or set it to 'demo'."
             )
     return roots[0] if roots else None
+
+
+# %%
+# @title Read tables and lists of images; match names with files
+def require_rows(table: pd.DataFrame, valid: pd.Series, expected: str) -> None:
+    """Raise BadInput with the number of rows that are not valid and the first three of them."""
+    wrong = table[~valid]
+    first = "; ".join(str(row)[:140] for row in wrong.head(3).to_dict("records"))
+    require(wrong.empty, f"{len(wrong)} of {len(table)} rows: {first}. Expected {expected}.")
+
+
+def whole(values: pd.Series) -> pd.Series:
+    """Whole numbers as JSON and tables have them, 128, "128" or 128.0; NaN for anything else."""
+    numbers = pd.to_numeric(values.astype(str), errors="coerce")
+    return numbers.where((numbers % 1 == 0) & (numbers.abs() < 2**53))
 
 
 def read_table(path: Path, columns: set[str]) -> pd.DataFrame:
@@ -128,49 +189,68 @@ def read_table(path: Path, columns: set[str]) -> pd.DataFrame:
         return table
 
 
+def normal_name(name: str) -> str:
+    """A name without its folder, whatever writes it: no %20, accents as one letter, lower case."""
+    return normalize("NFC", unquote(name)).replace("\\", "/").split("/")[-1].casefold()
+
+
+def match_images(folder: Path, names: Iterable[str], source: Path) -> dict[str, Path]:
+    """Find the images below `folder` that `source` lists, with suffix or without. Raises BadInput.
+
+    A name that is not there as it is written is that of the one image with its `normal_name`.
+    """
+    by_name, matches, changed = defaultdict(list), {}, []
+    for path in sorted(folder.rglob("*.*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            for name in {normal_name(path.name), normal_name(path.stem)}:
+                by_name[name].append(path)
+    for name in dict.fromkeys(names):
+        paths = by_name[normal_name(name)]
+        written = [p for p in paths if p in (folder / name, folder / f"{name}{p.suffix}")]
+        matches[name] = written or paths
+        changed += [] if written else [name]
+    with name_file(source):
+        wrong = [name for name, paths in matches.items() if len(paths) != 1]
+        found = f"{wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several files"
+        require(not wrong, f"{found} in {folder}. Add the image or correct the name.")
+    for name in changed[:1]:
+        print(f"{source}: {len(changed)} names differ on disk: {name!r} is {matches[name][0]}")
+    return {name: path for name, (path,) in matches.items()}
+
+
 def read_image_list(path: Path, folder: Path) -> tuple[dict, list[ImageRecord]]:
     """Read a COCO file or test mapping: its content, and the images it lists. Raises BadInput."""
-    keys = ("file_name", "id", "height", "width")
     with name_file(path):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         content = content if isinstance(content, dict) else {"images": content}
         rows = content.get("images")
         require(isinstance(rows, list) and rows, "lists no images; expected at least one.")
-        for row in rows:
-            name, *numbers = (row.get(key) for key in keys)
-            valid = isinstance(name, str) and all(type(number) is int for number in numbers)
-            valid = valid and Path(name).parts and not {"..", "/"} & set(Path(name).parts)
-            expected = f"expected a plain file_name below {folder}, and whole id, height and width"
-            require(valid, f"image {str(row)[:99]}; {expected}.")
-        for key in keys[:2]:
-            value, count = Counter(row[key] for row in rows).most_common(1)[0]
-            require(count == 1, f"{key} {value!r} occurs twice; expected each once.")
-    return content, [ImageRecord(folder / r["file_name"], *map(r.get, keys[1:])) for r in rows]
+        table = pd.DataFrame(rows, columns=["file_name", "id", "height", "width"])
+        numbers = table[["id", "height", "width"]].apply(whole)
+        valid = numbers.notna().all(axis=1) & (numbers[["height", "width"]] > 0).all(axis=1)
+        valid &= table["file_name"].map(lambda name: isinstance(name, str) and name != "")
+        require_rows(table, valid, "a file_name and whole id, height and width")
+        require_rows(table, ~numbers["id"].duplicated(keep=False), "each id once")
+    paths = match_images(folder, table["file_name"], path)
+    rows = zip(table["file_name"], numbers.astype(int).to_numpy().tolist(), strict=True)
+    return content, [ImageRecord(paths[name], *row) for name, row in rows]
 
 
 def read_listed(record: ImageRecord, source: Path) -> np.ndarray:
     """Read a listed image, (3, H, W) uint8. Raises BadInput, also for another size."""
+    image, stated = read_image(record.path), (record.height, record.width)
     with name_file(source):
-        require(record.path.is_file(), f"{record.path} is not there. Add it or correct the name.")
-        image, stated = read_image(record.path), (record.height, record.width)
-        same = tuple(map(str, stated)) in (tuple(map(str, image.shape[1:])), ("", ""))
-        require(same, f"{record.path}: {image.shape[1:]} (H, W), but stated as {stated}.")
-        return image
-
-
-def match_images(folder: Path, names: Iterable[str], source: Path) -> dict[str, Path]:
-    """Find the images of names without suffix, as CSV files list them. Raises BadInput."""
-    paths = {path.stem: path for path in image_files(folder)}
-    missing = [name for name in names if name not in paths]
-    with name_file(source):
-        require(not missing, f"ids {missing[:3]}, but no such image in {folder}. Add or drop it.")
-    return {name: paths[name] for name in names}
+        found = f"{record.path}: {image.shape[1:]} (H, W), but stated as {stated}."
+        require(stated in (image.shape[1:], (0, 0)), found)
+    return image
 
 
 def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
     """Read `groups.csv`, columns name and group (patient, slide), if any. Raises BadInput."""
     path = root / "groups.csv"
     table = read_table(path, {"name", "group"}) if path.is_file() else dict(name=[], group=[])
+    known = {normalize("NFC", name): name for name in names}  # macOS has another form on disk
+    table["name"] = [known.get(normalize("NFC", name), name) for name in table["name"]]
     rows = [(n, g) for n, g in zip(table["name"], table["group"], strict=True) if g]
     groups, known = dict(rows), set(names)
     wrong = [(name, g) for name, g in rows if groups[name] != g or name not in known]
@@ -181,105 +261,207 @@ def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
 
 # %%
 # @title Read annotations; open a dataset of any layout
-def segmentation_pixels(segmentation, height: int, width: int) -> np.ndarray:
-    """Read polygons, a COCO RLE or CSV text as (A,) row-major offsets. Raises ValueError."""
-    if isinstance(segmentation, str):
-        return csv_to_pixels(segmentation, height * width)
-    if isinstance(segmentation, list):
-        for points in segmentation or [[]]:
-            valid = len(points) >= 6 and len(points) % 2 == 0
-            valid = valid and all(type(v) in (int, float) and abs(v) < 1e5 for v in points)
-            require(valid, f"polygon {points[:6]}; expected x, y of 3 points or more.")
-        polygons = pycocotools.mask.frPyObjects(segmentation, height, width)
-        segmentation = pycocotools.mask.merge(polygons)
-    size = list(segmentation["size"])
-    require(size == [height, width], f"RLE of size {size} in an image of {[height, width]}.")
-    return pixel_indices(segmentation)
+NO_OUTLINE = "without an outline (boxes only)"
+SHORT = "polygons of fewer than 3 points"
+OUTSIDE = "without a pixel in the image (coordinates of another size?)"
 
 
-def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> CellSample:
-    """Read an image of a CSV or COCO file. Raises BadInput.
+def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, str]:
+    """Encode polygons or a COCO RLE as RLE, None without a pixel. Raises ValueError.
 
-    records: name -> `ImageRecord`; rows: name -> (label, -k for a crowd; segmentation; number).
+    The second value says why all or some of it is left out, "" where nothing is.
     """
-    image, parts = read_listed(records[name], source), []
-    for label, segmentation, number in rows[name]:
-        with name_file(f"{source}, {name}, annotation {number}"):
-            pixels = segmentation_pixels(segmentation, *image.shape[1:])
-        parts.append((pixels, np.ones(len(pixels), np.int64), label))
-    parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
-    packed = pack_layers(parts, image.shape[1:], overlaps)
-    file_name = Path(name).with_name(records[name].path.name).as_posix()
-    return CellSample(torch.from_numpy(image), *packed, file_name)
+    if segmentation != segmentation or not segmentation:  # NaN: no such key
+        return None, NO_OUTLINE
+    if isinstance(segmentation, dict):
+        counts, size = segmentation["counts"], [height, width]
+        same = list(map(float, segmentation["size"])) == size
+        require(same, f"RLE of size {segmentation['size']} in an image of {size}.")
+        if isinstance(counts, str):  # or bytes that were written with str()
+            counts = literal_eval(counts) if counts[:2] in ("b'", 'b"') else counts.encode()
+        rle = dict(size=size, counts=counts)
+        rle = pycocotools.mask.frPyObjects(rle, *size) if isinstance(counts, list) else rle
+        return (rle, "") if len(decode_runs(rle)[0]) else (None, OUTSIDE)
+    if not any(isinstance(piece, list) and len(piece) != 2 for piece in segmentation):
+        segmentation = [segmentation]  # one polygon, as VIA writes it: flat or a list of points
+    pieces = [np.asarray(piece, float).ravel() for piece in segmentation]
+    polygons = [piece for piece in pieces if len(piece) >= 6]
+    valid = all(np.isfinite(polygon).all() and len(polygon) % 2 == 0 for polygon in polygons)
+    require(valid, f"polygon {str(segmentation)[:60]}; expected pairs of numbers x, y.")
+    if not polygons:
+        return None, SHORT
+    points = np.concatenate(polygons).reshape(-1, 2)
+    low, high = points.min(0), points.max(0)
+    is_inside = (high > 0).all() and (low < (width, height)).all() and abs(points).max() < 1e5
+    if not is_inside or high.max() <= 1:  # fractions of the image
+        return None, OUTSIDE
+    rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, height, width))
+    reason = SHORT if len(polygons) < len(pieces) else ""
+    return (rle, reason) if pycocotools.mask.area(rle) else (None, OUTSIDE)
 
 
-def open_csv(root: Path) -> tuple:
-    """Open `train.csv`, a row per instance: its path, records, rows, categories, groups."""
-    path, defaults = root / "train.csv", dict(height="", width="", cell_type="cell", sample_id="")
-    table = read_table(path, {"id", "annotation"})
-    table = table.assign(**{key: text for key, text in defaults.items() if key not in table})
-    sizes = table[["id", "height", "width"]].drop_duplicates().set_index("id")
-    with name_file(path):
-        require(sizes.index.is_unique, "rows of one id state different sizes; expected one.")
-    paths = match_images(root / "train", sizes.index, path)
-    records = {name: ImageRecord(paths[name], 0, *size) for name, *size in sizes.itertuples()}
-    codes, kinds = pd.factorize(table["cell_type"], sort=True)
-    texts = table["annotation"].replace("-1", "")  # -1: no instances, as in submissions
-    rows = zip(table["id"], (codes + 1).tolist(), texts, table.index + 2, strict=True)
-    wells = table[table["sample_id"] != ""]  # of Sartorius
-    groups = dict(zip(wells["id"], wells["sample_id"], strict=True))
-    return path, records, rows, dict(enumerate(kinds, start=1)), groups
+def find_brush_masks(table: pd.DataFrame) -> pd.Index:
+    """Rows of crowds that are one cell: an RLE in one piece, up to 4 times the median area."""
+    areas = table["shape"].map(lambda rle: pycocotools.mask.area(rle) if rle else np.nan)
+    typical = areas.groupby(table["kind"]).transform("median")
+    found = (table["crowd"] == 1) & (areas <= 4 * typical)
+    found &= table["segmentation"].map(lambda shape: isinstance(shape, dict))
+    pieces = table["shape"][found].map(lambda rle: ndimage.label(crop_mask(rle)[0])[1])
+    return pieces.index[pieces == 1]
 
 
 def open_coco(root: Path) -> tuple:
-    """Open a COCO file: its path, records, rows, categories, no groups."""
-    path, rows = coco_file(root, "train"), []
-    content, images = read_image_list(path, root / "train")
-    names = {im.image_id: im.path.relative_to(root / "train").as_posix() for im in images}
+    """Open the COCO files of the training and, below its folder, the validation part.
+
+    Raises BadInput; see `open_csv` for what comes out.
+    """
+    records, validation, rows, kinds, listed = {}, [], [], [], 0
+    source = find_part(root, "train", COCO_FILES)
+    for part in ("train", "val"):
+        path, folder = (find_part(root, part, names) for names in (COCO_FILES, COCO_FOLDERS))
+        if path and folder:
+            content, images = read_image_list(path, folder)
+            above = folder if part == "train" else folder.parent
+            names = {str(im.image_id): im.path.relative_to(above).as_posix() for im in images}
+            records |= dict(zip(names.values(), images, strict=True))
+            validation += sorted({*names.values()}) if part == "val" else []
+            own, categories = content.get("annotations"), content.get("categories")
+            own = list(own.values()) if isinstance(own, dict) else own  # by id: LIVECell
+            with name_file(path):
+                valid = isinstance(own, list) and isinstance(categories, list)
+                require(valid, "expected lists of images, annotations and categories.")
+                rows += [row | dict(name=names.get(str(row.get("image_id")))) for row in own]
+            kinds, listed = kinds + categories, listed + len(images)
+    if again := listed - len(records):
+        print(f"{source}: {again} images are listed again; their annotations are joined")
+    with name_file(source):
+        kinds = pd.DataFrame(kinds, columns=["id", "name", "supercategory"])
+        kinds["id"] = whole(kinds["id"])
+        kinds = kinds.drop_duplicates(["id", "name"]).sort_values("id")
+        valid = kinds[["id", "name"]].notna().all(axis=1) & ~kinds["id"].duplicated(keep=False)
+        require_rows(kinds, valid, "categories with a name and a whole id, each once")
+        kinds = kinds.astype({"id": int, "name": str})
+        columns = ["id", "image_id", "category_id", "iscrowd", "name", "segmentation"]
+        table = pd.DataFrame(rows, columns=columns).rename(columns={"id": "number"})
+        table["kind"], table["crowd"] = whole(table["category_id"]), table["iscrowd"].isin([1, "1"])
+        valid = table["name"].notna() & table["kind"].isin(kinds["id"])
+        valid &= table["crowd"] | table["iscrowd"].isna() | table["iscrowd"].isin([0, "0"])
+        require_rows(table, valid, "annotations of listed images and categories, iscrowd 0 or 1")
+        outlines, wrong = [], []
+        for row in table.itertuples():
+            try:
+                outlines.append(encode_outline(row.segmentation, *records[row.name][2:]))
+            except Exception as error:  # pycocotools raises many types
+                wrong.append(f"annotation {row.number}: {error}")
+        require(not wrong, f"{len(wrong)} of {len(table)} annotations: {'; '.join(wrong[:3])}")
+    table[["shape", "reason"]] = pd.DataFrame(outlines, table.index, ["shape", "reason"], object)
+    if len(cells := find_brush_masks(table)):
+        table.loc[cells, "crowd"] = False
+        print(f"{source}: {len(cells)} of {len(table)} annotations have iscrowd 1 but are in one")
+        print("piece of a cell's size, as CVAT writes brush masks: they are read as cells")
+    groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
+    kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
+    again = kinds["name"].duplicated(keep=False)
+    names = kinds["name"].where(~again, kinds["name"] + " " + kinds["id"].astype(str))
+    categories = dict(zip(kinds["id"].tolist(), names, strict=True))
+    return source, records, table, categories, {}, validation
+
+
+def open_csv(root: Path) -> tuple:
+    """Open `train.csv`, a row per instance. Raises BadInput.
+
+    Returns:
+        its path; `ImageRecord` by name; a table of annotations: name, kind (category id), crowd,
+        shape (CSV text or RLE), number, reason to leave it out; categories; groups; validation.
+    """
+    path, folder, texts = root / "train.csv", root / "train", ("height", "width", "cell_type")
+    table = read_table(path, {"id", "annotation"})
+    table = table.assign(**{key: "" for key in (*texts, "sample_id") if key not in table})
+    paths = match_images(folder, table["id"], path)
+    names = {p: p.relative_to(folder).with_suffix("").as_posix() for p in paths.values()}
+    table = table.assign(number=table.index + 2, crowd=False, reason="")
+    table["path"], unnamed = table["id"].map(paths), table["cell_type"] == ""
+    empty = table["annotation"].str.strip().isin(["", "-1"])  # -1: as in submissions
+    table["name"], table["shape"] = table["path"].map(names), table["annotation"].mask(empty, "")
+    sizes = table[["height", "width"]].apply(whole).assign(path=table["path"])
+    sizes = sizes.dropna().drop_duplicates()
     with name_file(path):
-        annotations, kinds = content.get("annotations"), content.get("categories")
-        valid = isinstance(annotations, list) and isinstance(kinds, list)
-        require(valid, "expected a COCO file with lists of images, annotations and categories.")
-        categories = dict(sorted((row["id"], str(row["name"])) for row in kinds))
-        valid = len(categories) == len(kinds) and all(type(key) is int for key in categories)
-        require(valid, f"category ids {list(categories)}; expected whole numbers, each once.")
-        labels = {key: label for label, key in enumerate(categories, start=1)}
-        for row in annotations:
-            image, category, crowd = map(row.get, ("image_id", "category_id", "iscrowd"))
-            valid = type(image) is type(category) is int and image in names and category in labels
-            valid = valid and isinstance(row.get("segmentation"), (list, dict))
-            found = f"annotation {row.get('id')}: image_id {image!r}, category_id {category!r}"
-            expected = "expected listed ones, a segmentation, iscrowd 0 or 1"
-            require(valid and crowd in (None, 0, 1), f"{found}, iscrowd {crowd!r}; {expected}.")
-            label = -labels[category] if crowd else labels[category]
-            rows.append((names[image], label, row["segmentation"], row.get("id")))
-    return path, {names[im.image_id]: im for im in images}, rows, categories, {}
+        require_rows(sizes, ~sizes["path"].duplicated(keep=False), "one size for each image")
+        valid = ~unnamed | empty | unnamed[~empty].all()
+        require_rows(table[["id", *texts]], valid, "a cell_type in each row or in none")
+    sizes = {path: (int(height), int(width)) for height, width, path in sizes.to_numpy()}
+    records = {name: ImageRecord(p, 0, *sizes.get(p, (0, 0))) for p, name in names.items()}
+    kinds = table["cell_type"].mask(unnamed, "cell")
+    categories = dict(enumerate(sorted({*kinds[~empty]}) or ["cell"], start=1))
+    table["kind"] = kinds.map({name: key for key, name in categories.items()})
+    wells = table[table["sample_id"] != ""]  # of Sartorius
+    groups = dict(zip(wells["name"], wells["sample_id"], strict=True))
+    return path, records, table, categories, groups, []
 
 
-def print_left_out(paths: Sequence[Path], total: int, reason: str) -> None:
-    """Say how many of the images found are left out, if any, and why."""
-    if paths:
-        print(f"read {total - len(paths)} of {total} images, left out {len(paths)}: {reason},")
-        print(f"such as {paths[0]}")
+# %%
+# @title Open a dataset of any layout
+def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame, categories) -> dict:
+    """Rows (label, -k for a crowd; shape; number; reason) of a table by name. Raises BadInput.
+
+    Where more than a third cannot be used, the rest is not what was meant either.
+    """
+    is_lost = ~table["shape"].astype(bool) & (table["reason"] != "")
+    lost = table["reason"][is_lost].value_counts()
+    found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+    with name_file(source):
+        found = f"{lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
+        expected = "Expected polygons or RLEs in pixels of the images: export them so."
+        require(3 * lost.sum() <= len(table), f"{found} {expected}")
+    twice = table[["name", "kind", "crowd"]].assign(shape=table["shape"].astype(str)).duplicated()
+    twice &= table["shape"].astype(bool)
+    table.loc[twice, ["shape", "reason"]] = "", "annotated twice"
+    labels = {key: label for label, key in enumerate(categories, start=1)}
+    rows = {name: [] for name in sorted(names)}
+    columns = table[["name", "kind", "crowd", "shape", "number", "reason"]]
+    for name, kind, crowd, *row in columns.itertuples(index=False):
+        rows[name].append((-labels[kind] if crowd else labels.get(kind), *row))
+    return rows
 
 
-def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
-    """The images of the mapping, a COCO file or `sample_submission.csv`, else all in `folder`."""
-    mapping, table = root / MAPPING_NAME, root / "sample_submission.csv"
-    if source := mapping if mapping.is_file() else coco_file(root, "test"):
-        images = read_image_list(source, root / "test_release" if source == mapping else folder)[1]
-        for image in images:
-            read_listed(image, source)
-        return images
-    paths = image_files(folder)
-    if table.is_file():
-        names = dict.fromkeys(read_table(table, {"id"})["id"])
-        paths = list(match_images(folder, names, table).values())
-    masks = {f"{path.stem}{end}" for path in paths for end in ("_masks", "_cp_masks")}
-    labels = [path for path in paths if path.stem in masks]
-    print_left_out(labels, len(paths), "label images of Cellpose beside their images")
-    paths = [path for path in paths if path.stem not in masks]
-    return [ImageRecord(p, k, *read_image(p).shape[1:]) for k, p in enumerate(paths, start=1)]
+def check_run_order(pixels: np.ndarray, height: int, width: int) -> None:
+    """Raise BadInput where the runs of cells, row-major offsets, go down the columns instead."""
+    steps = np.diff(pixels[np.flatnonzero(np.diff(pixels, prepend=-2) != 1)])  # between starts
+    step = np.median(steps[steps > 0]) if len(steps) >= 20 else width
+    found = f"cells are stripes, with runs {step:.0f} px apart, the height of the image"
+    wrong = abs(step - height) < abs(step - width) / 4
+    require(not wrong, f"{found}; expected {width}, row by row. Transpose the masks.")
+
+
+def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> CellSample:
+    """Read an image of a CSV or COCO file, see `rows_by_name`. Raises BadInput."""
+    image, parts, wrong = read_listed(records[name], source), [], []
+    for label, shape, number, _ in [row for row in rows[name] if row[1]]:
+        try:
+            is_csv = isinstance(shape, str)
+            pixels = csv_to_pixels(shape, image[0].size) if is_csv else pixel_indices(shape)
+            parts.append((pixels, np.ones(len(pixels), np.int64), label))
+        except ValueError as error:
+            wrong.append(f"annotation {number}: {error}")
+    with name_file(f"{source}, {name}"):
+        require(not wrong, f"{len(wrong)} of {len(rows[name])} rows: {'; '.join(wrong[:3])}")
+        if parts and source.suffix == ".csv":
+            check_run_order(np.concatenate([pixels for pixels, *_ in parts]), *image.shape[1:])
+    parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
+    packed = pack_layers(parts, image.shape[1:], overlaps)
+    file_name = Path(name).with_name(records[name].path.name).as_posix()
+    left_out = Counter(reason for *_, reason in rows[name] if reason)
+    return CellSample(torch.from_numpy(image), *packed, file_name, left_out)
+
+
+def read_pair(pairs: Mapping[str, tuple], name: str) -> CellSample:
+    """Read an image and its label image, all of class 1. Raises BadInput, also for other sizes."""
+    image, found = read_image(pairs[name][0]), read_instance_map(pairs[name][1])
+    with name_file(pairs[name][1]):
+        expected = f"expected {image.shape[1:]} as of {pairs[name][0].name}"
+        require(found.size == image.shape[1:], f"{found.size} (H, W); {expected}.")
+    packed = pack_layers([(found.pixels, found.ids, 1)], found.size)
+    return CellSample(torch.from_numpy(image), *packed, name)
 
 
 def read_named_folder(parent: Path, config: Config, name: str) -> CellSample:
@@ -287,32 +469,70 @@ def read_named_folder(parent: Path, config: Config, name: str) -> CellSample:
     return read_cell_folder(parent / name, config.num_classes, config.overlaps)
 
 
-def open_dataset(root: Path, config: Config) -> CellDataset:
-    """List the images of a dataset, and print what is left out. Raises BadInput.
+def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
+    """The images of the mapping, a COCO file or `sample_submission.csv`, else all in `folder`."""
+    mapping, table = root / MAPPING_NAME, root / "sample_submission.csv"
+    if source := mapping if mapping.is_file() else find_part(root, "test", COCO_FILES):
+        images = read_image_list(source, folder)[1]
+        for image in images:
+            read_listed(image, source)
+        return images
+    paths = image_files(folder)
+    if table.is_file():
+        paths = list(match_images(folder, read_table(table, {"id"})["id"], table).values())
+    names = {path.stem.removesuffix("_img") for path in paths}
+    names -= {name for name in names if OUTPUT_END.search(name)}
+    paths = [
+        p for p in paths if not (OUTPUT_END.search(p.stem) and OUTPUT_END.sub("", p.stem) in names)
+    ]
+    return [ImageRecord(p, k, *read_image(p).shape[1:]) for k, p in enumerate(paths, start=1)]
 
-    Classes are those of `config.class_names` unless a CSV or COCO file tells them.
+
+def list_left_out(root: Path, folders: Iterable[Path], used: set[Path]) -> dict[str, list[Path]]:
+    """List the files below `folders`, folders of `root`, that are not used, by reason."""
+    left_out = defaultdict(list)
+    for path in sorted({path for folder in folders for path in folder.rglob("*.*")} - used):
+        suffix, is_hidden = path.suffix.lower(), "/." in f"/{path.relative_to(root).as_posix()}"
+        reason = "images without ground truth, or not listed"
+        if suffix not in IMAGE_SUFFIXES:
+            reason = "files of another kind"
+        elif OUTPUT_END.search(path.stem):
+            reason = "label images and outputs of Cellpose or StarDist"
+        if path.is_file() and not is_hidden and suffix not in TEXT_SUFFIXES:
+            left_out[reason].append(path)
+    return dict(left_out)
+
+
+def open_dataset(root: Path, config: Config) -> CellDataset:
+    """List the images of a dataset, and what is left out. Raises BadInput.
+
+    Classes are those of `config.class_names` unless a CSV or COCO file tells them; pairs have one.
     """
-    folder, mapped, names = root / "train", (root / MAPPING_NAME).is_file(), []
-    categories, groups = dict(enumerate(config.class_names, start=1)), {}
-    layout = "folders" if mapped or has_ground_truth(root) else "images"
-    read, left_out = partial(read_named_folder, folder, config), image_files(folder)
-    if not mapped and ((root / "train.csv").is_file() or coco_file(root, "train")):
-        layout = "csv" if (root / "train.csv").is_file() else "coco"
+    layout, train, is_mapped = find_layout(root), root / "train", (root / MAPPING_NAME).is_file()
+    categories, groups, validation = dict(enumerate(config.class_names, start=1)), {}, []
+    names, read, used = [], partial(read_named_folder, train, config), set()
+    if layout in ("csv", "coco"):
         opened = open_csv(root) if layout == "csv" else open_coco(root)
-        source, records, rows, categories, groups = opened
-        by_name = {name: [] for name in sorted(records)}
-        for name, *row in rows:
-            by_name[name].append(row)
-        names = list(by_name)
-        read = partial(read_annotated, source, records, by_name, config.overlaps)
-        found = {path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
-        left_out = sorted(found - {record.path for record in records.values()})
-    elif folder.is_dir() and layout == "folders":
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-        with name_file(folder):
+        source, records, table, categories, groups, validation = opened
+        rows = rows_by_name(source, records, table, categories)
+        names, train = list(rows), find_part(root, "train", COCO_FOLDERS)
+        read = partial(read_annotated, source, records, rows, config.overlaps)
+        used = {record.path for record in records.values()}
+    elif layout == "pairs":
+        train, categories = train if find_pairs(train) else root, {1: "cell"}
+        pairs = {p.relative_to(train).as_posix(): (p, q) for p, q in find_pairs(train).items()}
+        names, read = list(pairs), partial(read_pair, pairs)
+        used = {path for pair in pairs.values() for path in pair}
+    elif layout == "folders" and train.is_dir():
+        names = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != ".")
+        used = {*train.glob("*/*.tif")}
+        with name_file(train):
             require(names, "no folders; expected one per training image.")
-    reason = "not listed, or not in a folder of their own"
-    print_left_out(left_out, len(names) + len(left_out), reason)
-    test_images = list_test_images(root, root if layout == "images" else root / "test")
-    groups = groups | read_groups(root, names)
-    return CellDataset(root, layout, names, read, categories, test_images, groups)
+    test = find_part(root, "test", ("{}/images", *IMAGE_FOLDERS)) or root / "test"
+    test = root if layout == "images" else root / "test_release" if is_mapped else test
+    test_images, val = list_test_images(root, test), find_part(root, "val", IMAGE_FOLDERS)
+    used |= {image.path for image in test_images}
+    left_out = list_left_out(root, filter(None, {train, test, val}), used)
+    groups |= read_groups(root, names)
+    facts = (names, read, categories, test_images, groups, validation, left_out)
+    return CellDataset(root, layout, *facts)
