@@ -45,10 +45,8 @@ def measure_cells(numbers: np.ndarray, image: np.ndarray, um_per_px: float) -> p
     is_grey = (image == image[0]).all()
     stains = np.where(is_grey, np.nan, density @ skimage.color.hed_from_rgb[:, :2])
     values = np.dstack([image.mean(axis=0), stains])
-    table = pd.DataFrame(
-        skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES)
-    )
-    table = table.set_axis(MEASURE_NAMES, axis=1)
+    properties = skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES)
+    table = pd.DataFrame(properties).set_axis(MEASURE_NAMES, axis=1)
     table[["centroid_x_px", "centroid_y_px"]] += 0.5  # from pixel centres to the image's edge
     if um_per_px:
         um = table.filter(regex="(centroid|axis).*_px") * um_per_px

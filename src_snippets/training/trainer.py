@@ -406,9 +406,8 @@ class Trainer(TrainingState):
         self.seconds = all_max(time.perf_counter() - start)[0]
         is_last = self.seconds >= limit or epoch == config.epochs
         if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
-            begin = time.perf_counter()
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
-            self.session.evaluation_seconds = time.perf_counter() - begin
+            self.session.evaluation_seconds = time.perf_counter() - start - self.seconds
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
