@@ -127,6 +127,22 @@ def test_a_script_prints_where_the_figure_is(sample, tmp_path, capsys):
     assert min(Image.open(path).size) > 400
 
 
+def test_names_are_no_formulas(sample, tmp_path):
+    names = ["$\\frac$", "a$1$", "Zelle ä", "µm"]  # the first is no formula that can be drawn
+    figure = plot_samples([(sample.image.numpy(), ground_truth(sample), "x$^$.png")], names)
+    show_figure(figure, tmp_path / "figure.png")
+    texts = [*figure.legends[0].get_texts(), figure.axes[0].title]
+    assert [text.get_text() for text in texts[:4]] == names
+    assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
+    axis = figure.axes[0]
+    axis.set_axis_on()
+    axis.set(yscale="symlog", ylim=(0, 1000))
+    show_figure(figure, tmp_path / "figure.png")
+    ticks = [tick for tick in axis.get_yticklabels() if "10^{" in tick.get_text()]
+    assert ticks  # numbers of axes stay formulas
+    assert all(tick.get_parse_math() for tick in ticks)
+
+
 def test_a_notebook_displays_the_figure_with_a_text(sample, tmp_path, monkeypatch):
     displayed = []
     monkeypatch.setattr(IPython, "get_ipython", lambda: True)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 import tempfile
 import tracemalloc
+from unicodedata import normalize
 import uuid
 import warnings
 
@@ -342,6 +343,22 @@ def test_pycocotools_opens_the_dataset(predictions, tmp_path, capsys):
     assert np.array_equal(drawn, [labels == number for number in (1, 2, 3)])
     assert coco.getAnnIds(imgIds=9) == []
     assert coco.getAnnIds(catIds=3) == [rows[1]["id"]]
+
+
+@pytest.mark.parametrize("name", ["x$1$ y", normalize("NFD", "ä"), "a%20b", "細胞", "A.B"])
+def test_names_of_all_kinds(name, predictions, tmp_path):
+    image = ImageRecord(Path(f"{name}.PNG"), *IMAGES[0][1:])
+    counts = write_exports(predictions, [image], read_grey, tmp_path, {3: "$x$", 7: "größe, 'b'"})
+    assert counts["image"].tolist() == [name]
+    assert {"$x$", "größe, 'b'"} < set(counts)
+    assert (
+        tifffile.imread(tmp_path / "labels" / f"{name}.tif").max()
+        == len(read_rows(tmp_path / "cells.csv")) - 1
+    )
+    assert (tmp_path / "qupath" / f"{name}.geojson").is_file()
+    content = json.loads((tmp_path / "cells.coco.json").read_text(encoding="utf-8"))
+    assert content["images"][0]["file_name"] == f"{name}.PNG"
+    assert [row["name"] for row in content["categories"]] == ["$x$", "größe, 'b'"]
 
 
 def test_no_cells_at_all(predictions, tmp_path):

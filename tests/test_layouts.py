@@ -600,6 +600,17 @@ def test_brush_masks_of_cvat_are_cells(tmp_path, capsys):
     assert open_dataset(tmp_path, CONFIG).read("a.png").labels.tolist() == [1] * 5
 
 
+def test_boxes_as_outlines_are_told(tmp_path, capsys):
+    triangle = [[1, 1, 9, 1, 1, 9]]
+    rows = [square_row(k, k / 2) for k in range(10)]
+    for count, is_told in ((9, True), (10, False), (0, True)):
+        more = [square_row(20 + k, k / 4, segmentation=triangle) for k in range(count)]
+        folder = tmp_path / str(count)
+        open_dataset(make_coco(folder, coco_content(annotations=rows + more)), CONFIG)
+        told = f"WARNING: {folder}/train.json: 10 of {10 + count} outlines are upright boxes"
+        assert (told in capsys.readouterr().out) == is_told
+
+
 def test_an_image_that_is_listed_twice_keeps_the_cells_of_both_ids(tmp_path, capsys):
     images = [dict(file_name="a.png", id=k, height=10, width=14) for k in (4, 5)]
     rows = [square_row(0), square_row(1, image_id=5), square_row(2, 3, image_id=5)]

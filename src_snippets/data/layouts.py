@@ -36,7 +36,7 @@ from src_snippets.data.images import (
     read_instance_map,
     require,
 )
-from src_snippets.data.rle import crop_mask, csv_to_pixels, decode_runs, pixel_indices
+from src_snippets.data.rle import crop_mask, csv_to_pixels, decode_runs, mask_areas, pixel_indices
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import Config
 
@@ -108,9 +108,11 @@ def find_layout(root: Path) -> str:
     train = root / "train"
     if (root / MAPPING_NAME).is_file():
         return "folders"
+    if not find_part(root, "train", COCO_FOLDERS):
+        return "images"
     if (root / "train.csv").is_file() and train.is_dir():
         return "csv"
-    if find_part(root, "train", COCO_FILES) and find_part(root, "train", COCO_FOLDERS):
+    if find_part(root, "train", COCO_FILES):
         return "coco"
     if any(train.glob("*/class*.tif")):
         return "folders"
@@ -260,7 +262,7 @@ def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 # %%
-# @title Read annotations; open a dataset of any layout
+# @title Read annotations: COCO and CSV
 NO_OUTLINE = "without an outline (boxes only)"
 SHORT = "polygons of fewer than 3 points"
 OUTSIDE = "without a pixel in the image (coordinates of another size?)"
@@ -359,6 +361,11 @@ def open_coco(root: Path) -> tuple:
         table.loc[cells, "crowd"] = False
         print(f"{source}: {len(cells)} of {len(table)} annotations have iscrowd 1 but are in one")
         print("piece of a cell's size, as CVAT writes brush masks: they are read as cells")
+    rles = [rle for rle in table["shape"] if rle]
+    sides = pycocotools.mask.toBbox(rles)[:, 2:] if rles else np.zeros((0, 2))
+    boxes = int((mask_areas(rles) == sides.prod(axis=1)).sum())
+    if boxes >= 10 and 2 * boxes > len(rles):
+        print(f"WARNING: {source}: {boxes} of {len(rles)} outlines are upright boxes, not cells?")
     groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)
