@@ -292,10 +292,8 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
     require(valid, f"polygon {str(segmentation)[:60]}; expected pairs of numbers x, y.")
     if not polygons:
         return None, SHORT
-    points = np.concatenate(polygons).reshape(-1, 2)
-    low, high = points.min(0), points.max(0)
-    is_inside = (high > 0).all() and (low < (width, height)).all() and abs(points).max() < 1e5
-    if not is_inside or high.max() <= 1:  # fractions of the image
+    points = np.concatenate(polygons)
+    if points.max() <= 1 or np.abs(points).max() >= 1e5:  # fractions of the image, or far away
         return None, OUTSIDE
     rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, height, width))
     reason = SHORT if len(polygons) < len(pieces) else ""
@@ -371,6 +369,8 @@ def open_coco(root: Path) -> tuple:
     again = kinds["name"].duplicated(keep=False)
     names = kinds["name"].where(~again, kinds["name"] + " " + kinds["id"].astype(str))
     categories = dict(zip(kinds["id"].tolist(), names, strict=True))
+    labels = {key: label for label, key in enumerate(categories, start=1)}
+    table["label"] = table["kind"].map(labels) * (1 - 2 * table["crowd"])
     return source, records, table, categories, {}, validation
 
 
@@ -378,15 +378,15 @@ def open_csv(root: Path) -> tuple:
     """Open `train.csv`, a row per instance. Raises BadInput.
 
     Returns:
-        its path; `ImageRecord` by name; a table of annotations: name, kind (category id), crowd,
-        shape (CSV text or RLE), number, reason to leave it out; categories; groups; validation.
+        its path; `ImageRecord` by name; a table of annotations: name, label (-k for a crowd), shape
+        (CSV text or RLE), number, reason to leave it out; categories; groups; validation names.
     """
     path, folder, texts = root / "train.csv", root / "train", ("height", "width", "cell_type")
     table = read_table(path, {"id", "annotation"})
     table = table.assign(**{key: "" for key in (*texts, "sample_id") if key not in table})
     paths = match_images(folder, table["id"], path)
     names = {p: p.relative_to(folder).with_suffix("").as_posix() for p in paths.values()}
-    table = table.assign(number=table.index + 2, crowd=False, reason="")
+    table = table.assign(number=table.index + 2, reason="")
     table["path"], unnamed = table["id"].map(paths), table["cell_type"] == ""
     empty = table["annotation"].str.strip().isin(["", "-1"])  # -1: as in submissions
     table["name"], table["shape"] = table["path"].map(names), table["annotation"].mask(empty, "")
@@ -400,7 +400,8 @@ def open_csv(root: Path) -> tuple:
     records = {name: ImageRecord(p, 0, *sizes.get(p, (0, 0))) for p, name in names.items()}
     kinds = table["cell_type"].mask(unnamed, "cell")
     categories = dict(enumerate(sorted({*kinds[~empty]}) or ["cell"], start=1))
-    table["kind"] = kinds.map({name: key for key, name in categories.items()})
+    labels = kinds.map({name: label for label, name in categories.items()})
+    table["label"] = labels.fillna(0).astype(int)  # 0: no annotation
     wells = table[table["sample_id"] != ""]  # of Sartorius
     groups = dict(zip(wells["name"], wells["sample_id"], strict=True))
     return path, records, table, categories, groups, []
@@ -408,26 +409,23 @@ def open_csv(root: Path) -> tuple:
 
 # %%
 # @title Open a dataset of any layout
-def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame, categories) -> dict:
-    """Rows (label, -k for a crowd; shape; number; reason) of a table by name. Raises BadInput.
+def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dict[str, list]:
+    """Rows (label, shape, number, reason) of a table of annotations by name. Raises BadInput.
 
     Where more than a third cannot be used, the rest is not what was meant either.
     """
-    is_lost = ~table["shape"].astype(bool) & (table["reason"] != "")
-    lost = table["reason"][is_lost].value_counts()
+    has_shape = table["shape"].astype(bool)
+    lost = table["reason"][~has_shape & (table["reason"] != "")].value_counts()
     found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
     with name_file(source):
         found = f"{lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
         expected = "Expected polygons or RLEs in pixels of the images: export them so."
         require(3 * lost.sum() <= len(table), f"{found} {expected}")
-    twice = table[["name", "kind", "crowd"]].assign(shape=table["shape"].astype(str)).duplicated()
-    twice &= table["shape"].astype(bool)
-    table.loc[twice, ["shape", "reason"]] = "", "annotated twice"
-    labels = {key: label for label, key in enumerate(categories, start=1)}
+    keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
+    table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
     rows = {name: [] for name in sorted(names)}
-    columns = table[["name", "kind", "crowd", "shape", "number", "reason"]]
-    for name, kind, crowd, *row in columns.itertuples(index=False):
-        rows[name].append((-labels[kind] if crowd else labels.get(kind), *row))
+    for name, *row in table[["name", "label", "shape", "number", "reason"]].itertuples(index=False):
+        rows[name].append(row)
     return rows
 
 
@@ -487,11 +485,10 @@ def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
     paths = image_files(folder)
     if table.is_file():
         paths = list(match_images(folder, read_table(table, {"id"})["id"], table).values())
-    names = {path.stem.removesuffix("_img") for path in paths}
-    names -= {name for name in names if OUTPUT_END.search(name)}
-    paths = [
-        p for p in paths if not (OUTPUT_END.search(p.stem) and OUTPUT_END.sub("", p.stem) in names)
-    ]
+    names = {p.stem.removesuffix("_img") for p in paths if not OUTPUT_END.search(p.stem)}
+    outputs = {p for p in paths if OUTPUT_END.search(p.stem)}
+    outputs = {p for p in outputs if OUTPUT_END.sub("", p.stem) in names}
+    paths = [path for path in paths if path not in outputs]
     return [ImageRecord(p, k, *read_image(p).shape[1:]) for k, p in enumerate(paths, start=1)]
 
 
@@ -521,7 +518,7 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     if layout in ("csv", "coco"):
         opened = open_csv(root) if layout == "csv" else open_coco(root)
         source, records, table, categories, groups, validation = opened
-        rows = rows_by_name(source, records, table, categories)
+        rows = rows_by_name(source, records, table)
         names, train = list(rows), find_part(root, "train", COCO_FOLDERS)
         read = partial(read_annotated, source, records, rows, config.overlaps)
         used = {record.path for record in records.values()}
