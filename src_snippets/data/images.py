@@ -40,28 +40,62 @@ def require(condition, message: str) -> None:
 
 
 def decode(path: Path) -> tuple:
-    """Read the one image in a file.
+    """Read the one image in a file by its content, whatever its suffix, turned as EXIF says.
 
     Returns:
         values (H, W) or (H, W, S) in the file's dtype, photometric ("RGB", "PALETTE", ..), palette
-        (3, K) uint16 or None, whether the last channel is alpha, whether compression is lossy.
+        (3, K) uint16 or None, whether the last channel is alpha, whether compression is lossy,
+        bits per value.
     """
-    if path.suffix.lower() not in (".tif", ".tiff"):
-        with Image.open(path) as image:
-            require(getattr(image, "n_frames", 1) == 1, "several images; expected one.")
-            plain = image.mode in ("1", "L", "LA", "RGB", "RGBA") or image.mode[0] == "I"
+    with path.open("rb") as file:
+        is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    if is_tiff:
+        values, *found, orientation = decode_tiff(path)
+    else:
+        try:
+            image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise BadInput(f"{error} Cut it into fields of view.") from error
+        with image:  # a phone's MPO has previews behind the first picture
+            single = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
+            require(single, "several images; expected one.")
+            plain = image.mode in ("1", "L", "LA", "RGB", "RGBA", "F") or image.mode[0] == "I"
+            halved = ";16" in str(image.tile) and image.mode[0] != "I"  # Pillow keeps high bytes
+            orientation = image.getexif().get(274, 1)
             values = np.asarray(image if plain else image.convert("RGB"))
+            values = values * np.uint16(257) if halved else values
             kind = "RGB" if values.shape[2:] in ((3,), (4,)) else "MINISBLACK"
-            return values, kind, None, image.mode[-1] == "A", image.format in ("JPEG", "WEBP")
+            bits = 1 if image.mode == "1" else 8 * values.itemsize
+            found = kind, None, image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP"), bits
+    values = values.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else values
+    values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
+    return values[::-1] if orientation in (3, 4, 7, 8) else values, *found
+
+
+def decode_tiff(path: Path) -> tuple:
+    """Read the largest plane of a TIFF, of which others are previews; as `decode`, orientation."""
     with TiffFile(path) as tif:
-        page, series, size = tif.pages[0], tif.series[0], path.stat().st_size
-        single = page.axes in ("YX", "YXS", "SYX") and prod(series.shape) == prod(page.shape)
-        found = f"axes {series.axes}, shape {series.shape}; expected"
-        require(single, f"{found} one image. Save a single plane or projection.")
+        pages = [page for top in tif.pages for page in (top, *(top.pages or ()))]
+        page, file_size = (
+            max(pages, key=lambda p: p.imagelength * p.imagewidth),
+            path.stat().st_size,
+        )
+        areas = [p.imagelength * p.imagewidth for p in pages if p is page or not p.is_reduced]
+        series = max(tif.series, key=lambda s: prod(s.shape))
+        count = max(sum(2 * area > max(areas) for area in areas), series.size // page.size)
+        found = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
+        single = count == 1 and page.axes in ("YX", "YXS", "SYX")
+        help_text = "Save one plane or a projection, channels as RGB (Fiji: Type > RGB Color)."
+        require(single, f"{found} one image. {help_text}")
         require(prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
         needed = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)))
-        require(needed <= size, f"cut short, {size} of {needed} bytes. Copy it again.")
-        kind, codec = page.photometric.name, page.compression.name
+        require(needed <= file_size, f"cut short, {file_size} of {needed} bytes. Copy it again.")
+        kind, codec = (
+            "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK",
+            page.compression.name,
+        )
+        kind = page.photometric.name if 262 in page.tags else kind
+        orientation = page.tags.valueof(274, 1)
         try:
             values = page.asarray()
             values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
@@ -70,23 +104,28 @@ def decode(path: Path) -> tuple:
                 raise
             values, readable = np.zeros(0), ("RGB", "MINISBLACK", "PALETTE", "YCBCR")
             with suppress(OSError), Image.open(path) as image:
-                values = np.asarray(image)
+                image.load()  # first: it turns the image
+                values, orientation = np.asarray(image), 1
             same = values.dtype == page.dtype and values.size == prod(page.shape)
             require(same and kind in readable, f"{error}, and Pillow fails. Install imagecodecs.")
-        alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
-        return values, kind, getattr(page, "colormap", None), alpha, codec[:4] in ("JPEG", "WEBP")
+        alpha, lossy = tuple(page.extrasamples)[-1:] in ((1,), (2,)), codec[:4] in ("JPEG", "WEBP")
+        palette = getattr(page, "colormap", None)
+        return values, kind, palette, alpha, lossy, page.bitspersample, orientation
 
 
 def read_image(path: Path) -> np.ndarray:
     """Read an image as (3, H, W) uint8, contiguous, without alpha. Raises BadInput.
 
-    Larger integers lose low bits: the smallest range 2**8, 2**9, .. that holds the maximum becomes
-    0..255, so 12 bits in a 16-bit file keep their brightness. Floats are 0..1 or 0..255.
+    uint8 and palettes stay as they are, grey of 1, 2 or 4 bits spans its range. In all others
+    0.1 and 99.9 % of the pixels' lowest and highest channel (where they are equal: minimum and
+    maximum) become 0 and 255, in every channel alike: 12 bits in 16 and hot pixels do no harm.
     """
     with name_file(path):
-        pixels, kind, palette, alpha, _ = decode(path)
+        pixels, kind, palette, alpha, _, bits = decode(path)
         if kind == "PALETTE" and palette is not None and pixels.ndim == 2:
-            pixels, kind = np.moveaxis(palette[:, pixels] >> 8, 0, 2), "RGB"
+            palette = palette >> (8 if palette.max() > 255 else 0)  # some writers use 8 bits
+            pixels, kind, bits = np.moveaxis(palette[:, pixels.astype(int)], 0, 2), "RGB", 8
+            pixels = pixels.astype(np.uint8)
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         rgb = kind in ("RGB", "YCBCR") and pixels.shape[2] in (3, 4)
         grey = kind in ("MINISBLACK", "MINISWHITE") and pixels.shape[2] == 1 + alpha
@@ -94,15 +133,23 @@ def read_image(path: Path) -> np.ndarray:
         known = pixels.dtype.kind in "buif" and (rgb or grey)
         require(known, f"{found}; expected RGB or grey numbers. Export it as RGB.")
         pixels = np.moveaxis(pixels[:, :, : 3 if rgb else 1], 2, 0)
-        low, high = pixels.min(initial=0), pixels.max(initial=0)
-        valid = low >= 0 and (pixels.dtype.kind != "f" or high <= 255)  # NaN is not
-        require(valid, f"values from {low} to {high}; expected 0..1 or 0..255. Save it as uint8.")
-        if pixels.dtype.kind in "bf":
-            pixels = np.round(pixels * (255.0 if high <= 1 else 1.0))
-        elif pixels.dtype != np.uint8:
-            pixels = pixels >> max(int(high).bit_length() - 8, 0)
+        if pixels.dtype != np.uint8 or bits < 8:
+            pixels = scale_brightness(pixels, bits)
         pixels = 255 - pixels if kind == "MINISWHITE" else pixels
         return np.broadcast_to(pixels, (3, *pixels.shape[1:])).astype(np.uint8, order="C")
+
+
+def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
+    """Map numbers (S, H, W) of `bits` each to 0..255 uint8, see `read_image`."""
+    require(np.isfinite(pixels).all(), "NaN or infinite values; expected numbers. Replace them.")
+    low, high = 0, 2**bits - 1
+    if (bits > 8 or pixels.dtype.kind != "u") and bits > 1 and pixels.size:
+        low = float(np.percentile(pixels.min(axis=0), 0.1, method="higher"))
+        high = float(np.percentile(pixels.max(axis=0), 99.9, method="lower"))
+        if low >= high:
+            low, high = float(pixels.min()), float(pixels.max())
+    scaled = (np.clip(pixels.astype(np.float64), low, high) - low) / ((high - low) or 1)
+    return np.round(scaled * 255).astype(np.uint8)
 
 
 # Pixels of instances: row-major offsets (K,) int64, ids (K,) ints from 1 on, size (H, W)
@@ -112,7 +159,7 @@ InstanceMap = namedtuple("InstanceMap", "pixels ids size")
 def read_instance_map(path: Path) -> InstanceMap:
     """Read a class file: pixel = instance id, 0 = background. Raises BadInput."""
     with name_file(path):
-        values, _, _, _, lossy = decode(path)
+        values, _, _, _, lossy, _ = decode(path)
         require(not lossy, "JPEG or WebP, which changes ids. Save it without loss.")
         found = f"shape {values.shape}, {values.dtype}"
         known = values.ndim == 2 and values.dtype.kind in "buif"
