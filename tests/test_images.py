@@ -82,16 +82,16 @@ def test_without_imagecodecs_pillow_reads_the_same(tmp_path, monkeypatch):
     Image.fromarray(GREY).save(tmp_path / "grey.tif", compression="tiff_lzw")
     paths = [folder / "image.tif", tmp_path / "palette.tif", tmp_path / "grey.tif"]
     expected = [read_image(path) for path in paths]
-    ids = save(tmp_path / "class1.tif", GREY.astype(np.uint16), compression="lzw")
-    float_ids = save(tmp_path / "class2.tif", GREY.astype(np.float64), compression="lzw")
+    numbers = np.arange(140, dtype=np.uint16).reshape(10, 14)
+    ids = save(tmp_path / "class1.tif", numbers, compression="lzw")
+    float_ids = save(tmp_path / "class2.tif", numbers.astype(np.float64), compression="lzw")
 
     monkeypatch.setattr(tifffile.TiffPage, "asarray", without_codec)
     for path, wanted in zip(paths, expected, strict=True):
         assert np.array_equal(read_image(path), wanted)
     found = read_instance_map(ids)
     assert found.size == GREY.shape
-    assert np.array_equal(found.ids, GREY[GREY > 0])
-    assert np.array_equal(found.pixels, np.flatnonzero(GREY))
+    assert found.ids.tolist() == found.pixels.tolist() == list(range(1, 140))
     with refused("Install imagecodecs", float_ids):
         read_instance_map(float_ids)
 
@@ -380,18 +380,90 @@ def test_the_real_hw3_folder_loads():
     assert sample.labels.bincount().tolist() == [0, 2, 159]
 
 
-def test_a_mask_of_cells_and_background_is_refused(tmp_path):
-    """One id in many pieces; a cell that is torn, or has slivers beside it, is one."""
-    ids = np.zeros((40, 60))
-    for column in range(0, 60, 10):
-        ids[5:10, column : column + 4] = 255
-    folder = write_folder(tmp_path / "cells", {2: ids}, ids.shape)
-    with refused("one id, 255, in 6 pieces: a mask of cells and background", folder / "class2.tif"):
-        read_cell_folder(folder, 4)
-    ids[:, 30:] = 0
-    ids[20, ::2] = 255
-    torn = write_folder(tmp_path / "torn", {2: ids}, ids.shape)
-    assert read_cell_folder(torn, 4).labels.tolist() == [2]
-    ids[30:35, 40:45] = 7
-    two = write_folder(tmp_path / "two", {2: ids}, ids.shape)
-    assert read_cell_folder(two, 4).labels.tolist() == [2, 2]
+# What is an instance map
+
+
+def discs(rows=4, columns=5, radius=8, step=24) -> np.ndarray:
+    """Cells of ids 1.. in a grid, (rows * step, columns * step) float64."""
+    y, x = np.indices((rows * step, columns * step))
+    inside = np.hypot(y % step - step // 2, x % step - step // 2) <= radius
+    return inside * (y // step * columns + x // step + 1.0)
+
+
+def smooth(values, size=(150, 190)) -> np.ndarray:
+    """Resized bilinearly and rounded, as picture programs do."""
+    picture = Image.fromarray(values.astype(np.float32)).resize(size[::-1], Image.BILINEAR)
+    return np.round(np.asarray(picture))
+
+
+MASK = (discs() > 0) * 255
+WRAPPED = discs(20, 14)
+SEMANTIC = (discs() > 0) * (1 + discs() % 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        (MASK, "1 ids in 20 pieces"),
+        (discs(1, 2, step=80) > 0, "1 ids in 2 pieces, 1 of them"),
+        (np.where(MASK, 255, 0) - 127 * (discs(radius=6) > 0), "2 ids in 40 pieces"),
+        (SEMANTIC, "4 ids in 20 pieces"),
+        (smooth(MASK), "blurred by resizing"),
+        (smooth(discs() * 10), "blurred by resizing"),
+        (np.where(WRAPPED, (WRAPPED - 1) % 255 + 1, 0), "255 ids in 280 pieces, 25 of them"),
+        (255 - MASK, "id 255 is around 20 pieces: the background"),
+        (discs() + 1, "id 1 is around 20 pieces"),
+        (np.where(discs(), discs(), 65535), "id 65535 is around 20 pieces"),
+    ],
+)
+def test_what_is_no_instance_map_is_refused(tmp_path, values, cause):
+    path = save(tmp_path / "class2.tif", values.astype(np.uint16))
+    with refused(cause, path):
+        read_instance_map(path)
+
+
+HALVES = discs()
+HALVES[:, 10:15] = 99  # a cell that covers the middle of others
+BANDS = np.where(np.indices((60, 80))[0] // 10 % 2, 7.0, 0) * (np.indices((60, 80))[1] < 40)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        discs(),
+        discs() * 1000 + 17 * (discs() > 0),  # gaps
+        discs(radius=12),  # cells that touch
+        smooth(discs(), (96, 120)),  # of the same size: unchanged
+        discs(1, 1),
+        np.ones((40, 50)),  # a cell that fills the tile
+        np.where(np.hypot(*(np.indices((90, 90)) - 45)) < 55, 3, 0),
+        HALVES,
+        BANDS,  # one cell in three pieces
+        np.eye(60, 90),
+        np.zeros((5, 5)),
+    ],
+)
+def test_instance_maps_are_read_whole(tmp_path, ids):
+    found = read_instance_map(save(tmp_path / "class1.tif", ids.astype(np.int32)))
+    assert np.array_equal(found.pixels, np.flatnonzero(ids))
+    assert found.strays == 0
+
+
+def test_stray_pixels_are_left_out_and_told(tmp_path):
+    ids = discs()
+    ids[0, 0], ids[95, 119], ids[48, 119] = 8, 8, 20
+    ids[1, 12] = 1  # beside its cell: no stray
+    found = read_instance_map(save(tmp_path / "class1.tif", ids))
+    assert found.strays == 3
+    assert len(found.pixels) == (discs() > 0).sum() + 1
+    sample = read_cell_folder(write_folder(tmp_path / "a", {1: ids}, ids.shape), 1)
+    assert sample.left_out == {"stray pieces": 3}
+    rows, columns = np.nonzero(sample.layers[0].numpy() == 8)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (28, 44, 52, 68)
+
+
+def test_every_real_class_file_is_an_instance_map():
+    paths = sorted(real_data("hw3-real").rglob("class*.tif"))
+    assert len(paths) == 2
+    for path in paths:
+        assert read_instance_map(path).strays == 0

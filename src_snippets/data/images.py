@@ -11,6 +11,7 @@ import re
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+from skimage.measure import label
 from tifffile import TiffFile
 import torch
 
@@ -152,8 +153,61 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
     return np.round(scaled * 255).astype(np.uint8)
 
 
-# Pixels of instances: row-major offsets (K,) int64, ids (K,) ints from 1 on, size (H, W)
-InstanceMap = namedtuple("InstanceMap", "pixels ids size")
+# %%
+# @title Read instance maps and training folders
+# Pixels of instances: row-major offsets (K,) int64, ids (K,) ints from 1 on, size (H, W), and how
+# many stray pieces were left out
+InstanceMap = namedtuple("InstanceMap", "pixels ids size strays")
+
+
+def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Refuse a map (H, W) that shows no instances; its pixels (K,) without strays, their number.
+
+    An instance is small and compact: all of it within 2 sqrt(area) of its centre (a disc: 0.6, a
+    rod of 12:1: 2). Where all are so, pieces need not be told apart. A piece that is farther and
+    below a tenth of an id's largest is a stray.
+    """
+    ids = values.ravel()[pixels]
+    starts = np.diff(pixels, prepend=-2) != 1
+    starts |= (np.diff(ids, prepend=ids[:1]) != 0) | (pixels % max(values.shape[1], 1) == 0)
+    starts = np.flatnonzero(starts)  # of runs of one id in a row
+    lengths = np.diff(starts, append=len(pixels))
+    unique, index = np.unique(ids[starts], return_inverse=True)
+    areas, count = np.bincount(index, lengths), len(unique)
+    top, left = np.divmod(pixels[starts], max(values.shape[1], 1))
+    middle_y = (np.bincount(index, top * lengths) / areas)[index]
+    middle_x = (np.bincount(index, (left + (lengths - 1) / 2) * lengths) / areas)[index]
+    reach = np.maximum(np.abs(left - middle_x), np.abs(left + lengths - 1 - middle_x))
+    far = reach**2 + (top - middle_y) ** 2 > 4 * areas[index]
+    if not far.any() and 20 * areas.max(initial=0) <= values.size:
+        return pixels, 0
+    border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    name = unique[areas.argmax()]
+    if 2 * areas.max() > values.size and (border == name).mean() > 0.5:
+        holes = ndimage.label(values != name)[1]  # up to four: the corners beside a large cell
+        found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
+        require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
+    pieces = label(np.searchsorted(unique, values, "right") * (values != 0), connectivity=2)
+    pieces = pieces.ravel()[pixels[starts]] - 1  # of each run
+    sizes, owner = np.bincount(pieces, lengths), np.zeros(pieces.max() + 1, int)
+    owner[pieces] = index
+    largest = np.zeros(count)
+    np.maximum.at(largest, owner, sizes)
+    small = 10 * sizes < largest[owner]
+    per_id = np.bincount(owner[~small], minlength=count)
+    apart = (np.bincount(index, far & ~small[pieces]) > 0) & (per_id > 1)
+    parts = len(sizes) if count > 5 else per_id.sum()
+    found = (
+        f"{count} ids in {parts} pieces, {apart.sum()} of them in pieces far apart; expected an id"
+    )
+    instances = parts <= 3 * count and apart.sum() <= min(count / 2, max(2, count / 20))
+    causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
+    help_text = (
+        "Label the cells first (Fiji: Analyze Particles, count masks); resize without smoothing."
+    )
+    require(instances, f"{found} per cell. Is it {causes} {help_text}")
+    stray = small & (np.bincount(pieces, far) > 0)
+    return pixels[np.repeat(~stray[pieces], lengths)], int(stray.sum())
 
 
 def read_instance_map(path: Path) -> InstanceMap:
@@ -168,14 +222,10 @@ def read_instance_map(path: Path) -> InstanceMap:
         ids = values.ravel()[pixels]
         wrong = ids[(np.floor(ids) != ids) | (ids < 0) | (ids >= 2.0**63)]
         require(not len(wrong), f"ids {wrong[:3]}; expected whole numbers from 0 to 2^63 - 1.")
-        if len(ids) and (ids == ids[0]).all():
-            sizes = np.bincount(ndimage.label(values)[0].ravel())[1:]
-            pieces = int((sizes >= 10).sum())  # smaller ones are slivers
-            found = f"one id, {int(ids[0])}, in {pieces} pieces: a mask of cells and background?"
-            help_text = "Label the pieces first (Fiji: Analyze Particles, count masks)."
-            require(pieces <= 3, f"{found} Expected an id per cell. {help_text}")
+        pixels, strays = drop_strays(values, pixels)
+        ids = values.ravel()[pixels]
         dtype = np.int32 if ids.max(initial=0) < 2**31 else np.int64
-        return InstanceMap(pixels, ids.astype(dtype), values.shape)
+        return InstanceMap(pixels, ids.astype(dtype), values.shape, strays)
 
 
 def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> CellSample:
@@ -184,7 +234,7 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
     Without `overlaps` a pixel that two classes claim belongs to the first. Raises BadInput where a
     file is missing, unknown or broken, or sizes differ.
     """
-    known = {f"class{label}.tif": label for label in range(1, num_classes + 1)}
+    known, strays = {f"class{k}.tif": k for k in range(1, num_classes + 1)}, []
     with name_file(folder):
         names = sorted(path.name for path in folder.iterdir())
         require("image.tif" in names, f"no image.tif, but {', '.join(names[:5]) or 'nothing'}.")
@@ -196,11 +246,13 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
 
     def read_classes():  # one class file in memory at a time
         for name in filter(names.__contains__, known):
-            pixels, ids, size = read_instance_map(folder / name)
+            pixels, ids, size, count = read_instance_map(folder / name)
+            strays.append(count)
             with name_file(folder / name):
                 expected = f"expected {image.shape[1:]} as of image.tif beside it"
                 require(size == image.shape[1:], f"{size} (H, W); {expected}.")
             yield pixels, ids, known[name]
 
     packed = pack_layers(read_classes(), image.shape[1:], overlaps)
-    return CellSample(torch.from_numpy(image), *packed, f"{folder.name}/image.tif")
+    left_out = {"stray pieces": sum(strays)} if any(strays) else {}
+    return CellSample(torch.from_numpy(image), *packed, f"{folder.name}/image.tif", left_out)
