@@ -11,7 +11,7 @@ import re
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from skimage.measure import label
+import skimage
 from tifffile import TiffFile
 import torch
 
@@ -77,10 +77,7 @@ def decode_tiff(path: Path) -> tuple:
     """Read the largest plane of a TIFF, of which others are previews; as `decode`, orientation."""
     with TiffFile(path) as tif:
         pages = [page for top in tif.pages for page in (top, *(top.pages or ()))]
-        page, file_size = (
-            max(pages, key=lambda p: p.imagelength * p.imagewidth),
-            path.stat().st_size,
-        )
+        page = max(pages, key=lambda page: page.imagelength * page.imagewidth)
         areas = [p.imagelength * p.imagewidth for p in pages if p is page or not p.is_reduced]
         series = max(tif.series, key=lambda s: prod(s.shape))
         count = max(sum(2 * area > max(areas) for area in areas), series.size // page.size)
@@ -90,11 +87,9 @@ def decode_tiff(path: Path) -> tuple:
         require(single, f"{found} one image. {help_text}")
         require(prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
         needed = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)))
+        file_size = path.stat().st_size
         require(needed <= file_size, f"cut short, {file_size} of {needed} bytes. Copy it again.")
-        kind, codec = (
-            "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK",
-            page.compression.name,
-        )
+        kind = "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK"
         kind = page.photometric.name if 262 in page.tags else kind
         orientation = page.tags.valueof(274, 1)
         try:
@@ -109,8 +104,11 @@ def decode_tiff(path: Path) -> tuple:
                 values, orientation = np.asarray(image), 1
             same = values.dtype == page.dtype and values.size == prod(page.shape)
             require(same and kind in readable, f"{error}, and Pillow fails. Install imagecodecs.")
-        alpha, lossy = tuple(page.extrasamples)[-1:] in ((1,), (2,)), codec[:4] in ("JPEG", "WEBP")
-        palette = getattr(page, "colormap", None)
+        alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
+        lossy, palette = (
+            page.compression.name[:4] in ("JPEG", "WEBP"),
+            getattr(page, "colormap", None),
+        )
         return values, kind, palette, alpha, lossy, page.bitspersample, orientation
 
 
@@ -187,7 +185,9 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
         holes = ndimage.label(values != name)[1]  # up to four: the corners beside a large cell
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
-    pieces = label(np.searchsorted(unique, values, "right") * (values != 0), connectivity=2)
+    pieces = skimage.measure.label(
+        np.searchsorted(unique, values, "right") * (values != 0), connectivity=2
+    )
     pieces = pieces.ravel()[pixels[starts]] - 1  # of each run
     sizes, owner = np.bincount(pieces, lengths), np.zeros(pieces.max() + 1, int)
     owner[pieces] = index
@@ -197,14 +197,10 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     per_id = np.bincount(owner[~small], minlength=count)
     apart = (np.bincount(index, far & ~small[pieces]) > 0) & (per_id > 1)
     parts = len(sizes) if count > 5 else per_id.sum()
-    found = (
-        f"{count} ids in {parts} pieces, {apart.sum()} of them in pieces far apart; expected an id"
-    )
+    found = f"{count} ids in {parts} pieces, {apart.sum()} of them far apart. Expected an id"
     instances = parts <= 3 * count and apart.sum() <= min(count / 2, max(2, count / 20))
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
-    help_text = (
-        "Label the cells first (Fiji: Analyze Particles, count masks); resize without smoothing."
-    )
+    help_text = "Label them first (Fiji: Analyze Particles, count masks); resize without smoothing."
     require(instances, f"{found} per cell. Is it {causes} {help_text}")
     stray = small & (np.bincount(pieces, far) > 0)
     return pixels[np.repeat(~stray[pieces], lengths)], int(stray.sum())
