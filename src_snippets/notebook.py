@@ -184,12 +184,9 @@ dataset = open_dataset(data_root, config)
 config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
-print(
-    f"{len(dataset.test_images)} test images;", dataset_warnings(samples, splits, config) * trains
-)
+notes = dataset_warnings(samples, splits, config) * trains
+print(f"{len(dataset.test_images)} test images; {notes}")
 show_table(dataset_table(samples, splits, config.class_names))
-
-# %%
 if trains:
     train_part = subset(samples, next(iter(splits.values()))["train"])
     shown = (train_part[i] for i in range(0, len(train_part), -(-len(train_part) // 4)))

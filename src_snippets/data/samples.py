@@ -1,12 +1,5 @@
 """The samples of a dataset, read once and checked; their split into training and validation."""
 
-# %% [markdown]
-# ### Read the dataset and split it
-# Every training image is read once before training, so that a bad file shows in the first minute;
-# what fits in memory stays decoded. Images are split, not instances, and images of one group (a
-# patient, a slide, or those that look alike) stay on one side. The trap: images of one patient on
-# both sides make validation too kind.
-
 # %%
 # @title CellSamples: read once; groups of images
 from collections.abc import Mapping, Sequence
