@@ -57,6 +57,9 @@ def pictures() -> dict[str, tuple[str, bytes, Callable]]:
     rgba = np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
     image = Image.fromarray(rgb)
     write = tifffile.imwrite
+    deep, palette = Image.fromarray(rgb[..., 0].astype(np.uint16) * 200), image.quantize(9)
+    first = dict(format="mpo", save_all=True, append_images=[image.resize((32, 24))])
+    preview = dict(format="tiff", save_all=True, append_images=[image.resize((32, 24))])
     return {
         "LZW TIFF": ("a.tif", as_bytes(write, rgba, **options, predictor=True), read_image),
         "JPEG in TIFF": (
@@ -66,6 +69,10 @@ def pictures() -> dict[str, tuple[str, bytes, Callable]]:
         ),
         "16-bit TIFF": ("a.tif", as_bytes(write, rgb.astype(np.uint16) * 200), read_image),
         "class file": ("a.tif", as_bytes(write, ids), read_instance_map),
+        "palette TIFF": ("a.tif", as_bytes(palette.save, format="tiff"), read_image),
+        "TIFF with preview": ("a.tif", as_bytes(image.save, **preview), read_image),
+        "16-bit PNG": ("a.png", as_bytes(deep.save, format="png"), read_image),
+        "MPO": ("a.jpg", as_bytes(image.save, **first), read_image),
         "PNG": ("a.png", as_bytes(image.save, format="png"), read_image),
         "palette PNG": ("a.png", as_bytes(image.quantize(9).save, format="png"), read_image),
         "JPEG": ("a.jpg", as_bytes(image.save, format="jpeg"), read_image),
