@@ -405,12 +405,12 @@ SEMANTIC = (discs() > 0) * (1 + discs() % 4)
     ("values", "cause"),
     [
         (MASK, "1 ids in 20 pieces"),
-        (discs(1, 2, step=80) > 0, "1 ids in 2 pieces, 1 of them"),
+        (discs(1, 2, step=80) > 0, "1 ids in 2 pieces, 1 ids far apart"),
         (np.where(MASK, 255, 0) - 127 * (discs(radius=6) > 0), "2 ids in 40 pieces"),
         (SEMANTIC, "4 ids in 20 pieces"),
         (smooth(MASK), "blurred by resizing"),
         (smooth(discs() * 10), "blurred by resizing"),
-        (np.where(WRAPPED, (WRAPPED - 1) % 255 + 1, 0), "255 ids in 280 pieces, 25 of them"),
+        (np.where(WRAPPED, (WRAPPED - 1) % 255 + 1, 0), "255 ids in 280 pieces, 25 ids far apart"),
         (255 - MASK, "id 255 is around 20 pieces: the background"),
         (discs() + 1, "id 1 is around 20 pieces"),
         (np.where(discs(), discs(), 65535), "id 65535 is around 20 pieces"),
@@ -467,3 +467,14 @@ def test_every_real_class_file_is_an_instance_map():
     assert len(paths) == 2
     for path in paths:
         assert read_instance_map(path).strays == 0
+
+
+def test_cells_that_cover_each_other_in_part_are_instances(tmp_path):
+    rng = np.random.default_rng(5)
+    for count in (1, 3, 80, 80):
+        ids, grid = np.zeros((90, 120), np.uint16), np.indices((90, 120))
+        for number in range(1, count + 1):
+            y, x = grid - np.array([rng.integers(90), rng.integers(120)])[:, None, None]
+            ids[(y / rng.uniform(2, 25)) ** 2 + (x / rng.uniform(2, 12)) ** 2 < 1] = number
+        found = read_instance_map(save(tmp_path / "class1.tif", ids))
+        assert set(found.ids) == set(ids[ids > 0])

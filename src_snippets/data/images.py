@@ -30,6 +30,8 @@ def name_file(path: Path):
         raise
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
+    except Image.DecompressionBombError as error:
+        raise BadInput(f"{path}: {error} Cut it into fields of view.") from error
     except Exception as error:  # decoders raise many types; each one means a bad file
         raise BadInput(f"{path}: cannot be read ({error}). Copy or export it again.") from error
 
@@ -53,11 +55,7 @@ def decode(path: Path) -> tuple:
     if is_tiff:
         values, *found, orientation = decode_tiff(path)
     else:
-        try:
-            image = Image.open(path)
-        except Image.DecompressionBombError as error:
-            raise BadInput(f"{error} Cut it into fields of view.") from error
-        with image:  # a phone's MPO has previews behind the first picture
+        with Image.open(path) as image:  # a phone's MPO has previews behind the first picture
             single = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
             require(single, "several images; expected one.")
             plain = image.mode in ("1", "L", "LA", "RGB", "RGBA", "F") or image.mode[0] == "I"
@@ -122,9 +120,8 @@ def read_image(path: Path) -> np.ndarray:
     with name_file(path):
         pixels, kind, palette, alpha, _, bits = decode(path)
         if kind == "PALETTE" and palette is not None and pixels.ndim == 2:
-            palette = palette >> (8 if palette.max() > 255 else 0)  # some writers use 8 bits
+            palette = (palette >> (8 if palette.max() > 255 else 0)).astype(np.uint8)  # or 8 bits
             pixels, kind, bits = np.moveaxis(palette[:, pixels.astype(int)], 0, 2), "RGB", 8
-            pixels = pixels.astype(np.uint8)
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         rgb = kind in ("RGB", "YCBCR") and pixels.shape[2] in (3, 4)
         grey = kind in ("MINISBLACK", "MINISWHITE") and pixels.shape[2] == 1 + alpha
@@ -176,7 +173,8 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     middle_y = (np.bincount(index, top * lengths) / areas)[index]
     middle_x = (np.bincount(index, (left + (lengths - 1) / 2) * lengths) / areas)[index]
     reach = np.maximum(np.abs(left - middle_x), np.abs(left + lengths - 1 - middle_x))
-    far = reach**2 + (top - middle_y) ** 2 > 4 * areas[index]
+    distance = (reach**2 + (top - middle_y) ** 2) / 4
+    far = distance > areas[index]
     if not far.any() and 20 * areas.max(initial=0) <= values.size:
         return pixels, 0
     border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
@@ -195,13 +193,15 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     np.maximum.at(largest, owner, sizes)
     small = 10 * sizes < largest[owner]
     per_id = np.bincount(owner[~small], minlength=count)
-    apart = (np.bincount(index, far & ~small[pieces]) > 0) & (per_id > 1)
+    # a cell that others cover in part may be little and far, but no farther than a whole cell
+    apart = distance > np.maximum(areas[index], np.percentile(areas, 90))
+    apart = (np.bincount(index, apart & ~small[pieces]) > 0) & (per_id > 1)
     parts = len(sizes) if count > 5 else per_id.sum()
-    found = f"{count} ids in {parts} pieces, {apart.sum()} of them far apart. Expected an id"
+    found = f"{count} ids in {parts} pieces, {apart.sum()} ids far apart; expected an id per cell."
     instances = parts <= 3 * count and apart.sum() <= min(count / 2, max(2, count / 20))
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
-    help_text = "Label them first (Fiji: Analyze Particles, count masks); resize without smoothing."
-    require(instances, f"{found} per cell. Is it {causes} {help_text}")
+    help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
+    require(instances, f"{found} Is it {causes} {help_text}")
     stray = small & (np.bincount(pieces, far) > 0)
     return pixels[np.repeat(~stray[pieces], lengths)], int(stray.sum())
 
@@ -242,8 +242,8 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
 
     def read_classes():  # one class file in memory at a time
         for name in filter(names.__contains__, known):
-            pixels, ids, size, count = read_instance_map(folder / name)
-            strays.append(count)
+            pixels, ids, size, stray = read_instance_map(folder / name)
+            strays.append(stray)
             with name_file(folder / name):
                 expected = f"expected {image.shape[1:]} as of image.tif beside it"
                 require(size == image.shape[1:], f"{size} (H, W); {expected}.")
