@@ -1,7 +1,7 @@
 """Images and instance maps from files; one training folder as a `CellSample`."""
 
 # %%
-# @title Read images and instance maps: tifffile first, else Pillow
+# @title Read images: tifffile for TIFF, Pillow for the others
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from math import prod
