@@ -103,11 +103,16 @@ def decode_tiff(path: Path) -> tuple:
             same = values.dtype == page.dtype and values.size == prod(page.shape)
             require(same and kind in readable, f"{error}, and Pillow fails. Install imagecodecs.")
         alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
-        lossy, palette = (
-            page.compression.name[:4] in ("JPEG", "WEBP"),
+        lossy = page.compression.name[:4] in ("JPEG", "WEBP")
+        return (
+            values,
+            kind,
             getattr(page, "colormap", None),
+            alpha,
+            lossy,
+            page.bitspersample,
+            orientation,
         )
-        return values, kind, palette, alpha, lossy, page.bitspersample, orientation
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -183,9 +188,8 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
         holes = ndimage.label(values != name)[1]  # up to four: the corners beside a large cell
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
-    pieces = skimage.measure.label(
-        np.searchsorted(unique, values, "right") * (values != 0), connectivity=2
-    )
+    numbers = np.searchsorted(unique, values, "right") * (values != 0)
+    pieces = skimage.measure.label(numbers, connectivity=2)
     pieces = pieces.ravel()[pixels[starts]] - 1  # of each run
     sizes, owner = np.bincount(pieces, lengths), np.zeros(pieces.max() + 1, int)
     owner[pieces] = index
