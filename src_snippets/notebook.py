@@ -93,16 +93,9 @@ from src_snippets.setup.files import (
 )
 
 # %%
-from src_snippets.setup.devices import (
-    broadcast,
-    is_main,
-    join_processes,
-    launch,
-    private_folder,
-)
+from src_snippets.setup.devices import launch
 
 # %%
-join_processes()
 DATA, OUT = os.environ.get("HW3_DATA", DATA), os.environ.get("HW3_OUT", OUT)
 RECIPE = os.environ.get("HW3_RECIPE", RECIPE)
 if "HW3_CHECKPOINTS" in os.environ:
@@ -110,7 +103,7 @@ if "HW3_CHECKPOINTS" in os.environ:
 fields_set = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
 fields_set |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
 changes = read_settings({k: v for k, v in fields_set.items() if v} | CHANGES, os.environ)
-output = output_folder(OUT) if is_main() else private_folder()
+output = output_folder(OUT)
 figures = clear_folder(output / "figures", ".png")  # those of another run would enter the report
 
 # %% [markdown]
@@ -299,7 +292,7 @@ for fold, split in splits.items():
 # %%
 runs = {}
 for fold, folder in folders.items():
-    if runs and broadcast(session.is_over):
+    if runs and session.is_over():
         print(f"fold {fold} is not trained: the session ends")
         continue
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
@@ -307,7 +300,7 @@ for fold, folder in folders.items():
     parts = [subset(samples, names) for names in splits[fold].values()]
     with session.listen():
         launch(config, train, config, *parts, folder, session, live, RESUME)
-    if broadcast((folder / "best.pt").exists):  # not where the session ended before
+    if (folder / "best.pt").exists():  # not where the session ended before
         runs[fold] = folder
 
 # %% [markdown]
@@ -435,7 +428,7 @@ else:
 names = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
 with keep_going("the exports"):
-    if is_main() and records:
+    if records:
         where = (output / "exports", names, config.um_per_px)
         counts = write_exports(to_export, records, read, *where)
 

@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 import signal
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -25,7 +23,6 @@ from src_snippets.setup.devices import (
     is_main,
     is_out_of_memory,
     launch,
-    private_folder,
     rank,
     rank_indices,
     world_size,
@@ -220,32 +217,6 @@ def test_an_interrupt_ends_the_processes(two, tmp_path):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-
-
-def test_a_script_joins_the_processes_of_accelerate_launch():
-    code = "from src_snippets.setup.devices import *; join_processes(); join_processes(); "
-    code += "print(gather([rank()]), launch(Config(), world_size))"
-    with devices.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    shared = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=shared | dict(RANK=index, LOCAL_RANK=index),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in "01"
-    ]
-    printed = [process.communicate(timeout=120)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0]
-    assert printed == ["[0, 1] 2\n", ""]
-
-
-def test_a_private_folder_is_there():
-    assert private_folder() != private_folder()
-    assert list(private_folder().iterdir()) == []
 
 
 def test_precision(monkeypatch):

@@ -872,12 +872,3 @@ def test_the_end_of_one_session_is_that_of_all(two, tiny_config, parts, tmp_path
     assert len(launch(config, train, config, *parts, tmp_path, EndsInSecond(0.0))) < 3
     history = launch(config, train, config, *parts, tmp_path)  # both continue
     assert [row["epoch"] for row in history] == [1, 2, 3]
-
-
-def other_settings(config, samples, folder):
-    Trainer(config, samples, [], folder / f"{rank()}")
-
-
-def test_processes_with_other_data_are_refused(two, tiny_config, parts, tmp_path):
-    with pytest.raises(RuntimeError, match="other processes have other settings or images"):
-        launch(tiny_config, other_settings, tiny_config, parts[0], tmp_path)

@@ -2,7 +2,6 @@
 
 # %%
 # @title Devices, precision, and processes that work together
-import atexit
 from datetime import timedelta
 from functools import partial
 import gc
@@ -75,24 +74,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def join_processes() -> None:
-    """Join the processes that `accelerate launch` (or `launch`) started, if it did."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
-        atexit.register(distributed.destroy_process_group)
-        sys.stdout = sys.stdout if is_main() else StringIO()
-
-
-def private_folder() -> Path:
-    """A folder that goes with this process, for what only the main process keeps."""
-    folder = TemporaryDirectory(prefix="hw3-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
 def rank_indices(count: int) -> range:
     """Which of `count` items this process works on: dealt in turns."""
     return range(rank(), count, world_size())
@@ -129,8 +110,10 @@ def run_process(index: int, count: int, port: str, path: Path, function, argumen
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
     if kernel := getattr(IPython.get_ipython(), "kernel", None):
         kernel.session.check_pid = False  # or bars and figures of a fork are dropped
-    join_processes()
-    atexit.unregister(distributed.destroy_process_group)
+    if on_gpu := torch.cuda.is_available():
+        torch.cuda.set_device(index)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    sys.stdout = sys.stdout if is_main() else StringIO()
     result = function(*arguments)
     if index == 0:
         path.write_bytes(pickle.dumps(result))
@@ -144,7 +127,7 @@ def launch(config: Config, function, *arguments):
     process that fails or is killed; the others are ended. SIGTERM is passed on to all of them.
     """
     count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
-    if count < 2 or world_size() > 1:
+    if count < 2:
         return function(*arguments)
     fork = partial(torch.multiprocessing.start_processes, start_method="fork")
     try:

@@ -251,8 +251,6 @@ class TrainingState:
             dataloader_config=accelerate.DataLoaderConfiguration(**options),
             kwargs_handlers=[accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        if len(set(gather([self.folder.name]))) > 1:
-            raise ValueError(f"{folder}: other processes have other settings or images.")
         state = broadcast(open_run, self.folder, resume)
         self.model = build_model(config, load_initial=state is None and is_main())
         self.model.to(self.accelerator.device)
