@@ -113,6 +113,7 @@ def run_process(index: int, count: int, port: str, path: Path, function, argumen
     if on_gpu := torch.cuda.is_available():
         torch.cuda.set_device(index)
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    distributed.barrier()  # one that ended sooner would look like one that failed
     sys.stdout = sys.stdout if is_main() else StringIO()
     result = function(*arguments)
     if index == 0:
