@@ -69,7 +69,7 @@ from src_snippets.setup.config import (
 DATA = ""  # @param {type:"string"}
 OUT = ""  # @param {type:"string"}
 CHECKPOINTS = []  # @param {type:"raw"}
-RECIPE = ""  # @param ["", "baseline", "attention", "convnext", "small_anchors", "lsj_ensemble", "best", "best_large", "demo"]
+RECIPE = ""  # @param ["", "baseline", "attention", "convnext", "small_anchors", "lsj_ensemble", "best", "best_large", "light", "demo"]
 EPOCHS = 0  # @param {type:"integer"}
 TRAIN_HOURS = 0.0  # @param {type:"number"}
 MAX_HOURS = 0.0  # @param {type:"number"}

@@ -70,6 +70,6 @@ def test_the_gpu_is_named_and_this_process_leaves_it_alone(monkeypatch, capsys):
     told, found = done.stdout.splitlines()
     name, has_torch, checked = eval(found)
     assert (has_torch, checked) == (False, "1")
-    assert told == f"GPU: {name}" if name else told.startswith('No GPU: set RECIPE = "demo"')
+    assert told == f"GPU: {name}" if name else told.startswith('No GPU: set RECIPE = "light"')
     monkeypatch.setattr(install, "GPU_CHECK", "print('Tesla T4 x2')")
     assert (check_gpu(), capsys.readouterr().out) == ("Tesla T4 x2", "GPU: Tesla T4 x2\n")

@@ -1,7 +1,7 @@
 """Devices and processes: GPU or CPU, its precision, and one process for each GPU."""
 
 # %%
-# @title Devices, precision, and processes that work together
+# @title Devices, precision, and processes: one fork per GPU
 from datetime import timedelta
 from functools import partial
 import gc
@@ -100,8 +100,6 @@ def all_max(*values: float) -> list[float]:
     return [max(column) for column in zip(*gather([values]), strict=True)]
 
 
-# %%
-# @title launch: one forked process per GPU
 def run_process(index: int, count: int, port: str, path: Path, function, arguments) -> None:
     """Run one of the processes of `launch`; the main one leaves its result in a file."""
     ranks = dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count))

@@ -63,6 +63,6 @@ def check_gpu() -> str:
             f"{name or 'The GPU'} cannot be used: {reason}. Choose another accelerator: on Kaggle "
             "GPU T4 x2, on Colab T4, L4 or A100."
         )
-    hint = 'set RECIPE = "demo", or choose a GPU (Kaggle: Settings > Accelerator; Colab: Runtime)'
+    hint = 'set RECIPE = "light", or choose a GPU (Kaggle: Settings > Accelerator; Colab: Runtime)'
     print(f"GPU: {name}" if name else f"No GPU: {hint}.")
     return name
