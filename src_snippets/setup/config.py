@@ -148,7 +148,7 @@ RECIPES = {
         fpn_channels=96, scale=1.5, rpn_convs=1, box_convs=0, box_features=512, proposals=1000,
         roi_batch_size=128, epochs=1000, train_hours=2.0, batch_size=4, lr=1e-3,
         lr_factors=(0.3, 0.3, 1.0, 1.0), weight_decay=0.05, warmup_steps=100, schedule="cosine",
-        ema=0.998, eval_every=25, detections=600,
+        ema=0.998, eval_every=25, detections=600, tta="d4",
     ),
     # Small enough for the synthetic dataset on a CPU
     "demo": dict(

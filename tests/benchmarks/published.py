@@ -26,7 +26,7 @@ from src_snippets.evaluation.matching import score_table
 from src_snippets.inference.predict import predict_validation
 from src_snippets.setup.config import Config
 from src_snippets.setup.files import show_table
-from src_snippets.training.checkpoints import saved_config
+from src_snippets.training.checkpoints import load_checkpoint
 
 COLUMNS = ["DICE", "AJI", "DQ", "SQ", "PQ", "F1"]
 PUBLISHED = {  # Mask R-CNN, HoVer-Net: Graham et al. 2019; CellViT++: Hoerst et al. 2025
@@ -88,7 +88,7 @@ def compare(fields: list[CellSample], predictions, config: Config) -> pd.DataFra
 
 def main(checkpoints: list[Path], data: Path) -> pd.DataFrame:
     """Predict, stitch and compare; prints and returns the table."""
-    config, parts = saved_config(checkpoints[0], {}), []
+    config, parts = load_checkpoint(checkpoints[0])["config"], []
     dataset = open_dataset(data, config)
     for path in checkpoints:
         names = json.loads((path.parent / "split.json").read_text())["val"]
