@@ -191,7 +191,7 @@ def prediction(samples, names, times: int, **changes) -> Iterator[tuple]:
     for name in names:
         config = recipe_config(name, **changes)
         model = build_model(config).to(default_device())
-        spent = seconds(lambda m=model, c=config: detect(m, samples[0].image, c), times)
+        spent = seconds(lambda m=model, c=config: detect([m], samples[0].image, c), times)
         size = " x ".join(map(str, samples[0].size))
         yield f"{name}, prediction of {size} px in one view", f"{1 / spent:.2f} images/s"
         model = None
@@ -207,7 +207,9 @@ def scarce_memory(samples, fraction: float, **changes) -> Iterator[tuple]:
             history = train(config, samples * 8, [], Path(folder))
             yield f"training with {fraction:.0%} of the memory", f"loss {history[-1]['loss']:.3f}"
         model = build_model(config).to(default_device())
-        found = detect(model, samples[0].image.repeat(1, 4, 4), change_config(config, dict(tile=0)))
+        found = detect(
+            [model], samples[0].image.repeat(1, 4, 4), change_config(config, dict(tile=0))
+        )
         size = " x ".join(map(str, found.size))
         yield f"prediction of {size} px with it", f"{len(found)} detections"
     finally:

@@ -212,7 +212,7 @@ def test_settings_reach_the_model(tiny_config):
     assert (rpn.proposal_matcher.low_threshold, heads.proposal_matcher.low_threshold) == (0.3, 0.5)
     assert rpn.fg_bg_sampler.batch_size_per_image == 256
     sampler = heads.fg_bg_sampler
-    assert (sampler.batch_size_per_image, sampler.positive_fraction) == (24, 0.5)
+    assert (sampler.batch_size_per_image, sampler.positive_fraction) == (24, 0.25)
     assert model.transform.image_mean == (0.485, 0.456, 0.406)
 
 

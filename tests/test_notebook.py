@@ -191,19 +191,6 @@ def test_with_two_gpus_the_notebook_leaves_them_to_their_processes(tmp_path, dem
     assert len(shown) == 1  # the figure of the first process, drawn in a fork
 
 
-def test_two_processes_of_a_launcher_work_together(tmp_path, demo_root):
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    options = "launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    options += " --mixed_precision no --dynamo_backend no -m src_snippets.notebook"
-    environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_OUT=str(tmp_path))
-    command = [accelerate, *options.split()]
-    said, _ = run(command, ROOT, **environ, HW3_SETTINGS=json.dumps(QUICK))
-    check_outputs(tmp_path, demo_root)
-    assert said.count("epoch 1: loss") == said.count("of them exported") == 1
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert len(json.loads((folder / "split.json").read_text())["val"]) > 0
-
-
 def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, demo_root):
     """Other class names; micrometres; no truth in the second run, which trains nothing."""
     data, pictures = tmp_path / "data", tmp_path / "my pictures"

@@ -11,6 +11,7 @@ from src_snippets.data.structures import coco_ground_truth
 from src_snippets.inference.predict import predict_test, predict_validation
 from src_snippets.inference.submission import write_csv_submissions, write_results
 from src_snippets.setup.config import make_config, RECIPES
+from src_snippets.training import trainer
 from src_snippets.training.checkpoints import (
     load_checkpoint,
     load_trained,
@@ -78,13 +79,14 @@ class SessionEnds(Exception):
 def fit_with_a_break(config, parts, folder, monkeypatch) -> list[dict]:
     """Trains one epoch, is stopped in the second, and continues."""
 
-    def stop_later(trainer, epoch, *others):
+    def stop_later(run, epoch, *others):
         if epoch == 2:
             raise SessionEnds
-        run_epoch(trainer, epoch, *others)
+        run_epoch(run, epoch, *others)
 
     run_epoch = Trainer.run_epoch
     with monkeypatch.context() as patch:
+        patch.setattr(trainer, "SAVE_SECONDS", -1)  # in each epoch
         patch.setattr(Trainer, "run_epoch", stop_later)
         with pytest.raises(SessionEnds):
             Trainer(config, *parts, folder).fit()
