@@ -175,15 +175,15 @@ class Squares:
 
     def backbone(self, images):
         self.alive.append(sum(features() is not None for features in self.features))
-        copies = [image[0].clone() for image in images]
-        self.features = [weakref.ref(copy) for copy in copies]
+        copies = {str(k): image[0].clone() for k, image in enumerate(images)}
+        self.features = [weakref.ref(copy) for copy in copies.values()]
         return copies
 
     def rpn(self, images, features):
         return images, {}
 
     def predict_boxes(self, features, proposals, sizes):
-        return ([image.clone() for image in features],)
+        return ([image.clone() for image in features.values()],)
 
     def postprocess_detections(self, features, proposals, sizes):
         return tuple(zip(*(self.find(image.numpy()) for image in features), strict=True))
@@ -198,7 +198,7 @@ class Squares:
 
     def detect_masks(self, features, boxes, labels, sizes):
         masks = []
-        for image, own in zip(features, boxes, strict=True):
+        for image, own in zip(features.values(), boxes, strict=True):
             masks.append(torch.zeros(len(own), 1, 28, 28))
             for k, box in enumerate(own):
                 masks[-1][k, 0] = brightest(image, box)
@@ -299,30 +299,32 @@ WIDE = torch.zeros(3, 64, 96, dtype=torch.uint8)  # tiles of 64 px begin at x = 
 
 def scores_on_wide(*tiles, **changes):
     """Rounded scores that stay of [(box, score, label), ..] in each tile of WIDE."""
-    results = [result(*(list(v) for v in zip(*tile, strict=True))) for tile in tiles]
+    results = [result(*([row[k] for row in tile] for k in range(3))) for tile in tiles]
     found = detect([Scripted(*results)], WIDE, make_config("demo", tile=64, **changes))
     return found.scores.astype(float).round(2).tolist()
 
 
-def test_a_detection_counts_in_the_tile_that_it_is_nearest_to():
-    """The middles of the tiles are 32 and 64 px, the boundary 48; slack 2 x 20 / 8 = 5 px."""
-    piece, whole = ([44, 10, 64, 30], 0.9, 1), ([12, 10, 42, 30], 0.4, 1)  # from 44 px on, both
-    assert scores_on_wide([piece], [whole]) == [0.4]  # the better but cut one gives way
-    left, right = ([10, 10, 30, 30], 0.8, 1), ([0, 10, 20, 30], 0.7, 2)  # cut; middle 42 px
-    assert scores_on_wide([left], [right]) == [0.8]
-    border = ([0, 10, 20, 30], 0.8, 1), ([44, 44, 64, 64], 0.7, 2)  # of the image, no cut
+def test_a_cut_detection_counts_where_no_other_tile_is_nearer():
+    """The middles of the tiles are at 32 and 64 px, so that the boundary is at 48 px."""
+    whole = [12, 10, 42, 30], 0.4, 1  # in the second tile, from 44 px on in the image
+    assert scores_on_wide([([44, 10, 64, 30], 0.9, 1)], [whole]) == [0.4]  # the better one is cut
+    assert scores_on_wide([([44, 10, 63.4, 30], 0.9, 2)], [whole]) == [0.4]  # by less than a pixel
+    assert scores_on_wide([([44, 10, 62.9, 30], 0.9, 2)], [whole]) == [0.9, 0.4]
+    assert scores_on_wide([], [([0.6, 10, 16, 30], 0.9, 2)]) == []  # the left edge, middle 40 px
+    assert scores_on_wide([], [([1.1, 10, 16, 30], 0.9, 2)]) == [0.9]
+    assert scores_on_wide([([34, 10, 64, 30], 0.9, 2)], []) == []  # middle 49 px
+    assert scores_on_wide([([30, 10, 64, 30], 0.9, 2)], []) == [0.9]  # middle 47 px, whole in none
+    border = ([0, 10, 20, 30], 0.8, 1), ([44, 44, 64, 64], 0.7, 2)  # of the image: no cut
     assert scores_on_wide(border[:1], border[1:]) == [0.8, 0.7]
 
 
-def test_of_duplicates_beside_the_boundary_the_better_stays():
-    # Middles 50 and 47 px: 4 px nearer to the other tile, 2 px; both within the slack of 5 px
-    first, second = ([40, 10, 60, 30], 0.6, 1), ([5, 10, 25, 30], 0.8, 1)
+def test_of_duplicates_in_two_tiles_the_better_stays():
+    """Boxes from 36 to 56 and from 40 to 60 px: IoU 2/3."""
+    first, second = ([36, 10, 56, 30], 0.6, 1), ([8, 10, 28, 30], 0.8, 1)
     assert scores_on_wide([first], [second]) == [0.8]
     assert scores_on_wide([first], [(*second[:2], 2)]) == [0.8, 0.6]  # of another class
-    assert scores_on_wide([first], [second], fusion_iou=0.9) == [0.8, 0.6]
-    far = ([41, 10, 61, 30], 0.6, 1)  # middle 51 px: 6 px nearer to the other
-    assert scores_on_wide([far], [(*second[:2], 2)]) == [0.8]
-    assert scores_on_wide([first, ([0, 0, 9, 9], 0.5, 1)], [second], detections=1) == [0.8]
+    assert scores_on_wide([first], [second], fusion_iou=0.7) == [0.8, 0.6]
+    assert scores_on_wide([first, ([1, 1, 9, 9], 0.5, 1)], [second], detections=1) == [0.8]
 
 
 def test_one_tile_is_the_whole_image(tiny_config):
@@ -376,14 +378,18 @@ def test_a_mask_is_the_mean_of_all_models_and_views():
     assert len(detect([model], image, config, views)) == 0
 
 
-def test_features_of_some_tiles_at_a_time_are_in_memory():
-    image, model = draw([(5, 5, 15, 15), (50, 60, 60, 70)], 96, 96), Squares()
+def test_features_are_kept_for_the_masks_while_there_is_room(monkeypatch):
+    """25 tiles, so 7 batches in each of two views; features of 4 tiles of 32 px take 4096 bytes."""
+    image = draw([(5, 5, 15, 15), (50, 60, 60, 70)], 96, 96)
+    for room, calls, alive in ((0, 28, 0), (10_000, 26, 4), (10**9, 14, 4)):
+        monkeypatch.setattr(module, "KEPT_FEATURES", room)
+        model = Squares()
+        assert len(detect([model], image, make_config("demo", tile=32), [View(), View(2.0)])) == 2
+        assert (len(model.calls), max(model.alive)) == (calls, alive)
+    monkeypatch.setattr(module, "KEPT_FEATURES", 0)
+    model = Squares()
     assert len(detect([model], image, make_config("demo"))) == 2
-    assert len(model.calls) == 1  # boxes and masks of the same features
-    model.calls.clear()
-    assert len(detect([model], image, make_config("demo", tile=32), [View(), View(2.0)])) == 2
-    assert len(model.calls) == 2 * 14 - 1  # 25 tiles by four, twice, but for the last ones
-    assert model.alive == [0] * 28
+    assert len(model.calls) == 1  # one batch is always kept
 
 
 @pytest.mark.parametrize("tile", [0, 32])
@@ -411,7 +417,7 @@ def test_tiles_are_scaled_as_their_image():
     model.scale = 2.0  # each model's own
     found = detect([model, Squares()], image, make_config("demo"), [View(1.5, 0, False)])
     detect([model], image, make_config("demo", tile=36))
-    assert [scale for _, _, scale in model.calls] == [3.0, 3.0, 2.0]
+    assert [scale for _, _, scale in model.calls] == [3.0, 2.0]
     assert found.boxes.tolist() == [[5, 5, 15, 15]]
 
 

@@ -4,11 +4,11 @@
 # ### Detect instances
 # Boxes first, masks last, as in detectron2's `GeneralizedRCNNWithTTA`. Each model sees the image in
 # each view, whole or in tiles with half overlap, so that memory does not grow with the image. A box
-# counts in the tile to whose middle it is nearest: there it is whole, unless it is longer than the
-# overlap. Boxes of one instance are fused, and only for those that stay does each model and view
-# predict the 28 x 28 mask: their mean is pasted at pixel centres and stored as RLE. The trap: a
-# score becomes the mean over all models and views, those without such a detection too, so that
-# fused scores are lower.
+# that touches the edge of its tile counts only where no other tile is nearer to it: there it is
+# whole, unless it is longer than the overlap. Boxes of one instance are fused, and only for those
+# that stay does each model and view predict the 28 x 28 mask: their mean is pasted at pixel centres
+# and stored as RLE. The trap: a score becomes the mean over all models and views, those without
+# such a detection too, so that fused scores are lower.
 
 # %%
 # @title Paste masks, separate instances
@@ -100,7 +100,7 @@ def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
     the parts of the best in each, 0 where there is none. Source: arXiv:1910.13302.
     """
     rows, sizes = torch.cat(parts), [len(part) for part in parts]
-    min_iou = min(config.fusion_iou, 0.99)  # or equal boxes would both stay
+    min_iou = min(config.fusion_iou, 0.99)  # at 1 equal boxes would all stay
     leads = rows[batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], min_iou)]
     if len(leads) == 0:
         return leads
@@ -121,6 +121,7 @@ def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
 # %%
 # @title detect: boxes of all models, views and tiles, then masks of those that stay
 TILE_BATCH = 4  # tiles at a time
+KEPT_FEATURES = 2**30  # bytes of features that masks take from the boxes; others are recomputed
 MIN_TILE = 128  # px; smaller tiles would cut too many instances
 
 
@@ -138,7 +139,8 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
     corners = [(x, y) for y in tile_corners(size[0], tile) for x in tile_corners(size[1], tile)]
     origins = torch.tensor(corners, device=device).float().repeat(1, 2)  # (T, 4)
     sides = origins.new_tensor([wide, tall]).repeat(2)
-    members, parts = list(product(models, views)), torch.arange(len(corners)).split(batch)
+    parts = torch.arange(len(corners)).split(batch)
+    steps, kept, room = list(product(models, views, parts)), {}, KEPT_FEATURES
 
     def extract(model, view, part):
         """`ImageList` of tiles in a view, their sides (4,) in network pixels, FPN features."""
@@ -148,42 +150,46 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
         extent = origins.new_tensor(images.image_sizes[0][::-1]).repeat(2)
         return images, extent, model.backbone(images.tensors)
 
-    def tile_distances(boxes):
-        """(N, T) px, along x plus along y, between the middles of boxes and of tiles."""
-        return torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, (origins + sides / 2)[:, :2], p=1)
+    def nearest_tile(boxes):
+        """(N,) int64: the tile whose middle is nearest to the middle of each box."""
+        middles = (origins + sides / 2)[:, :2]
+        return torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, middles, p=1).argmin(1)
 
-    found = []
+    rows, found = [], []
     with autocast_for(config, device):
-        for model, view in members:
-            rows, heads = [], model.roi_heads
-            for part in parts:
-                features = None  # frees those of the tiles before
-                images, extent, features = extract(model, view, part)
-                proposals, _ = model.rpn(images, features)
-                outputs = heads.predict_boxes(features, proposals, images.image_sizes)
-                columns = heads.postprocess_detections(*outputs, proposals, images.image_sizes)
-                for k, boxes, scores, labels in zip(part, *columns, strict=True):
-                    boxes = view.inverse.apply_to_boxes(boxes / extent) * sides + origins[k]
-                    distances, spans = tile_distances(boxes), boxes[:, 2:] - boxes[:, :2]
-                    is_nearest = distances[:, k] <= distances.amin(1) + spans.sum(1) / 8
-                    rows.append(torch.column_stack([boxes, scores, labels])[is_nearest])
-            rows = torch.cat(rows)
-            if len(corners) > 1:  # two tiles may both be nearest
-                stay = batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], config.fusion_iou)
-                rows = rows[stay[: config.detections]]
-            found.append(rows)
+        for step, (model, view, part) in enumerate(steps):
+            features = None  # frees those of the tiles before
+            images, extent, features = extract(model, view, part)
+            room -= sum(level.nbytes for level in features.values())
+            if room >= 0 or len(steps) == 1:
+                kept[step] = images, extent, features
+            proposals, _ = model.rpn(images, features)
+            heads, sizes = model.roi_heads, images.image_sizes
+            outputs = heads.predict_boxes(features, proposals, sizes)
+            columns = heads.postprocess_detections(*outputs, proposals, sizes)
+            for k, boxes, scores, labels in zip(part, *columns, strict=True):
+                boxes = view.inverse.apply_to_boxes(boxes / extent) * sides
+                counts = ((boxes >= 1) & (boxes <= sides - 1)).all(1)  # touches no edge
+                boxes = boxes + origins[k]
+                counts |= nearest_tile(boxes) == k
+                rows.append(torch.column_stack([boxes, scores, labels])[counts])
+        for k in range(0, len(rows), len(corners)):  # by model and view
+            own = torch.cat(rows[k : k + len(corners)])
+            if len(corners) > 1:  # of duplicates the better stays
+                stay = batched_nms(own[:, :4], own[:, 4], own[:, 5], config.fusion_iou)
+                own = own[stay[: config.detections]]
+            found.append(own)
         rows = fuse_boxes(found, config) if len(found) > 1 else found[0]
         boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5].long()
-        masks, tile_of = boxes.new_zeros(len(boxes), 28, 28), tile_distances(boxes).argmin(1)
-        for (model, view), part in reversed(list(product(members, parts))):
-            if features is None:  # those of the last tiles are still there
-                images, extent, features = extract(model, view, part)
+        masks, tile_of = boxes.new_zeros(len(boxes), 28, 28), nearest_tile(boxes)
+        for step, (model, view, part) in enumerate(steps):
+            features = None
+            images, extent, features = kept.pop(step, None) or extract(model, view, part)
             indices = [torch.where(tile_of == k)[0] for k in part]
             rois = view.apply_to_boxes((boxes - origins[tile_of]) / sides) * extent
             columns = zip(*((rois[i], labels[i]) for i in indices), strict=True)
             columns = model.roi_heads.detect_masks(features, *columns, images.image_sizes)
-            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(columns)[:, 0]) / len(members)
-            features = None
+            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(columns)[:, 0]) / len(found)
     rles = paste_masks(masks, boxes, size, config.mask_threshold)
     every = Instances(*(values.cpu().numpy() for values in (boxes, scores, labels)), rles, size)
     return every.select([rle is not None for rle in rles])
