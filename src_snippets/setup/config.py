@@ -93,7 +93,7 @@ class Config:
     tile: int = within(0, 0, 8192)  # px, side of tiles with half overlap; 0: whole images
     tta: str = one_of("none", "flips", "d4")  # test-time augmentation: 1, 3 or 8 views
     tta_scales: tuple[float, ...] = within((1.0,), 0.1, 10.0)  # scales of each view
-    fusion_iou: float = within(0.5, 0.0, 1.0)  # box IoU at which tiles, views, models are fused
+    fusion_iou: float = within(0.4, 0.0, 1.0)  # box IoU at which tiles, views, models are fused
     export_score_threshold: float = within(0.5, 0.0, 1.0)  # minimum score in figures and exports
 
     @property
