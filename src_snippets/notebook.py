@@ -244,8 +244,9 @@ if trains:
 
 # %% [markdown]
 # ## Training
-# One step: losses of a batch, backward, clip the gradients, update. Every epoch is saved, so that a
-# stopped session goes on where it was; the epoch with the best validation score is kept as `best.pt`.
+# One step: losses of a batch, backward, clip the gradients, update. The state is saved every five
+# minutes, at evaluations and at the end, so that a stopped session goes on from there; the epoch
+# with the best validation score is kept as `best.pt`.
 
 # %%
 from src_snippets.training.metrics import average_precision

@@ -87,7 +87,8 @@ def jittered(truth: dict, seed=0) -> dict[int, Instances]:
                 starts, ends = decode_runs(row["segmentation"])
                 shift = int(rng.integers(-3, 4)) + height * int(rng.integers(-3, 4))
                 starts, ends = np.clip([starts + shift, ends + shift], 0, height * width)
-                rles.append(encode_runs(starts[ends > starts], ends[ends > starts], height, width))
+                runs = starts[ends > starts], ends[ends > starts]
+                rles += encode_runs(np.zeros(len(runs[0])), *runs, 1, height, width)
                 labels.append(row["category_id"] if rng.random() < 0.9 else rng.integers(1, 5))
                 x, y, w, h = row["bbox"]
                 boxes.append([x, y, x + w, y + h])

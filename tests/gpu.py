@@ -32,23 +32,13 @@ from src_snippets.setup.config import change_config, Config, make_config
 from src_snippets.setup.devices import default_device, free_memory, is_out_of_memory
 from src_snippets.training.trainer import Session, train
 from tests.benchmarks.cases import baseline_model, grid_sample, new_trainer
+from tests.benchmarks.recipes import seconds
 
 RECIPES = ("baseline", "best", "best_large")
 BATCH_SIZES = (1, 2, 4, 8)
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 FREE = ("view", "reshape", "expand", "slice", "select", "unbind", "split", "permute", "transpose")
 FREE += ("t", "detach", "alias", "unsqueeze", "squeeze", "as_strided", "empty", "chunk")
-
-
-def seconds(work, times: int) -> float:
-    """Mean of some runs after one that is not counted."""
-    work()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(times):
-        work()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / times
 
 
 class OperatorCount(TorchDispatchMode):
@@ -91,7 +81,9 @@ def depthwise(channels: int, side: int, times: int) -> Iterator[tuple]:
             x = x.to(memory_format=layout).requires_grad_()
             name = f"depthwise 7x7, {str(dtype)[6:]}, {str(layout)[6:]}"
             try:
-                spent = seconds(lambda x=x, layer=layer: layer(x).sum().backward(), times)
+                spent = seconds(
+                    lambda x=x, layer=layer: layer(x).sum().backward(), default_device(), times
+                )
                 yield name, f"{1000 * spent:.2f} ms"
             except RuntimeError as error:  # reported on some cards for some layouts
                 yield name, f"FAILS: {error}"
@@ -112,7 +104,7 @@ def training_speed(samples, names, batch_sizes, times: int, **changes) -> Iterat
                 torch.cuda.reset_peak_memory_stats()
                 trainer = new_trainer(config, samples * batch_size)
                 batch = next(iter(trainer.loader))
-                spent = seconds(partial(trainer.step, *batch), times)
+                spent = seconds(partial(trainer.step, *batch), default_device(), times)
                 memory = torch.cuda.max_memory_allocated() / 1e9
                 yield (
                     row,
@@ -191,7 +183,9 @@ def prediction(samples, names, times: int, **changes) -> Iterator[tuple]:
     for name in names:
         config = recipe_config(name, **changes)
         model = build_model(config).to(default_device())
-        spent = seconds(lambda m=model, c=config: detect([m], samples[0].image, c), times)
+        spent = seconds(
+            lambda m=model, c=config: detect([m], samples[0].image, c), default_device(), times
+        )
         size = " x ".join(map(str, samples[0].size))
         yield f"{name}, prediction of {size} px in one view", f"{1 / spent:.2f} images/s"
         model = None

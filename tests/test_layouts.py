@@ -784,6 +784,11 @@ def test_pairs_of_cellpose_and_stardist(tmp_path, image, labels):
     assert [path.name for path, *_ in dataset.test_images] == ["t.png"]
     (paths,) = dataset.left_out.values()
     assert [path.name for path in paths] == ["alone.png"]
+    stray = IDS.copy()
+    stray[0, 0] = 7  # one pixel far from its cell of 12
+    Image.fromarray(stray).save(root / labels)
+    sample = dataset.read(dataset.names[0])
+    assert (sample.left_out, int((sample.layers == 2).sum())) == ({"stray pieces": 1}, 12)
     Image.fromarray(IDS[:9]).save(root / labels)
     with refused(r"\(9, 14\) \(H, W\); expected \(10, 14\)", root / labels):
         dataset.read(dataset.names[0])

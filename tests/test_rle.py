@@ -10,7 +10,6 @@ from src_snippets.data.rle import (
     decode_runs,
     draw_masks,
     encode_layers,
-    encode_many_runs,
     encode_masks,
     encode_runs,
     mask_areas,
@@ -71,12 +70,12 @@ def test_many_masks_equal_one_by_one(seed):
 
 
 def test_runs_that_touch_are_one_in_a_mask_and_stay_apart_in_two():
-    one = encode_runs([0, 3], [3, 5], 3, 2)
+    (one,) = encode_runs([0, 0], [0, 3], [3, 5], 1, 3, 2)
     assert one == oracle(np.array([[1, 1], [1, 1], [1, 0]]))
-    first, second = encode_many_runs([0, 1], [0, 3], [3, 6], 2, 3, 2)
+    first, second = encode_runs([0, 1], [0, 3], [3, 6], 2, 3, 2)
     assert (decode_runs(first)[1].tolist(), decode_runs(second)[0].tolist()) == ([3], [3])
     # Any order, and a mask between them without runs
-    assert encode_many_runs([2, 0], [3, 0], [6, 3], 3, 3, 2)[::2] == [first, second]
+    assert encode_runs([2, 0], [3, 0], [6, 3], 3, 3, 2)[::2] == [first, second]
 
 
 @given(seeds, strategies.integers(1, 400), strategies.integers(1, 400))
@@ -97,7 +96,7 @@ def test_counts_that_do_not_fill_the_image_are_refused(counts):
 
 def test_empty():
     empty = encode(np.zeros((0, 0)), 0, 0, 4, 5)
-    assert empty == oracle(np.zeros((4, 5), bool)) == encode_runs([], [], 4, 5)
+    assert empty == oracle(np.zeros((4, 5), bool)) == encode_runs([], [], [], 1, 4, 5)[0]
     assert mask_areas([empty]).tolist() == [0]
     assert mask_areas([]).tolist() == pixel_indices(empty).tolist() == []
     assert encode_masks(np.zeros((0, 3, 3), bool), np.zeros(0), np.zeros(0), 4, 5) == []

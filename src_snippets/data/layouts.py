@@ -466,7 +466,8 @@ def read_pair(pairs: Mapping[str, tuple], name: str) -> CellSample:
         expected = f"expected {image.shape[1:]} as of {pairs[name][0].name}"
         require(found.size == image.shape[1:], f"{found.size} (H, W); {expected}.")
     packed = pack_layers([(found.pixels, found.ids, 1)], found.size)
-    return CellSample(torch.from_numpy(image), *packed, name)
+    left_out = {"stray pieces": found.strays} if found.strays else {}
+    return CellSample(torch.from_numpy(image), *packed, name, left_out)
 
 
 def read_named_folder(parent: Path, config: Config, name: str) -> CellSample:

@@ -6,12 +6,7 @@ import numpy as np
 import pycocotools.mask
 
 
-def encode_runs(starts, ends, height: int, width: int) -> dict:
-    """Encode the pixels in `[starts[k], ends[k])` as one COCO RLE; see `encode_many_runs`."""
-    return encode_many_runs(np.zeros(len(starts), np.int64), starts, ends, 1, height, width)[0]
-
-
-def encode_many_runs(owners, starts, ends, count: int, height: int, width: int) -> list[dict]:
+def encode_runs(owners, starts, ends, count: int, height: int, width: int) -> list[dict]:
     """Encode runs of pixels as `count` COCO RLEs, `{"size": [height, width], "counts": str}`.
 
     owners: (K,) ints, the mask 0 .. count - 1 of each run; starts, ends: (K,) ints, column-major
@@ -41,7 +36,7 @@ def encode_masks(masks: np.ndarray, tops, lefts, height: int, width: int) -> lis
     steps = np.diff(masks.transpose(0, 2, 1), prepend=False, append=False)
     owners, x, y = np.nonzero(steps)  # down a column, start and end of a run take turns
     bounds = (lefts[owners] + x) * height + tops[owners] + y
-    return encode_many_runs(owners[::2], bounds[::2], bounds[1::2], len(masks), height, width)
+    return encode_runs(owners[::2], bounds[::2], bounds[1::2], len(masks), height, width)
 
 
 def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
@@ -51,7 +46,7 @@ def encode_layers(layers: np.ndarray, count: int) -> list[dict]:
     layer, bounds = np.nonzero(np.diff(columns))
     ids = columns[layer, bounds + 1]  # from each bound to the next one
     runs = np.flatnonzero(ids)
-    return encode_many_runs(ids[runs] - 1, bounds[runs], bounds[runs + 1], count, *layers.shape[1:])
+    return encode_runs(ids[runs] - 1, bounds[runs], bounds[runs + 1], count, *layers.shape[1:])
 
 
 def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -3,9 +3,9 @@
 # %% [markdown]
 # ### Train
 # A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
-# precision and several GPUs. After each epoch the whole state goes to `last.pt`, the weights of the
-# best epoch to `best.pt`. A stopped run continues from there with the same numbers, since each
-# epoch's random draws depend on the seed and its number alone.
+# precision and several GPUs. The whole state goes to `last.pt` every five minutes and at
+# evaluations, the weights of the best epoch to `best.pt`. A stopped run continues from there with
+# the same numbers, since each epoch's random draws depend on the seed and its number alone.
 
 # %%
 # @title Session, optimizer, learning rate, batches

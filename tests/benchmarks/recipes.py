@@ -5,6 +5,7 @@ for one training step on a full batch of the recipe; medians after a warm-up. No
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 from statistics import median
@@ -38,9 +39,9 @@ def seconds(work, device: torch.device, times: int = 3) -> float:
     return median(spent[1:])
 
 
-def measure(name: str, device: torch.device, root: Path) -> list[str]:
+def measure(name: str, device: torch.device, root: Path, settings: dict) -> list[str]:
     """A row of the table."""
-    config = make_config(name, weights="none", accumulate=1, workers=0)
+    config = make_config(name, **dict(weights="none", accumulate=1, workers=0) | settings)
     pixels = draw_field(np.random.default_rng(0), 500, 500, 60)[0]
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     model = build_model(config).to(device)
@@ -58,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", default="", help="a part of the recipe's name")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of all recipes, as JSON")
     options = parser.parse_args()
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -67,7 +69,7 @@ def main() -> None:
         root = make_synthetic(Path(folder) / "demo", train=8, test=1)
         for name in RECIPES:
             if options.only in name:
-                row = measure(name, torch.device(options.device), root)
+                row = measure(name, torch.device(options.device), root, options.settings)
                 print("| " + " | ".join(row) + " |", flush=True)
 
 
