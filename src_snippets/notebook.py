@@ -127,7 +127,7 @@ from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
 from src_snippets.data.images import read_image
 
 # %%
-from src_snippets.data.layouts import find_dataset, has_ground_truth, open_dataset
+from src_snippets.data.layouts import find_dataset, open_dataset
 
 # %%
 data_root = find_dataset(DATA)
@@ -170,10 +170,10 @@ from src_snippets.data.drawing import (
 )
 
 # %%
-trains = has_ground_truth(data_root)
+dataset = open_dataset(data_root, config)
+trains = len(dataset.names) > 0
 if not (trains or CHECKPOINTS):
     raise BadInput(f"{data_root}: images without ground truth; set CHECKPOINTS to a best.pt.")
-dataset = open_dataset(data_root, config)
 config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}

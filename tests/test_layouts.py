@@ -15,7 +15,7 @@ from src_snippets.data.layouts import (
     dataset_roots,
     encode_outline,
     find_dataset,
-    has_ground_truth,
+    find_layout,
     image_files,
     MAPPING_NAME,
     normal_name,
@@ -48,9 +48,9 @@ def make_root(folder: Path) -> Path:
 def test_class_files_are_a_dataset_and_images_alone_may_be_predicted(tmp_path):
     own = tmp_path / "own"
     (own / "train" / "a").mkdir(parents=True)
-    assert not has_ground_truth(own)
+    assert find_layout(own) == "images"
     (own / "train" / "a" / "class2.tif").touch()
-    assert has_ground_truth(own)
+    assert find_layout(own) == "folders"
     assert find_dataset("", [str(tmp_path)]) == own
     alone = tmp_path / "images"
     alone.mkdir()
@@ -140,7 +140,6 @@ def test_folders_and_their_mapping(tmp_path, capsys):
 def test_test_images_and_mapping_need_no_training_images(tmp_path):
     root = make_mapping(tmp_path / "data", [ENTRY], "")
     assert find_dataset("", [str(tmp_path)]) == root
-    assert not has_ground_truth(root)
     dataset = open_dataset(root, CONFIG)
     assert (dataset.names, len(dataset.test_images)) == ([], 1)
     (root / "train").mkdir()

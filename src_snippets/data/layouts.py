@@ -104,9 +104,9 @@ def find_pairs(folder: Path) -> dict[Path, Path]:
 
 
 def find_layout(root: Path) -> str:
-    """The layout of a folder, by its ground truth; "images" without any."""
-    train = root / "train"
-    if (root / MAPPING_NAME).is_file():
+    """The layout of a folder, by its ground truth or test mapping; "images" without both."""
+    train, is_mapped = root / "train", (root / MAPPING_NAME).is_file()
+    if is_mapped and (train.is_dir() or (root / "test_release").is_dir()):
         return "folders"
     if not find_part(root, "train", COCO_FOLDERS):
         return "images"
@@ -120,16 +120,9 @@ def find_layout(root: Path) -> str:
     return "pairs" if find_pairs(train) or apart else "images"
 
 
-def has_ground_truth(root: Path) -> bool:
-    """Whether a folder holds a dataset to learn from, more than test images and their mapping."""
-    layout = find_layout(root)
-    return layout != "images" and (layout != "folders" or (root / "train").is_dir())
-
-
 def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
     """The folders, at most six levels down, with a dataset, or test images and their mapping."""
-    has_mapping = (folder / MAPPING_NAME).is_file() and (folder / "test_release").is_dir()
-    if has_mapping or has_ground_truth(folder):
+    if find_layout(folder) != "images":
         return [folder]
     paths = sorted(folder.iterdir()) if folder.is_dir() and depth else []
     below = [path for path in paths if path.is_dir() and path.name[0] != "."]
@@ -466,8 +459,7 @@ def read_pair(pairs: Mapping[str, tuple], name: str) -> CellSample:
         expected = f"expected {image.shape[1:]} as of {pairs[name][0].name}"
         require(found.size == image.shape[1:], f"{found.size} (H, W); {expected}.")
     packed = pack_layers([(found.pixels, found.ids, 1)], found.size)
-    left_out = {"stray pieces": found.strays} if found.strays else {}
-    return CellSample(torch.from_numpy(image), *packed, name, left_out)
+    return CellSample(torch.from_numpy(image), *packed, name, {"stray pieces": found.strays})
 
 
 def read_named_folder(parent: Path, config: Config, name: str) -> CellSample:

@@ -1,7 +1,7 @@
 """Files: where results go, and how they are written whole."""
 
 # %%
-# @title Files: output folder, atomic writing, session hours; tables
+# @title Files: output folder, atomic writing; tables
 from contextlib import contextmanager
 import json
 import os
