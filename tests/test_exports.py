@@ -18,13 +18,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 import pycocotools.mask
 import pytest
+import roifile
 from skimage.color import rgb2hed, rgb_from_hed
 import tifffile
+import torch
 
 from src_snippets.data.drawing import class_color
+from src_snippets.data.images import read_cell_folder
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
 from src_snippets.data.structures import Instances
+from src_snippets.export import exports
 from src_snippets.export.exports import (
     measure_cells,
     save_label_image,
@@ -38,12 +42,15 @@ CATEGORIES = {3: "T cell, CD8+", 7: "Zelle µ"}
 GREY = 200
 
 
-def read_grey(image: ImageRecord) -> np.ndarray:
-    return np.full((3, image.height, image.width), GREY, np.uint8)
+def read_grey(image: ImageRecord) -> tuple:
+    """12 bits in a file without a pixel size, seen by the model as 200 in three channels."""
+    pixels = np.full((3, image.height, image.width), GREY, np.uint8)
+    return pixels[:1] * np.uint16(20), pixels, 0.0
 
 
-def read_pink(image: ImageRecord) -> np.ndarray:
-    return read_grey(image) + np.array([55, 0, 30], np.uint8)[:, None, None]
+def read_pink(image: ImageRecord) -> tuple:
+    pixels = read_grey(image)[1] + np.array([55, 0, 30], np.uint8)[:, None, None]
+    return pixels, pixels, 0.25  # um per pixel
 
 
 def instances_of(masks, scores, labels=None) -> Instances:
@@ -165,16 +172,18 @@ def test_measures_worked_by_hand():
     expected = dict(cell=1, area_px=8, centroid_x_px=4.0, centroid_y_px=2.0)
     expected |= dict(major_axis_px=round(4 * math.sqrt(1.25), 3), minor_axis_px=2.0, area_um2=2.0)
     expected |= dict(centroid_x_um=2.0, centroid_y_um=1.0, minor_axis_um=1.0, solidity=1.0)
-    expected |= dict(left=2, top=1, right=6, bottom=3, intensity=GREY)
+    expected |= dict(left=2, top=1, right=6, bottom=3, intensity_1=GREY)
     expected |= dict(eccentricity=round(math.sqrt(0.8), 3), major_axis_um=2.236)
-    assert {name: cell[name] for name in expected} == expected
-    assert {*cell} - {*expected} == {"hematoxylin_od", "eosin_od"}
-    assert math.isnan(cell["eosin_od"])  # a grey image tells nothing of stains
+    assert cell == expected  # a grey image has one channel, and tells nothing of stains
     assert (other["area_px"], other["centroid_x_px"], other["right"]) == (2, 3.5, 7)
     notched = np.array([[1, 0, 1], [1, 1, 1]])  # its hull has the sixth pixel
     (part,) = measure_cells(notched, np.zeros((3, 2, 3), np.uint8), 0).to_dict("records")
     assert (part["solidity"], part["centroid_x_px"], part["centroid_y_px"]) == (0.833, 1.5, 1.1)
     assert not [name for name in part if "_um" in name]
+    raw = np.array([[[1, 2, 3000], [1, 1, 1]], [[0.5, 0.5, 0.5], [7, 8, 9]]])
+    (part,) = measure_cells(notched, raw, 0).to_dict("records")  # numbers as they are in the file
+    assert (part["intensity_1"], part["intensity_2"]) == (3004 / 5, 25 / 5)
+    assert "hematoxylin_od" not in part
     nothing = measure_cells(np.zeros((2, 3), int), np.zeros((3, 2, 3), np.uint8), 0.5)
     assert (len(nothing), list(nothing)) == (0, list(cell))
 
@@ -244,6 +253,9 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys):
+    old = tmp_path / "training" / "old" / "class1.tif"
+    old.parent.mkdir(parents=True)
+    old.touch()  # of an earlier run
     counts = write_exports(predictions, IMAGES, read_pink, tmp_path, CATEGORIES, 0.5)
     there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert there == {
@@ -251,6 +263,14 @@ def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys):
         "labels/two.tif",
         "qupath/one.geojson",
         "qupath/two.geojson",
+        "rois/one.zip",
+        "rois/two.zip",
+        "overlays/one.png",
+        "overlays/two.png",
+        "training/one/image.tif",
+        "training/one/class1.tif",
+        "training/one/class2.tif",
+        "training/two/image.tif",
         "cells.csv",
         "counts.csv",
         "cells.coco.json",
@@ -286,11 +306,60 @@ def test_without_a_pixel_size_nothing_is_in_um(predictions, tmp_path):
     write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
     header, *rows = read_rows(tmp_path / "cells.csv")
     assert header[:5] == ["image", "cell", "class", "score", "area_px"]
-    assert header[-3:] == ["intensity", "hematoxylin_od", "eosin_od"]
-    assert {(*row[-3:],) for row in rows} == {(f"{GREY:.1f}", "", "")}  # no stains without colour
+    assert header[-2:] == ["right", "intensity_1"]  # no stains without colour
+    assert {row[-1] for row in rows} == {"4000.0"}  # as in the file of 12 bits
     assert not [name for name in header if "um" in name]
     assert {len(row) for row in rows} == {len(header)}
     assert read_rows(tmp_path / "counts.csv")[1] == ["one", "1", "2", "3"]
+
+
+def test_the_pixel_size_of_each_file_counts_where_none_is_set(predictions, tmp_path):
+    def read(image):
+        return *read_grey(image)[:2], 0.25 if image.image_id == 5 else 0.0
+
+    counts = write_exports(predictions, IMAGES, read, tmp_path, CATEGORIES)
+    assert counts["area_mm2"].tolist()[0] == pytest.approx(48 / 16e6)
+    assert math.isnan(counts["area_mm2"][1])
+    assert math.isnan(counts["all_per_mm2"][1])
+    with tifffile.TiffFile(tmp_path / "labels" / "one.tif") as file:
+        assert file.pages[0].tags["XResolution"].value == (4, 1)
+    write_exports(predictions, IMAGES[:1], read, tmp_path, CATEGORIES, 0.5)  # the setting wins
+    header, row, *_ = read_rows(tmp_path / "cells.csv")
+    assert float(row[header.index("area_um2")]) == 7 / 4
+
+
+def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path):
+    """Pixel for pixel, ids and classes too, as the reader of datasets and as ImageJ see them."""
+    write_exports(predictions, IMAGES, read_pink, tmp_path, CATEGORIES)
+    labels = tifffile.imread(tmp_path / "labels" / "one.tif")
+    folder = tmp_path / "training" / "one"
+    sample = read_cell_folder(folder, 2)
+    assert torch.equal(sample.image, torch.from_numpy(read_pink(IMAGES[0])[1]))
+    assert sample.labels.tolist() == [1, 2, 2]  # classes in the order of CATEGORIES
+    for number, label in ((1, 2), (2, 1), (3, 2)):
+        own = tifffile.imread(folder / f"class{label}.tif") == number
+        assert np.array_equal(own, labels == number)
+    rois = roifile.roiread(tmp_path / "rois" / "one.zip")
+    assert [roi.name for roi in rois] == ["1 Zelle µ", "2 T cell, CD8+", "3 Zelle µ"]
+    for number, roi in enumerate(rois, start=1):
+        rings = roi.coordinates(multi=True)
+        rings = rings if isinstance(rings, list) else [np.append(rings, rings[:1], axis=0)]
+        assert np.array_equal(inside(rings, 6, 8), labels == number)
+        y, x = np.nonzero(labels == number)
+        assert (roi.left, roi.top) == (x.min(), y.min())
+    assert roifile.roiread(tmp_path / "rois" / "two.zip") == []
+    with Image.open(tmp_path / "overlays" / "one.png") as image:
+        assert image.size[0] % 8 == 0
+        assert image.size[0] / 8 == image.size[1] / 6
+
+
+def test_without_roifile_the_rois_are_said_to_be_missing(
+    predictions, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(exports, "find_spec", lambda name: None)
+    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+    assert list((tmp_path / "rois").iterdir()) == []
+    assert "pip install roifile" in capsys.readouterr().out
 
 
 def test_qupath_gets_a_feature_a_cell(predictions, tmp_path):
@@ -387,7 +456,8 @@ def test_tables_are_whole_or_as_they_were(predictions, tmp_path):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.csv")}
 
     def read_less(image):
-        return read_grey(image)[:, : 5 if image.image_id == 5 else 4]  # a row less
+        values, pixels, um = read_grey(image)
+        return values, pixels[:, : 5 if image.image_id == 5 else 4], um  # a row less
 
     with pytest.raises(BadInput, match=r"one\.tif: \(3, 5, 8\), not as predicted"):
         write_exports(predictions, IMAGES[::-1], read_less, tmp_path, CATEGORIES, 0.5)

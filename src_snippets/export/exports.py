@@ -1,26 +1,32 @@
-"""Exports: `Instances` -> label images, outlines for QuPath, tables of cells and counts, COCO."""
+"""Exports: `Instances` -> label images, outlines for QuPath and ImageJ, tables, COCO, overlays."""
 
 # %% [markdown]
 # ### Export for Fiji, napari, QuPath and spreadsheets
 # Every file holds the same cells: overlaps are removed once, and a cell has one number in all of
 # them, from 1 on in each image. Coordinates count from the upper left edge of the image. The trap:
-# scores are lost in most of these files, so weak detections should be left out before.
+# scores are lost in most of these files, so weak detections should be left out before. Correct what
+# is wrong in Fiji or QuPath, and train on it: a folder of `training` goes into `train/`, a GeoJSON
+# beside its image.
 
 # %%
 # @title Outlines and measurements of cells
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 import os
 from pathlib import Path
+from shutil import rmtree
 import uuid
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy import ndimage
 import skimage
 from tifffile import imwrite
 from tqdm.auto import tqdm
 
-from src_snippets.data.drawing import class_color
+from src_snippets.data.drawing import class_color, draw_outlines
 from src_snippets.data.images import name_file, require
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import crop_mask, draw_masks
@@ -32,21 +38,25 @@ REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_min
 REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")
 MEASURE_NAMES = ("cell", "area_px", "centroid_y_px", "centroid_x_px", "major_axis_px")
 MEASURE_NAMES += ("minor_axis_px", "eccentricity", "solidity", "top", "left", "bottom", "right")
-MEASURE_NAMES += ("intensity", "hematoxylin_od", "eosin_od")
 
 
-def measure_cells(numbers: np.ndarray, image: np.ndarray, um_per_px: float) -> pd.DataFrame:
-    """Measure each cell of a label image (H, W) ints and its image (3, H, W) uint8, a row each.
+def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> pd.DataFrame:
+    """Measure each cell of a label image (H, W) ints and its image (S, H, W), a row each.
 
-    Lengths in pixels, also in um unless `um_per_px` is 0. Stains are optical densities to base 10,
-    NaN in a grey image. Source: Ruifrok and Johnston 2001, the vectors of scikit-image.
+    Lengths in pixels, also in um unless `um_per_px` is 0; mean intensities by channel as they are
+    in the file. Stains, of uint8 images in colour, are optical densities to base 10. Source:
+    Ruifrok and Johnston 2001, the vectors of scikit-image.
     """
-    density = np.moveaxis(-np.log10(np.maximum(image, 1) / 255), 0, 2)
-    is_grey = (image == image[0]).all()
-    stains = np.where(is_grey, np.nan, density @ skimage.color.hed_from_rgb[:, :2])
-    values = np.dstack([image.mean(axis=0), stains])
+    is_grey, names = (values == values[0]).all(), [*MEASURE_NAMES]
+    values = values[: 1 if is_grey else None]
+    names += [f"intensity_{channel + 1}" for channel in range(len(values))]
+    if len(values) == 3 and values.dtype == np.uint8:
+        density = -np.log10(np.maximum(values, 1) / 255)
+        stains = np.tensordot(skimage.color.hed_from_rgb[:, :2].T, density, 1)
+        values, names = np.concatenate([values, stains]), [*names, "hematoxylin_od", "eosin_od"]
+    values = np.moveaxis(values, 0, 2)
     properties = skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES)
-    table = pd.DataFrame(properties).set_axis(MEASURE_NAMES, axis=1)
+    table = pd.DataFrame(properties).set_axis(names, axis=1)
     table[["centroid_x_px", "centroid_y_px"]] += 0.5  # from pixel centres to the image's edge
     if um_per_px:
         um = table.filter(regex="(centroid|axis).*_px") * um_per_px
@@ -74,21 +84,37 @@ def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
     return polygons
 
 
-def qupath_feature(rle: dict, label: int, cell: dict) -> dict:
+def imagej_roi(polygons: list, name: str):
+    """A cell's `trace_polygons` as an ROI of ImageJ, composite where there are several rings."""
+    roifile = import_module("roifile")
+    rings = [ring[:-1] for rings in polygons for ring in rings]
+    roi = roifile.ImagejRoi.frompoints(np.concatenate(rings), name=name)
+    if len(rings) > 1:  # a path of operations: 0 move to, 1 line to, 4 close
+        path = []
+        for ring in rings:
+            path += [v for k, (x, y) in enumerate(ring) for v in (int(k > 0), x, y)] + [4]
+        roi.roitype, roi.n_coordinates, roi.shape_roi_size = roifile.ROI_TYPE.RECT, 0, len(path)
+        roi.integer_coordinates, roi.multi_coordinates = None, np.array(path, np.float32)
+    return roi
+
+
+def qupath_feature(polygons: list, label: int, cell: dict) -> dict:
     """A row of `cells.csv` as the GeoJSON feature that QuPathTypeAdapters of QuPath 0.4 reads."""
-    polygons = trace_polygons(*crop_mask(rle))
     shape = dict(type="MultiPolygon", coordinates=polygons)
     if len(polygons) == 1:
         shape = dict(type="Polygon", coordinates=polygons[0])
     kind = dict(name=cell["class"], color=list(bytes.fromhex(class_color(label)[1:])))
     properties = dict(objectType="detection", name=str(cell["cell"]), classification=kind)
     properties["measurements"] = {k: v for k, v in list(cell.items())[3:] if v == v}  # no NaN
-    key = uuid.uuid5(uuid.NAMESPACE_OID, f"{cell['image']} {cell['cell']} {rle}")
+    key = uuid.uuid5(uuid.NAMESPACE_OID, f"{cell['image']} {cell['cell']} {polygons}")
     return dict(type="Feature", id=str(key), geometry=shape, properties=properties)
 
 
 # %%
 # @title write_exports
+PARTS_OF_EXPORTS = {"labels": ".tif", "qupath": ".geojson", "rois": ".zip", "overlays": ".png"}
+
+
 def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
     """Write a label image (H, W): uint16, from 65,536 cells on uint32; its scale as in ImageJ."""
     numbers = numbers.astype(np.uint16 if numbers.max(initial=0) < 2**16 else np.uint32)
@@ -98,16 +124,26 @@ def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
         imwrite(partial, numbers, compression="zlib", metadata=None, **options)
 
 
+def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndarray, folder: Path):
+    """Write image.tif and class1.tif .. of a label image (H, W) and the classes (N,) of its ids."""
+    folder.mkdir(parents=True)
+    imwrite(folder / "image.tif", np.moveaxis(image, 0, 2), compression="zlib", photometric="rgb")
+    for label in np.unique(labels):
+        own = np.where(np.append(0, labels)[numbers] == label, numbers, 0)
+        save_label_image(own, folder / f"class{label}.tif", 0)
+
+
 def write_exports(
     predictions, images: Sequence[ImageRecord], read, folder: Path, categories, um_per_px=0.0
 ) -> pd.DataFrame:
-    """Write labels/*.tif, qupath/*.geojson, cells.csv, counts.csv and cells.coco.json.
+    """Write the files of all images, see the README; ImageJ's ROIs where roifile is installed.
 
     Args:
         predictions: `Instances` by image id; see `visible_instances` for what is left of overlaps.
-        images: at least one; read: gives the (3, H, W) uint8 of one.
+        images: at least one; read: gives the values (S, H, W) in a file, the (3, H, W) uint8 that
+            the model sees of it, and its um per pixel, 0 where unknown.
         categories: names of the classes 1..C by the dataset's own ids.
-        um_per_px: micrometres per pixel; 0: unknown, and nothing is given in um or mm.
+        um_per_px: for all images; 0: as in the files. Where unknown nothing is in um or mm.
 
     Returns:
         The table of counts.csv, a row per image.
@@ -117,30 +153,42 @@ def write_exports(
     above, tables, areas = os.path.commonpath([image.path.parent for image in images]), [], {}
     named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
-    for part, suffix in (("labels", ".tif"), ("qupath", ".geojson")):
+    for part, suffix in PARTS_OF_EXPORTS.items():
         clear_folder(folder / part, suffix)
+    rmtree(folder / "training", ignore_errors=True)
     for image in tqdm(images, desc="exports"):
         instances, name = visible[image.image_id], image.path.stem
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
-        numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
-        save_label_image(numbers, folder / "labels" / f"{name}.tif", um_per_px)
+        paths = {part: folder / part / f"{name}{end}" for part, end in PARTS_OF_EXPORTS.items()}
         with name_file(image.path):
-            pixels = read(image)
+            values, pixels, own_um = read(image)
             require(pixels.shape[1:] == instances.size, f"{pixels.shape}, not as predicted.")
-        table = measure_cells(numbers, pixels, um_per_px)
+        um = um_per_px or own_um
+        numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
+        save_label_image(numbers, paths["labels"], um)
+        save_training_folder(numbers, instances.labels, pixels, folder / "training" / name)
+        with atomic_write(paths["overlays"]) as partial:
+            Image.fromarray(draw_outlines(pixels, instances)).save(partial, "PNG")
+        table = measure_cells(numbers, values, um)
         table.insert(0, "image", name)
         table.insert(2, "class", classes[image.image_id])
         table.insert(3, "score", instances.scores.astype(float).round(4))
-        rows = zip(instances.rles, instances.labels, table.to_dict("records"), strict=True)
+        polygons = [trace_polygons(*crop_mask(rle)) for rle in instances.rles]
+        rows = zip(polygons, instances.labels, table.to_dict("records"), strict=True)
         content = dict(type="FeatureCollection", features=[qupath_feature(*row) for row in rows])
-        write_json(content, folder / "qupath" / f"{name}.geojson")
+        write_json(content, paths["qupath"])
+        if find_spec("roifile"):
+            names = [f"{k} {kind}".replace("/", "_") for k, kind in enumerate(table["class"], 1)]
+            rois = [imagej_roi(*item) for item in zip(polygons, names, strict=True)]
+            with atomic_write(paths["rois"]) as partial:
+                import_module("roifile").roiwrite(partial, rois, mode="w")
         tables.append(table)
-        areas[name] = numbers.size * um_per_px**2 / 1e6
+        areas[name] = numbers.size * um**2 / 1e6 or np.nan
     cells = pd.concat(tables)
     counts = pd.crosstab(cells.image, cells["class"])
     counts = counts.reindex(index=list(areas), columns=kinds, fill_value=0)
     counts["all"] = counts.sum(axis=1)
-    if um_per_px:
+    if any(area > 0 for area in areas.values()):
         density = counts.div(pd.Series(areas), axis=0).add_suffix("_per_mm2").round(3)
         counts = counts.assign(area_mm2=pd.Series(areas)).join(density)
     counts = counts.rename_axis(index="image", columns=None).reset_index()
@@ -150,4 +198,6 @@ def write_exports(
     write_json(coco_dataset(visible, named, categories), folder / "cells.coco.json")
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
+    if not find_spec("roifile"):
+        print("No ROIs for ImageJ: they need the package roifile (pip install roifile).")
     return counts
