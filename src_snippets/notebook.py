@@ -124,7 +124,7 @@ from src_snippets.data.structures import coco_ground_truth, ground_truth, Instan
 from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
 
 # %%
-from src_snippets.data.images import read_image
+from src_snippets.data.images import read_image_values, read_pixel_size
 
 # %%
 from src_snippets.data.layouts import find_dataset, open_dataset
@@ -156,6 +156,7 @@ from src_snippets.data.samples import (
     CellSamples,
     dataset_table,
     dataset_warnings,
+    image_stem,
     make_splits,
     sample_records,
     subset,
@@ -223,12 +224,18 @@ from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.model.heads import CellRoIHeads
 
 # %%
-from src_snippets.model.mask_rcnn import build_model, count_parameters, plot_anchors
+from src_snippets.model.mask_rcnn import (
+    build_model,
+    count_parameters,
+    plot_anchors,
+    with_model_settings,
+)
 
 # %%
 from src_snippets.model.detect import detect
 
 # %%
+config = with_model_settings(config, changes)
 if trains:
     model = build_model(config)
     print(f"{config.backbone} from {config.weights} weights:", end=" ")
@@ -356,7 +363,7 @@ print("" if archive else "No test images of a dataset: there is nothing to submi
 # HoVer-Net, for comparison with publications: of all cells whatever their class, then by class.
 
 # %%
-from src_snippets.evaluation.matching import ap_interval, match_table, score_table
+from src_snippets.evaluation.matching import ap_interval, image_table, match_table, score_table
 
 # %%
 from src_snippets.evaluation.figures import plot_evaluation, plot_mistakes
@@ -364,11 +371,15 @@ from src_snippets.evaluation.figures import plot_evaluation, plot_mistakes
 # %%
 val_truths = [ground_truth(sample, crowds=True) for sample in val_samples]
 matches = match_table(val_predictions, val_truths, config.num_classes)
-scores, notes = None, ["The images are synthetic: scores say nothing about real cells."] * is_demo
+scores = by_image = None
+notes = ["The images are synthetic: scores say nothing about real cells."] * is_demo
 if val_samples:
     with keep_going("the table of scores"):
         scores = score_table(val_samples, val_predictions, config)
         show_table(scores)
+    names = [image_stem(sample.name) for sample in val_samples]
+    by_image = image_table(matches, names, config.export_score_threshold)
+    show_table(by_image.head(8))
     if interval := ap_interval(matches):
         notes += ["AP50, 95% confidence interval over images: {:.3f} to {:.3f}".format(*interval)]
 print(*notes, sep="\n")
@@ -419,24 +430,27 @@ from src_snippets.export.exports import write_exports
 from src_snippets.export.report import environment_table, write_report
 
 # %%
-if dataset.test_images:
-    records, to_export, read = dataset.test_images, above, lambda i: read_image(i.path)
-else:
+records, to_export = dataset.test_images, above
+sources = {record.image_id: record.path for record in records}
+if not records:
     records = sample_records(val_samples)
     confident = [p.above(config.export_score_threshold) for p in val_predictions]
     to_export = dict(enumerate(confident, start=1))
-    read = lambda i: val_samples[i.image_id - 1].image.numpy()  # noqa: E731
+    sources = {k: sample.path for k, sample in enumerate(val_samples, start=1)}
 names = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
+
+# %%
 with keep_going("the exports"):
     if records:
         where = (output / "exports", names, config.um_per_px)
-        counts = write_exports(to_export, records, read, *where)
+        counts = write_exports(to_export, records, sources, *where)
 
 # %%
 with keep_going("the figure of test images"):
     shown = records[:: -(-len(records) // 4) or 1]
-    items = [(read(r), to_export[r.image_id], r.path.stem) for r in shown]
+    images = [read_image_values(sources[record.image_id])[1] for record in shown]
+    items = [(i, to_export[r.image_id], r.path.stem) for i, r in zip(images, shown, strict=True)]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 
@@ -447,10 +461,11 @@ with keep_going("the figure of test images"):
 with keep_going("the report"):
     facts = {"folder": data_root, "layout": dataset.layout, "images": len(samples)}
     facts |= {"test images": len(dataset.test_images), "fingerprint": samples.digest[:16]}
-    tables = {"Scores on the validation images": scores, "Data": pd.Series(facts).to_frame("value")}
+    tables = {"Scores on the validation images": scores, "Exported cells": counts}
+    tables["Validation images, worst first"] = by_image
+    tables["Data"] = pd.Series(facts).to_frame("value")
     tables["Environment"] = environment_table(gpu_name)
     tables["Settings that differ from the defaults"] = config_table(config).astype(str)
-    tables["Exported cells"] = counts
     title = "Synthetic cells" if is_demo else f"Cells in {data_root.name}"
     write_report(output / "report.html", title, notes, tables)
 

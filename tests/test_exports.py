@@ -24,7 +24,7 @@ import tifffile
 import torch
 
 from src_snippets.data.drawing import class_color
-from src_snippets.data.images import read_cell_folder
+from src_snippets.data.images import read_cell_folder, read_image
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
 from src_snippets.data.structures import Instances
@@ -42,15 +42,28 @@ CATEGORIES = {3: "T cell, CD8+", 7: "Zelle µ"}
 GREY = 200
 
 
-def read_grey(image: ImageRecord) -> tuple:
-    """12 bits in a file without a pixel size, seen by the model as 200 in three channels."""
-    pixels = np.full((3, image.height, image.width), GREY, np.uint8)
-    return pixels[:1] * np.uint16(20), pixels, 0.0
+def save_images(folder: Path, **options) -> dict[int, Path]:
+    """The images as 12 bits of grey, or, with options, as 8 bits in pink; their paths by id."""
+    paths = {}
+    for image in [*IMAGES, ImageRecord(Path("large"), 1, 300, 300)]:
+        pixels = np.full((image.height, image.width), 4000, np.uint16)
+        if options:
+            pixels = np.full((image.height, image.width, 3), [255, 200, 230], np.uint8)
+        paths[image.image_id] = folder / f"{image.image_id}.tif"
+        tifffile.imwrite(paths[image.image_id], pixels, **options)
+    return paths
 
 
-def read_pink(image: ImageRecord) -> tuple:
-    pixels = read_grey(image)[1] + np.array([55, 0, 30], np.uint8)[:, None, None]
-    return pixels, pixels, 0.25  # um per pixel
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory) -> dict[int, Path]:
+    return save_images(tmp_path_factory.mktemp("grey"))
+
+
+@pytest.fixture(scope="module")
+def pink(tmp_path_factory) -> dict[int, Path]:
+    """With a size of 0.25 um per pixel."""
+    options = dict(resolution=(40000, 40000), resolutionunit="CENTIMETER", photometric="rgb")
+    return save_images(tmp_path_factory.mktemp("pink"), **options)
 
 
 def instances_of(masks, scores, labels=None) -> Instances:
@@ -252,11 +265,11 @@ def read_rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys):
+def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys, pink):
     old = tmp_path / "training" / "old" / "class1.tif"
     old.parent.mkdir(parents=True)
     old.touch()  # of an earlier run
-    counts = write_exports(predictions, IMAGES, read_pink, tmp_path, CATEGORIES, 0.5)
+    counts = write_exports(predictions, IMAGES, pink, tmp_path, CATEGORIES, 0.5)
     there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert there == {
         "labels/one.tif",
@@ -302,8 +315,8 @@ def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys):
     assert not tifffile.imread(tmp_path / "labels" / "two.tif").any()
 
 
-def test_without_a_pixel_size_nothing_is_in_um(predictions, tmp_path):
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+def test_without_a_pixel_size_nothing_is_in_um(predictions, tmp_path, grey):
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     header, *rows = read_rows(tmp_path / "cells.csv")
     assert header[:5] == ["image", "cell", "class", "score", "area_px"]
     assert header[-2:] == ["right", "intensity_1"]  # no stains without colour
@@ -313,28 +326,29 @@ def test_without_a_pixel_size_nothing_is_in_um(predictions, tmp_path):
     assert read_rows(tmp_path / "counts.csv")[1] == ["one", "1", "2", "3"]
 
 
-def test_the_pixel_size_of_each_file_counts_where_none_is_set(predictions, tmp_path):
-    def read(image):
-        return *read_grey(image)[:2], 0.25 if image.image_id == 5 else 0.0
-
-    counts = write_exports(predictions, IMAGES, read, tmp_path, CATEGORIES)
+def test_the_pixel_size_of_each_file_counts_where_none_is_set(
+    predictions, tmp_path, grey, pink, capsys
+):
+    sources = {5: pink[5], 9: grey[9]}
+    counts = write_exports(predictions, IMAGES, sources, tmp_path, CATEGORIES)
+    assert "um per pixel, by the setting or the files: 0.25\n" in capsys.readouterr().out
     assert counts["area_mm2"].tolist()[0] == pytest.approx(48 / 16e6)
     assert math.isnan(counts["area_mm2"][1])
     assert math.isnan(counts["all_per_mm2"][1])
     with tifffile.TiffFile(tmp_path / "labels" / "one.tif") as file:
         assert file.pages[0].tags["XResolution"].value == (4, 1)
-    write_exports(predictions, IMAGES[:1], read, tmp_path, CATEGORIES, 0.5)  # the setting wins
+    write_exports(predictions, IMAGES[:1], sources, tmp_path, CATEGORIES, 0.5)  # the setting wins
     header, row, *_ = read_rows(tmp_path / "cells.csv")
     assert float(row[header.index("area_um2")]) == 7 / 4
 
 
-def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path):
+def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path, pink):
     """Pixel for pixel, ids and classes too, as the reader of datasets and as ImageJ see them."""
-    write_exports(predictions, IMAGES, read_pink, tmp_path, CATEGORIES)
+    write_exports(predictions, IMAGES, pink, tmp_path, CATEGORIES)
     labels = tifffile.imread(tmp_path / "labels" / "one.tif")
     folder = tmp_path / "training" / "one"
     sample = read_cell_folder(folder, 2)
-    assert torch.equal(sample.image, torch.from_numpy(read_pink(IMAGES[0])[1]))
+    assert torch.equal(sample.image, torch.from_numpy(read_image(pink[5])))
     assert sample.labels.tolist() == [1, 2, 2]  # classes in the order of CATEGORIES
     for number, label in ((1, 2), (2, 1), (3, 2)):
         own = tifffile.imread(folder / f"class{label}.tif") == number
@@ -354,16 +368,16 @@ def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path):
 
 
 def test_without_roifile_the_rois_are_said_to_be_missing(
-    predictions, tmp_path, capsys, monkeypatch
+    predictions, tmp_path, capsys, monkeypatch, grey
 ):
     monkeypatch.setattr(exports, "find_spec", lambda name: None)
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     assert list((tmp_path / "rois").iterdir()) == []
     assert "pip install roifile" in capsys.readouterr().out
 
 
-def test_qupath_gets_a_feature_a_cell(predictions, tmp_path):
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+def test_qupath_gets_a_feature_a_cell(predictions, tmp_path, grey):
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     path = tmp_path / "qupath" / "one.geojson"
     collection = json.loads(path.read_text())
     assert collection["type"] == "FeatureCollection"
@@ -388,14 +402,14 @@ def test_qupath_gets_a_feature_a_cell(predictions, tmp_path):
     ids = [uuid.UUID(f["id"]) for f in collection["features"]]
     assert len(set(ids)) == 3
     before = path.read_bytes()
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     assert path.read_bytes() == before
     other = json.loads((tmp_path / "qupath" / "two.geojson").read_text())
     assert other == {"type": "FeatureCollection", "features": []}
 
 
-def test_pycocotools_opens_the_dataset(predictions, tmp_path, capsys):
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+def test_pycocotools_opens_the_dataset(predictions, tmp_path, capsys, grey):
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     coco = COCO(tmp_path / "cells.coco.json")
     assert coco.loadCats(coco.getCatIds()) == [
         {"id": 3, "name": "T cell, CD8+"},
@@ -415,9 +429,9 @@ def test_pycocotools_opens_the_dataset(predictions, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["x$1$ y", normalize("NFD", "ä"), "a%20b", "細胞", "A.B"])
-def test_names_of_all_kinds(name, predictions, tmp_path):
+def test_names_of_all_kinds(name, predictions, tmp_path, grey):
     image = ImageRecord(Path(f"{name}.PNG"), *IMAGES[0][1:])
-    counts = write_exports(predictions, [image], read_grey, tmp_path, {3: "$x$", 7: "größe, 'b'"})
+    counts = write_exports(predictions, [image], grey, tmp_path, {3: "$x$", 7: "größe, 'b'"})
     assert counts["image"].tolist() == [name]
     assert {"$x$", "größe, 'b'"} < set(counts)
     assert (
@@ -430,37 +444,34 @@ def test_names_of_all_kinds(name, predictions, tmp_path):
     assert [row["name"] for row in content["categories"]] == ["$x$", "größe, 'b'"]
 
 
-def test_no_cells_at_all(predictions, tmp_path):
-    counts = write_exports(predictions, IMAGES[1:], read_grey, tmp_path, CATEGORIES)
+def test_no_cells_at_all(predictions, tmp_path, grey):
+    counts = write_exports(predictions, IMAGES[1:], grey, tmp_path, CATEGORIES)
     assert len(read_rows(tmp_path / "cells.csv")) == 1
     assert counts.to_numpy().tolist() == [["two", 0, 0, 0]]
     assert json.loads((tmp_path / "cells.coco.json").read_text())["annotations"] == []
 
 
-def test_images_of_one_name_get_files_of_their_own(predictions, tmp_path):
+def test_images_of_one_name_get_files_of_their_own(predictions, tmp_path, grey):
     images = [IMAGES[0], ImageRecord(Path("c/ONE.png"), 9, 4, 5)]
-    write_exports(predictions, images, read_grey, tmp_path, CATEGORIES)
+    write_exports(predictions, images, grey, tmp_path, CATEGORIES)
     assert sorted(p.name for p in (tmp_path / "labels").iterdir()) == ["ONE-9.tif", "one-5.tif"]
     assert [row[0] for row in read_rows(tmp_path / "counts.csv")[1:]] == ["one-5", "ONE-9"]
 
 
-def test_bad_predictions_are_refused_before_anything_is_written(predictions, tmp_path):
+def test_bad_predictions_are_refused_before_anything_is_written(predictions, tmp_path, grey):
     for wrong, categories in (({5: predictions[5]}, CATEGORIES), (predictions, {3: "one"})):
         with pytest.raises(LookupError):
-            write_exports(wrong, IMAGES, read_grey, tmp_path, categories)
+            write_exports(wrong, IMAGES, grey, tmp_path, categories)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tables_are_whole_or_as_they_were(predictions, tmp_path):
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)
+def test_tables_are_whole_or_as_they_were(predictions, tmp_path, grey, pink):
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.csv")}
 
-    def read_less(image):
-        values, pixels, um = read_grey(image)
-        return values, pixels[:, : 5 if image.image_id == 5 else 4], um  # a row less
-
-    with pytest.raises(BadInput, match=r"one\.tif: \(3, 5, 8\), not as predicted"):
-        write_exports(predictions, IMAGES[::-1], read_less, tmp_path, CATEGORIES, 0.5)
+    smaller = grey | {9: pink[5]}
+    with pytest.raises(BadInput, match=r"5\.tif: \(3, 6, 8\), not as predicted"):
+        write_exports(predictions, IMAGES[::-1], smaller, tmp_path, CATEGORIES, 0.5)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.csv")} == before
     assert len(before) == 2
     assert not list(tmp_path.rglob(".*.partial"))
@@ -476,7 +487,8 @@ def test_whatever_was_predicted_is_exported_alike(seed, count):
     found = instances_of(masks, rng.permutation(len(masks)) / 8, rng.integers(1, 3, len(masks)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_exports({5: found}, IMAGES[:1], read_grey, folder, CATEGORIES, 0.25)
+        grey = save_images(folder)
+        write_exports({5: found}, IMAGES[:1], grey, folder, CATEGORIES, 0.25)
         labels = tifffile.imread(folder / "labels" / "one.tif")
         features = json.loads((folder / "qupath" / "one.geojson").read_text())["features"]
         rows = read_rows(folder / "cells.csv")[1:]
@@ -499,7 +511,7 @@ def test_whatever_was_predicted_is_exported_alike(seed, count):
         assert row["bbox"] == [x.min(), y.min(), *size]  # tight
 
 
-def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path):
+def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path, grey):
     """300 cells in 300 x 300 pixels would be 27 MB as bytes, 216 MB as floats."""
     places = [(y, x) for y in range(0, 300, 20) for x in range(0, 300, 15)]
     masks = np.ones((len(places), 3, 3), bool)
@@ -508,9 +520,9 @@ def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path):
     labels = np.ones(len(rles), np.int64)
     found = Instances(boxes, labels.astype(np.float32), labels, rles, (300, 300))
     image = ImageRecord(Path("x.tif"), 1, 300, 300)
-    write_exports(predictions, IMAGES, read_grey, tmp_path, CATEGORIES)  # loads what is used first
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)  # loads what is used first
     tracemalloc.start()
-    write_exports({1: found}, [image], read_grey, tmp_path, CATEGORIES)
+    write_exports({1: found}, [image], grey, tmp_path, CATEGORIES)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(places) == 300

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from src_snippets.model.mask_rcnn import (
     InputTransform,
     load_model_state,
     plot_anchors,
+    with_model_settings,
 )
 from src_snippets.setup.config import make_config
 from tests.conftest import dense_masks, detect, empty_sample, field_of_cells
@@ -151,6 +152,24 @@ def test_fine_tuning_from_a_checkpoint(tiny_config, tiny_model, tmp_path, capsys
     assert "left as built: roi_heads.box_predictor" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"do not fit the model: .* another shape"):
         build_model(replace(config, fpn_channels=24))
+
+
+def test_fine_tuning_takes_over_the_settings_of_the_model(tmp_path, capsys):
+    path = tmp_path / "best.pt"
+    saved = make_config("light", scale=2.0, lr=0.5, anchor_sizes=(4, 8, 16, 32, 64))
+    torch.save({"model": {}, "config": asdict(saved)}, path)
+    config = with_model_settings(make_config("demo", weights=str(path)), {"scale": 1.0})
+    light, demo = vars(saved), vars(make_config("demo", weights=str(path)))
+    for name, value in vars(config).items():  # but what the user set, and what is no model
+        own = {"backbone", "fpn_channels", "box_features", "mask_convs", "anchor_sizes"}
+        assert value == (light if name in own else demo)[name]
+    assert "anchor_sizes=(4, 8, 16, 32, 64)" in capsys.readouterr().out
+    for weights in ("none", "imagenet", str(tmp_path / "no.pt")):
+        config = make_config("demo", weights=weights)
+        assert with_model_settings(config, {}) is config
+    torch.save({"a": torch.zeros(1)}, path)  # no checkpoint of ours
+    config = make_config("demo", weights=str(path))
+    assert with_model_settings(config, {}) == config
 
 
 def test_checkpoints_must_fit_exactly(tiny_config, tiny_model):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import permutations
+import math
 
 from hypothesis import given, settings, strategies
 import numpy as np
@@ -15,6 +16,7 @@ from src_snippets.data.structures import coco_ground_truth, ground_truth, Instan
 from src_snippets.evaluation.matching import (
     ap50,
     ap_interval,
+    image_table,
     mask_pairs,
     match_table,
     matches_above,
@@ -458,3 +460,22 @@ def test_scores_of_nothing():
     sample = field_of_cells()
     table = score_table([sample], [ground_truth(sample).select([])], config)
     assert (table.AP50.iloc[0], table.PQ.iloc[0], table.AJI.iloc[0]) == (0, 0, 0)
+
+
+# Images
+
+
+def test_images_by_hand_the_worst_first():
+    """One right, one wrong and one missed in the first image; all right in the second; none."""
+    columns = dict(image=[0, 0, 0, 1, 1], detection=[0, 1, -1, 0, 1], target=[0, -1, 1, 0, 1])
+    columns |= dict(label=[1, 1, 0, 1, 2], target_label=[1, 0, 1, 1, 2], target_area=[9] * 5)
+    columns |= dict(score=[0.9, 0.8, 0.0, 0.7, 0.3], iou=[0.6, 0.0, 0.0, 0.7, 0.8])
+    table = pd.DataFrame(columns | dict(tp50=[True, False, False, True, True]))
+    rows = image_table(table, ["a", "b", "c"], 0.2)
+    assert rows.reset_index().to_numpy()[:2].tolist() == [["a", 2, 2, 1, 0.5], ["b", 2, 2, 2, 1.0]]
+    assert rows.index[2] == "c"
+    assert math.isnan(rows.F1["c"])
+    strict = image_table(table, ["a", "b", "c"], 0.75)  # one of the second image is missed now
+    assert strict.loc["b"].tolist() == [2, 0, 0, 0.0]
+    assert list(strict.index) == ["b", "a", "c"]
+    assert image_table(table[:0], [], 0.5).empty

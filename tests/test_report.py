@@ -68,6 +68,12 @@ def test_everything_is_inside_and_in_order(page):
     assert "<script>alert(1)</script>" in text
 
 
+def test_it_links_to_the_exports_beside_it(tmp_path):
+    for name in ("a b", "labels"):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+    assert write(tmp_path / "report.html").links == ["exports/a%20b", "exports/labels"]
+
+
 def test_figures_have_headings_captions_and_alt_texts(page):
     assert page.tags.count("img") == 4  # what has no caption is not shown
     assert page.tags.count("h2") == 4 + 5  # before each of them and each table

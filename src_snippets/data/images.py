@@ -122,6 +122,11 @@ def read_image(path: Path) -> np.ndarray:
     0.1 and 99.9 % of the pixels' lowest and highest channel (where they are equal: minimum and
     maximum) become 0 and 255, in every channel alike: 12 bits in 16 and hot pixels do no harm.
     """
+    return read_image_values(path)[1]
+
+
+def read_image_values(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the values (1 or 3, H, W) of an image as in its file, and what `read_image` gives."""
     with name_file(path):
         pixels, kind, palette, alpha, _, bits = decode(path)
         if kind == "PALETTE" and palette is not None and pixels.ndim == 2:
@@ -133,11 +138,12 @@ def read_image(path: Path) -> np.ndarray:
         found = f"colour model {kind}, {pixels.shape[2]} channels of {pixels.dtype}"
         known = pixels.dtype.kind in "buif" and (rgb or grey)
         require(known, f"{found}; expected RGB or grey numbers. Export it as RGB.")
-        pixels = np.moveaxis(pixels[:, :, : 3 if rgb else 1], 2, 0)
+        values = pixels = np.moveaxis(pixels[:, :, : 3 if rgb else 1], 2, 0)
         if pixels.dtype != np.uint8 or bits < 8:
             pixels = scale_brightness(pixels, bits)
         pixels = 255 - pixels if kind == "MINISWHITE" else pixels
-        return np.broadcast_to(pixels, (3, *pixels.shape[1:])).astype(np.uint8, order="C")
+        image = np.broadcast_to(pixels, (3, *pixels.shape[1:])).astype(np.uint8, order="C")
+        return values, image
 
 
 def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
@@ -151,6 +157,30 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
             low, high = float(pixels.min()), float(pixels.max())
     scaled = (np.clip(pixels.astype(np.float64), low, high) - low) / ((high - low) or 1)
     return np.round(scaled * 255).astype(np.uint8)
+
+
+UM_PER_UNIT = dict.fromkeys(("um", "µm", "\u03bcm", "\\u00B5m", "micron", "microns"), 1.0)
+UM_PER_UNIT |= dict(nm=1e-3, mm=1e3, cm=1e4, inch=25400.0)
+
+
+def read_pixel_size(path: Path) -> float:
+    """Micrometres per pixel by a TIFF's OME, ImageJ or resolution tags; 0 without, or not 0.01..10.
+
+    Screens and printers leave 72 or 300 pixels per inch in files, which are 353 and 85 um.
+    """
+    with suppress(Exception), TiffFile(path) as tif:  # of any kind: the image itself is readable
+        sides = [1 / r if r else 0 for r in tif.pages.first.resolution]
+        unit = {2: "inch", 3: "cm"}.get(tif.pages.first.resolutionunit, "")
+        if tif.is_imagej:
+            unit = tif.imagej_metadata.get("unit", "")
+        if tif.is_ome:
+            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', tif.ome_metadata))
+            sides = [float(found[f"PhysicalSize{axis}"]) for axis in "XY"]
+            unit = found.get("PhysicalSizeXUnit", "um")
+        size = sides[0] * UM_PER_UNIT[unit]
+        if 0.01 <= size <= 10 and abs(sides[0] - sides[1]) < 0.01 * sides[0]:
+            return size
+    return 0.0
 
 
 # %%
@@ -242,7 +272,8 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
         unknown = ", ".join(sorted(classes - {"image.tif", *known}))
         expected = f"expected class1.tif .. class{num_classes}.tif: rename it or set class_names"
         require(not unknown, f"{unknown} is no known class; {expected}.")
-    image = read_image(folder / "image.tif")
+    path = folder / "image.tif"
+    image = read_image(path)
 
     def read_classes():  # one class file in memory at a time
         for name in filter(names.__contains__, known):
@@ -255,4 +286,4 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
 
     packed = pack_layers(read_classes(), image.shape[1:], overlaps)
     left_out = {"stray pieces": sum(strays)} if any(strays) else {}
-    return CellSample(torch.from_numpy(image), *packed, f"{folder.name}/image.tif", left_out)
+    return CellSample(torch.from_numpy(image), *packed, f"{folder.name}/image.tif", left_out, path)

@@ -449,17 +449,20 @@ def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> Ce
     packed = pack_layers(parts, image.shape[1:], overlaps)
     file_name = Path(name).with_name(records[name].path.name).as_posix()
     left_out = Counter(reason for *_, reason in rows[name] if reason)
-    return CellSample(torch.from_numpy(image), *packed, file_name, left_out)
+    image = torch.from_numpy(image)
+    return CellSample(image, *packed, file_name, left_out, records[name].path)
 
 
 def read_pair(pairs: Mapping[str, tuple], name: str) -> CellSample:
     """Read an image and its label image, all of class 1. Raises BadInput, also for other sizes."""
-    image, found = read_image(pairs[name][0]), read_instance_map(pairs[name][1])
-    with name_file(pairs[name][1]):
-        expected = f"expected {image.shape[1:]} as of {pairs[name][0].name}"
+    path, labels = pairs[name]
+    image, found = read_image(path), read_instance_map(labels)
+    with name_file(labels):
+        expected = f"expected {image.shape[1:]} as of {path.name}"
         require(found.size == image.shape[1:], f"{found.size} (H, W); {expected}.")
     packed = pack_layers([(found.pixels, found.ids, 1)], found.size)
-    return CellSample(torch.from_numpy(image), *packed, name, {"stray pieces": found.strays})
+    strays = {"stray pieces": found.strays}
+    return CellSample(torch.from_numpy(image), *packed, name, strays, path)
 
 
 def read_named_folder(parent: Path, config: Config, name: str) -> CellSample:

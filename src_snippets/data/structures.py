@@ -4,6 +4,7 @@
 # @title CellSample, Instances, and layers that hold instances
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -22,6 +23,7 @@ class CellSample:
     labels: Tensor  # (N,) int64, class 1..C of id i at labels[i - 1]; -k: a crowd of class k
     name: str = ""  # path of the image below the dataset
     left_out: Mapping[str, int] = field(default_factory=dict)  # instances in its files, by reason
+    path: Path | None = None  # of the image, where it is one of a file
 
     @property
     def size(self) -> tuple[int, int]:

@@ -94,6 +94,17 @@ def matches_above(table: pd.DataFrame, min_score: float) -> pd.DataFrame:
     return pd.concat([table[~weak], missed], ignore_index=True).astype(MATCH_DTYPES)
 
 
+def image_table(table: pd.DataFrame, names: Sequence[str], min_score: float) -> pd.DataFrame:
+    """Instances, detections from `min_score` on, those right at IoU 0.5, F1; worst image first."""
+    table = matches_above(table, min_score)
+    masks = dict(instances=table.target_label > 0, detections=table.detection >= 0)
+    counts = {name: table.image[mask] for name, mask in (masks | dict(right=table.tp50)).items()}
+    counts = {name: images.value_counts() for name, images in counts.items()}
+    rows = pd.DataFrame(counts, index=range(len(names))).fillna(0).astype(int)
+    rows["F1"] = 2 * rows.right / (rows.instances + rows.detections)  # NaN: nothing there
+    return rows.set_index(pd.Index(names, name="image")).sort_values("F1", kind="stable")
+
+
 # %%
 # @title score_table: AP with its interval; DICE, AJI, PQ and F1 of detection
 def precision_curve(table: pd.DataFrame, label: int) -> np.ndarray:

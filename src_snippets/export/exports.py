@@ -27,7 +27,7 @@ from tifffile import imwrite
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color, draw_outlines
-from src_snippets.data.images import name_file, require
+from src_snippets.data.images import name_file, read_image_values, read_pixel_size, require
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import crop_mask, draw_masks
 from src_snippets.data.structures import coco_dataset
@@ -134,16 +134,15 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
 
 
 def write_exports(
-    predictions, images: Sequence[ImageRecord], read, folder: Path, categories, um_per_px=0.0
+    predictions, images: Sequence[ImageRecord], sources, folder: Path, categories, um_per_px=0.0
 ) -> pd.DataFrame:
     """Write the files of all images, see the README; ImageJ's ROIs where roifile is installed.
 
     Args:
         predictions: `Instances` by image id; see `visible_instances` for what is left of overlaps.
-        images: at least one; read: gives the values (S, H, W) in a file, the (3, H, W) uint8 that
-            the model sees of it, and its um per pixel, 0 where unknown.
+        images: at least one, named by their paths; sources: the file of each by image id.
         categories: names of the classes 1..C by the dataset's own ids.
-        um_per_px: for all images; 0: as in the files. Where unknown nothing is in um or mm.
+        um_per_px: of all images; 0: see `read_pixel_size`. Where unknown nothing is in um or mm.
 
     Returns:
         The table of counts.csv, a row per image.
@@ -151,6 +150,7 @@ def write_exports(
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
     above, tables, areas = os.path.commonpath([image.path.parent for image in images]), [], {}
+    ums = set()
     named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
     for part, suffix in PARTS_OF_EXPORTS.items():
@@ -160,10 +160,12 @@ def write_exports(
         instances, name = visible[image.image_id], image.path.stem
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
         paths = {part: folder / part / f"{name}{end}" for part, end in PARTS_OF_EXPORTS.items()}
-        with name_file(image.path):
-            values, pixels, own_um = read(image)
+        source = sources[image.image_id]
+        values, pixels = read_image_values(source)
+        with name_file(source):
             require(pixels.shape[1:] == instances.size, f"{pixels.shape}, not as predicted.")
-        um = um_per_px or own_um
+        um = um_per_px or read_pixel_size(source)
+        ums |= {um} - {0.0}
         numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
         save_label_image(numbers, paths["labels"], um)
         save_training_folder(numbers, instances.labels, pixels, folder / "training" / name)
@@ -188,7 +190,7 @@ def write_exports(
     counts = pd.crosstab(cells.image, cells["class"])
     counts = counts.reindex(index=list(areas), columns=kinds, fill_value=0)
     counts["all"] = counts.sum(axis=1)
-    if any(area > 0 for area in areas.values()):
+    if ums:
         density = counts.div(pd.Series(areas), axis=0).add_suffix("_per_mm2").round(3)
         counts = counts.assign(area_mm2=pd.Series(areas)).join(density)
     counts = counts.rename_axis(index="image", columns=None).reset_index()
@@ -198,6 +200,8 @@ def write_exports(
     write_json(coco_dataset(visible, named, categories), folder / "cells.coco.json")
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
+    sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"
+    print(f"um per pixel, by the setting or the files: {sizes}")
     if not find_spec("roifile"):
         print("No ROIs for ImageJ: they need the package roifile (pip install roifile).")
     return counts

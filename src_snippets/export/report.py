@@ -38,6 +38,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ t
 img { max-width: 100% } div { overflow-x: auto } table { border-collapse: collapse }
 td, th { padding: .1rem .7rem; text-align: right }</style></head><body><h1>{{ title }}</h1>
 {% for line in lines %}<p>{{ line }}</p>{% endfor %}
+<p>{% for name in exports %}<a href="exports/{{ name | urlencode }}">{{ name }}</a> {% endfor %}</p>
 {% for name, table in tables.items() %}<h2>{{ name }}</h2><div>{{ table | safe }}</div>
 {% if loop.first %}{% for png, heading, caption in figures %}<h2>{{ heading }}</h2><figure>
 <img alt="{{ heading }}: {{ caption }}" src="data:image/png;base64,{{ png }}">
@@ -56,6 +57,8 @@ def environment_table(gpu: str) -> pd.DataFrame:
 def write_report(path: Path, title: str, notes: Sequence[str], tables: Mapping) -> None:
     """Write the report, with the figures of `CAPTIONS` in the folder `figures` beside `path`.
 
+    It links to what is in the folder `exports` there.
+
     notes: lines of text; tables: by heading, or None; the figures come after the first one.
     """
     options = dict(border=0, na_rep="-", float_format="{:.3f}".format)
@@ -64,8 +67,9 @@ def write_report(path: Path, title: str, notes: Sequence[str], tables: Mapping) 
     for name, text in CAPTIONS.items():
         for file in sorted((path.parent / "figures").glob(f"{name}*.png")):  # history1.png: a fold
             figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
-    page = Environment(autoescape=True).from_string(PAGE)
-    text = page.render(title=title, lines=notes, tables=tables, figures=figures)
+    content = dict(title=title, lines=notes, tables=tables, figures=figures)
+    content["exports"] = sorted(file.name for file in path.parent.glob("exports/[!.]*"))
+    text = Environment(autoescape=True).from_string(PAGE).render(content)
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{path}: a report of this run, {path.stat().st_size / 1e6:.1f} MB")

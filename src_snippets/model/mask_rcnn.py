@@ -8,6 +8,8 @@
 
 # %%
 # @title Model and initial weights
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -40,6 +42,10 @@ from src_snippets.setup.config import Config
 # Layers that initial weights may lack; attention starts as the identity
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 CLASS_LAYERS += ("backbone.attention.",)
+# Settings that go with a model's weights
+MODEL_SETTINGS = ("backbone", "attention", "grey", "scale", "fpn_channels", "head_norm")
+MODEL_SETTINGS += ("rpn_convs", "box_convs", "box_layers", "box_features", "mask_convs")
+MODEL_SETTINGS += ("anchor_sizes", "anchor_ratios")
 
 
 class InputTransform(GeneralizedRCNNTransform):
@@ -103,6 +109,19 @@ def whole_model_state(config: Config) -> dict[str, Tensor] | None:
     except Exception as error:  # downloads fail in many ways
         message = f"weights='coco': no {name} below /kaggle/input and no download ({error})."
         raise WeightsNotFound(f"{message} Attach it or turn the internet on.") from error
+
+
+def with_model_settings(config: Config, changes: Mapping) -> Config:
+    """The settings with those of the model in a best.pt that `weights` names, but for `changes`."""
+    if Path(config.weights).suffix != ".pt" or not Path(config.weights).is_file():
+        return config
+    saved = torch.load(config.weights, map_location="cpu", weights_only=True).get("config", {})
+    saved = {k: saved[k] for k in MODEL_SETTINGS if k in saved and k not in changes}
+    taken = {k: value for k, value in saved.items() if value != getattr(config, k)}
+    if taken:
+        pairs = ", ".join(f"{k}={value!r}" for k, value in taken.items())
+        print(f"Settings of the model in {config.weights}: {pairs}")
+    return replace(config, **taken)
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bool = False) -> None:
