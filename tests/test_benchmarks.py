@@ -136,7 +136,7 @@ def test_padding_is_counted():
 
 def test_a_recipe_is_measured(demo_root):
     name, millions, per_image, per_step, batch = recipes.measure(
-        "demo", torch.device("cpu"), demo_root
+        "demo", torch.device("cpu"), demo_root, {}
     )
     assert (name, millions, batch) == ("demo", "6.1", "4 x 128 px, scale 1")
     assert 0 < float(per_image) < 60

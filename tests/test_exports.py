@@ -1,6 +1,7 @@
 """Exports: one set of cells in all files, checked by hand and by the libraries that read them."""
 
 import csv
+from dataclasses import replace
 from itertools import pairwise
 import json
 import math
@@ -25,9 +26,10 @@ import torch
 
 from src_snippets.data.drawing import class_color
 from src_snippets.data.images import read_cell_folder, read_image
-from src_snippets.data.layouts import ImageRecord
-from src_snippets.data.rle import encode_masks
-from src_snippets.data.structures import Instances
+from src_snippets.data.layouts import ImageRecord, open_dataset
+from src_snippets.data.rle import encode_masks, mask_areas
+from src_snippets.data.samples import CellSamples
+from src_snippets.data.structures import ground_truth, Instances
 from src_snippets.export import exports
 from src_snippets.export.exports import (
     measure_cells,
@@ -36,6 +38,7 @@ from src_snippets.export.exports import (
     write_exports,
 )
 from src_snippets.setup.files import BadInput
+from src_snippets.training.trainer import train
 
 IMAGES = [ImageRecord(Path("a/one.tif"), 5, 6, 8), ImageRecord(Path("b/two.png"), 9, 4, 5)]
 CATEGORIES = {3: "T cell, CD8+", 7: "Zelle µ"}
@@ -365,6 +368,33 @@ def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path, pi
     with Image.open(tmp_path / "overlays" / "one.png") as image:
         assert image.size[0] % 8 == 0
         assert image.size[0] / 8 == image.size[1] / 6
+
+
+def test_a_correction_is_in_the_next_training(tiny_config, demo_samples, tmp_path):
+    """Predicted, exported, one cell given another class and outline in its file, trained on."""
+    sample = demo_samples[1]
+    image = ImageRecord(sample.path.with_stem("first"), 1, *sample.size)
+    kinds = dict(enumerate(tiny_config.class_names, start=1))
+    write_exports({1: ground_truth(sample)}, [image], {1: sample.path}, tmp_path, kinds)
+    (tmp_path / "training").rename(tmp_path / "train")
+    before = CellSamples(open_dataset(tmp_path, tiny_config), 1.0)
+    assert torch.equal(before[0].image, sample.image)
+    label = int(sample.labels[0])
+    paths = [tmp_path / "train" / "first" / f"class{k}.tif" for k in (label, label % 4 + 1)]
+    maps = [tifffile.imread(path) for path in paths]
+    cell = maps[0] == maps[0][maps[0] > 0][0]
+    maps[0][cell] = 0
+    y, x = np.nonzero(cell)
+    maps[1][y[: len(y) // 2], x[: len(y) // 2]] = 999
+    for path, ids in zip(paths, maps, strict=True):
+        tifffile.imwrite(path, ids)
+    after = CellSamples(open_dataset(tmp_path, tiny_config), 1.0)
+    moved = np.subtract(after.counts, before.counts)[0].tolist()
+    assert moved == [-(k == label) + (k == label % 4 + 1) for k in range(5)]
+    assert len(y) // 2 in mask_areas(ground_truth(after[0]).rles)
+    config, both = replace(tiny_config, epochs=1), (before, after)
+    runs = [train(config, samples, [], tmp_path / samples.digest) for samples in both]
+    assert runs[0][-1]["loss"] != runs[1][-1]["loss"]
 
 
 def test_without_roifile_the_rois_are_said_to_be_missing(
