@@ -363,7 +363,14 @@ print("" if archive else "No test images of a dataset: there is nothing to submi
 # HoVer-Net, for comparison with publications: of all cells whatever their class, then by class.
 
 # %%
-from src_snippets.evaluation.matching import ap_interval, image_table, match_table, score_table
+from src_snippets.evaluation.matching import (
+    ap_interval,
+    image_table,
+    match_table,
+    matches_above,
+    score_table,
+    wrong_instances,
+)
 
 # %%
 from src_snippets.evaluation.figures import plot_evaluation, plot_mistakes
@@ -379,6 +386,7 @@ if val_samples:
         show_table(scores)
     names = [image_stem(sample.name) for sample in val_samples]
     by_image = image_table(matches, names, config.export_score_threshold)
+    print("Validation images, the worst first, scores from export_score_threshold on:")
     show_table(by_image.head(8))
     if interval := ap_interval(matches):
         notes += ["AP50, 95% confidence interval over images: {:.3f} to {:.3f}".format(*interval)]
@@ -389,12 +397,15 @@ if val_samples:
     with keep_going("the figure of predictions"):
         chosen = sorted(range(len(val_samples)), key=lambda i: -len(val_truths[i]))[:3]
         confident = [val_predictions[i].above(config.export_score_threshold) for i in chosen]
-        figure = plot_predictions([val_samples[i] for i in chosen], confident, config.class_names)
+        exported = matches_above(matches, config.export_score_threshold)
+        wrong = [wrong_instances(exported, i) for i in chosen]
+        shown = [val_samples[i] for i in chosen]
+        figure = plot_predictions(shown, confident, wrong, config.class_names)
         show_figure(figure, figures / "predictions.png")
 
 # %% [markdown]
-# Left the image, then ground truth, then prediction. Look for cells that are missed, merged or
-# split, and for colours that differ: a wrong class.
+# Left the image, then ground truth, then prediction. Crosses mark cells that were missed and
+# predictions without a cell of their class at IoU 0.5: merged, split, of another class, or nothing.
 
 # %%
 if val_samples:

@@ -103,9 +103,17 @@ def test_figures_say_what_they_show(sample):
     figure = plot_samples([(sample.image.numpy(), known, "0123456789abcdef/image.tif")] * 2, NAMES)
     assert titles(figure) == ["0123456789ab  60 x 40 px"] * 2 + ["2 cells"] * 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == NAMES
-    figure = plot_predictions([sample, sample], [known, known.select([])], NAMES)
-    assert titles(figure)[1:3] == ["ground truth: 2 cells", "prediction: 2 cells"]
-    assert titles(figure)[5] == "prediction: 0 cells"
+    wrong = ([1], [0, 1]), ([0, 1], [])
+    figure = plot_predictions([sample, sample], [known, known.select([])], wrong, NAMES)
+    assert titles(figure)[1:3] == [
+        "ground truth: 2 cells, 1 missed",
+        "prediction: 2 cells, 2 wrong",
+    ]
+    assert titles(figure)[5] == "prediction: 0 cells, 0 wrong"
+    crosses = [axis.lines[0].get_xydata() for axis in figure.axes if axis.lines]
+    assert [len(points) for points in crosses] == [1, 2, 2, 0]
+    x1, y1, x2, y2 = known.boxes[1]  # 60 px are drawn 8 times as large
+    assert crosses[0].tolist() == [[4 * (x1 + x2), 4 * (y1 + y2)]]
     figure = plot_augmentations(sample, [sample] * 5, NAMES)
     assert titles(figure) == ["original", *(f"variant {k}" for k in range(1, 6))]
     assert not any(axis.axison for axis in figure.axes)

@@ -25,6 +25,7 @@ from src_snippets.evaluation.matching import (
     quality_table,
     score_table,
     visible_instances,
+    wrong_instances,
 )
 from src_snippets.model.detect import without_overlaps
 from src_snippets.setup.config import make_config
@@ -475,6 +476,8 @@ def test_images_by_hand_the_worst_first():
     assert rows.reset_index().to_numpy()[:2].tolist() == [["a", 2, 2, 1, 0.5], ["b", 2, 2, 2, 1.0]]
     assert rows.index[2] == "c"
     assert math.isnan(rows.F1["c"])
+    assert wrong_instances(table, 0) == ([1], [1])
+    assert wrong_instances(table, 1) == wrong_instances(table, 2) == ([], [])
     strict = image_table(table, ["a", "b", "c"], 0.75)  # one of the second image is missed now
     assert strict.loc["b"].tolist() == [2, 0, 0, 0.0]
     assert list(strict.index) == ["b", "a", "c"]

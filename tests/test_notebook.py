@@ -228,9 +228,16 @@ def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, de
     assert (second / "report.html").exists()
     assert not (second / "test-results.json").exists()
     assert list(second.glob("predictions-*.jsonl"))
-    assert not list(
-        folder.glob("predictions-*.jsonl")
-    )  # a checkpoint may lie where nobody can write
+    # A checkpoint may lie where nobody can write
+    assert not list(folder.glob("predictions-*.jsonl"))
+
+    test, third = tmp_path / "test", tmp_path / "third"  # test images with their ids, no train/
+    shutil.copytree(demo_root / "test_release", test / "test_release")
+    shutil.copy(demo_root / "test_image_name_to_ids.json", test)
+    said, _ = run(story, ROOT, **environ, HW3_DATA=str(test), HW3_OUT=str(third))
+    assert "training" not in said.replace("without training", "")
+    assert (third / "test-results.zip").exists()
+    assert f"{third / 'test-results.json'}: checked" in said
 
 
 def test_images_without_a_checkpoint_are_refused(tmp_path, demo_root):

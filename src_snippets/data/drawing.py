@@ -105,16 +105,24 @@ def plot_augmentations(sample: CellSample, variants: Sequence[CellSample], names
     return figure
 
 
-def plot_predictions(samples: Sequence[CellSample], predictions, names) -> Figure:
-    """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample."""
+def plot_predictions(samples: Sequence[CellSample], predictions, wrong, names) -> Figure:
+    """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample.
+
+    wrong: for each sample indices of instances that are missed, and of predictions that are wrong;
+    both are marked by crosses.
+    """
     heights = [sample.size[0] / sample.size[1] for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
     figure.set_label("Image, ground truth and prediction side by side, cells outlined by class")
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
-    for row, sample, prediction in zip(rows, samples, predictions, strict=True):
-        image, known = sample.image.numpy(), ground_truth(sample)
-        drawn = [brighten(image), draw_outlines(image, known), draw_outlines(image, prediction)]
-        titles = [f"ground truth: {len(known)} cells", f"prediction: {len(prediction)} cells"]
+    for row, sample, prediction, marks in zip(rows, samples, predictions, wrong, strict=True):
+        image, sides = sample.image.numpy(), (ground_truth(sample), prediction)
+        drawn = [brighten(image), *(draw_outlines(image, side) for side in sides)]
+        texts = "ground truth: {} cells, {} missed", "prediction: {} cells, {} wrong"
+        titles = [t.format(len(s), len(m)) for t, s, m in zip(texts, sides, marks, strict=True)]
         show_image_row(row, drawn, [image_stem(sample.name)[:12], *titles])
+        for axis, side, index in zip(row[1:], sides, marks, strict=True):
+            centers = side.boxes[index].reshape(-1, 2, 2).mean(1) * drawn[1].shape[1] / side.size[1]
+            axis.plot(*centers.T, "wX", markeredgecolor="black", markersize=8)
     add_class_legend(figure, names)
     return figure

@@ -94,6 +94,12 @@ def matches_above(table: pd.DataFrame, min_score: float) -> pd.DataFrame:
     return pd.concat([table[~weak], missed], ignore_index=True).astype(MATCH_DTYPES)
 
 
+def wrong_instances(table: pd.DataFrame, image: int) -> tuple[list[int], list[int]]:
+    """Targets of an image that are missed in AP50, and detections that are false positives."""
+    own = table[(table.image == image) & ~table.tp50]
+    return own.target[own.target >= 0].tolist(), own.detection[own.detection >= 0].tolist()
+
+
 def image_table(table: pd.DataFrame, names: Sequence[str], min_score: float) -> pd.DataFrame:
     """Instances, detections from `min_score` on, those right at IoU 0.5, F1; worst image first."""
     table = matches_above(table, min_score)
