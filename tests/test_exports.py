@@ -39,6 +39,7 @@ from src_snippets.export.exports import (
 )
 from src_snippets.setup.files import BadInput
 from src_snippets.training.trainer import train
+from tests import readers
 
 IMAGES = [ImageRecord(Path("a/one.tif"), 5, 6, 8), ImageRecord(Path("b/two.png"), 9, 4, 5)]
 CATEGORIES = {3: "T cell, CD8+", 7: "Zelle µ"}
@@ -395,6 +396,14 @@ def test_a_correction_is_in_the_next_training(tiny_config, demo_samples, tmp_pat
     config, both = replace(tiny_config, epochs=1), (before, after)
     runs = [train(config, samples, [], tmp_path / samples.digest) for samples in both]
     assert runs[0][-1]["loss"] != runs[1][-1]["loss"]
+
+
+def test_readers_of_others_are_asked(predictions, tmp_path, grey, capsys):
+    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
+    assert readers.main([str(tmp_path), str(tmp_path)]) == 0
+    assert "roifile: 3 of 3 cells" in capsys.readouterr().out
+    (tmp_path / "rois" / "one.zip").unlink()
+    assert readers.main([str(tmp_path), str(tmp_path)]) == 1
 
 
 def test_without_roifile_the_rois_are_said_to_be_missing(
