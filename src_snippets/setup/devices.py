@@ -6,19 +6,17 @@ from datetime import timedelta
 from functools import partial
 import gc
 from io import StringIO
-from multiprocessing.connection import wait
 import os
-from pathlib import Path
 import pickle
 import signal
-from socket import create_server
 import sys
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 
 import accelerate
 import IPython
 import torch
 from torch import distributed
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from src_snippets.setup.config import Config
 
@@ -100,10 +98,10 @@ def all_max(*values: float) -> list[float]:
     return [max(column) for column in zip(*gather([values]), strict=True)]
 
 
-def run_process(index: int, count: int, port: str, path: Path, function, arguments) -> None:
-    """Run one of the processes of `launch`; the main one leaves its result in a file."""
+def run_process(index: int, count: int, port: int, file, function, arguments) -> None:
+    """Run one of the processes of `launch`; the main one leaves its result in an open file."""
     ranks = dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count))
-    os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)  # a fork has none of its parent's threads and would wait for them
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
     if kernel := getattr(IPython.get_ipython(), "kernel", None):
@@ -114,16 +112,18 @@ def run_process(index: int, count: int, port: str, path: Path, function, argumen
     distributed.barrier()  # one that ended sooner would look like one that failed
     sys.stdout = sys.stdout if is_main() else StringIO()
     result = function(*arguments)
-    if index == 0:
-        path.write_bytes(pickle.dumps(result))
+    if is_main():
+        pickle.dump(result, file)
+        file.flush()
     distributed.destroy_process_group()
 
 
 def launch(config: Config, function, *arguments):
     """Call `function(*arguments)` here, or in one forked process per GPU where there are several.
 
-    Returns its result in the main process. Raises RuntimeError with the traceback of the first
-    process that fails or is killed; the others are ended. SIGTERM is passed on to all of them.
+    Returns its result in the main process. Raises ProcessRaisedException with the traceback of a
+    process that fails, RuntimeError where one is killed; the others are ended. SIGTERM is passed
+    on to all of them.
     """
     count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
     if count < 2:
@@ -135,39 +135,29 @@ def launch(config: Config, function, *arguments):
         reason = str(error).splitlines()[-1]
         print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
         return function(*arguments)
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "result")
-        with create_server(("127.0.0.1", 0)) as server:  # finds a free port
-            port = str(server.getsockname()[1])
-        context = fork(run_process, (count, port, path, function, arguments), count, join=False)
-        processes, before = context.processes, signal.getsignal(signal.SIGTERM)
+    port, before = get_free_port(), signal.getsignal(signal.SIGTERM)
+    with TemporaryFile() as file:
+        context = fork(run_process, (count, port, file, function, arguments), count, join=False)
 
         def forward(number, frame):
-            for process in processes:
+            for process in context.processes:
                 process.terminate()
             if callable(before):
                 before(number, frame)
 
         signal.signal(signal.SIGTERM, forward)
         try:
-            running = processes
-            while running and not any(process.exitcode for process in processes):
-                wait([process.sentinel for process in running])
-                running = [process for process in processes if process.exitcode is None]
-            codes = [process.exitcode or 0 for process in processes]
+            while not context.join(grace_period=1):  # until all have ended
+                pass
+        except torch.multiprocessing.ProcessExitedException as error:
+            raise RuntimeError(
+                f"A process was killed: {error}. Where the machine's memory was full, lower "
+                "cache_gb or workers, or set gpus=1. Run again to go on."
+            ) from error
         finally:
-            for process in processes:
+            for process in context.processes:
                 process.kill()
                 process.join()
             signal.signal(signal.SIGTERM, before)
-        traces = [Path(file) for file in context.error_files if Path(file).is_file()]
-        if traces and min(codes) >= 0:  # others may fail for want of the first one
-            first = min(traces, key=lambda file: file.stat().st_mtime_ns)
-            index = context.error_files.index(str(first))
-            raise RuntimeError(f"Process {index} failed:\n{pickle.loads(first.read_bytes())}")
-        if not path.is_file():
-            raise RuntimeError(
-                f"A process was killed (exit codes {codes}). Where the machine's memory was full, "
-                "lower cache_gb or workers, or set gpus=1. Run again to go on."
-            )
-        return pickle.loads(path.read_bytes())
+        file.seek(0)
+        return pickle.load(file)
