@@ -73,22 +73,7 @@ class BlockMatcher(detection._utils.Matcher):
 
 
 # %%
-# @title RPN and RoI heads
-class Float32Anchors(detection.anchor_utils.AnchorGenerator):
-    """Anchors in float32: bfloat16 has steps of 4 px near 512, half of the smallest anchor."""
-
-    def forward(self, image_list, feature_maps):
-        return super().forward(image_list, [features.float() for features in feature_maps])
-
-
-class Float32RPNHead(detection.rpn.RPNHead):
-    """Objectness and box offsets in float32, whatever the type of the features."""
-
-    def forward(self, x):
-        logits, offsets = super().forward(x)
-        return [v.float() for v in logits], [v.float() for v in offsets]
-
-
+# @title RoI heads
 class CellRoIHeads(RoIHeads):
     """torchvision's RoI heads, with mask targets of `training_target` and bounded memory.
 
@@ -126,17 +111,9 @@ class CellRoIHeads(RoIHeads):
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """Detections with masks (R, 1, M, M) inside their boxes; in training the losses."""
-        if self.training:
-            return [], self.compute_losses(features, proposals, image_shapes, targets)
-        prediction = self.predict_boxes(features, proposals, image_shapes)
-        boxes, scores, labels = self.postprocess_detections(*prediction, proposals, image_shapes)
-        masks = self.detect_masks(features, boxes, labels, image_shapes)
-        columns = zip(boxes, scores, labels, masks, strict=True)
-        return [dict(boxes=b, scores=s, labels=k, masks=m) for b, s, k, m in columns], {}
-
-    def compute_losses(self, features, proposals, image_shapes, targets):
-        """The losses of classes, boxes and masks by name, each a float32 scalar."""
+        """In training the losses by name, float32 scalars, else torchvision's detections."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes)
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         prediction = self.predict_boxes(features, proposals, image_shapes)
         loss_classifier, loss_box_reg = fastrcnn_loss(*prediction, labels, offsets)
@@ -149,7 +126,8 @@ class CellRoIHeads(RoIHeads):
         labels = torch.cat(labels)
         loss_mask = mask_loss(logits, labels[labels > 0], torch.cat(mask_targets))
         # Add your own loss here: each entry is added to the sum and plotted.
-        return dict(loss_classifier=loss_classifier, loss_box_reg=loss_box_reg, loss_mask=loss_mask)
+        losses = dict(loss_classifier=loss_classifier, loss_box_reg=loss_box_reg)
+        return [], losses | dict(loss_mask=loss_mask)
 
 
 def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

@@ -30,12 +30,7 @@ from src_snippets.model.backbone import (
     read_state_dict,
     WeightsNotFound,
 )
-from src_snippets.model.heads import (
-    BlockMatcher,
-    CellRoIHeads,
-    Float32Anchors,
-    Float32RPNHead,
-)
+from src_snippets.model.heads import BlockMatcher, CellRoIHeads
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config
 
@@ -153,8 +148,12 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     state = whole_model_state(config) if load_initial else None
     backbone = build_backbone(config, load_initial and state is None)
     width, norm = config.fpn_channels, nn.BatchNorm2d if config.head_norm == "batch" else None
-    anchors = Float32Anchors(tuple((v,) for v in config.anchor_sizes), (config.anchor_ratios,) * 5)
-    head = Float32RPNHead(width, len(config.anchor_ratios), config.rpn_convs)
+    sizes, ratios = tuple((v,) for v in config.anchor_sizes), config.anchor_ratios
+    anchors = detection.anchor_utils.AnchorGenerator(sizes, (ratios,) * 5)
+    head = detection.rpn.RPNHead(width, len(ratios), config.rpn_convs)
+    # In float32: bfloat16 has steps of 4 px near 512, half of the smallest anchor
+    anchors.register_forward_pre_hook(lambda _, args: (args[0], [v.float() for v in args[1]]))
+    head.register_forward_hook(lambda _, args, out: [[v.float() for v in part] for part in out])
     top = dict(training=config.proposals, testing=config.proposals)
     sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
     rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
@@ -169,7 +168,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     limits = config.score_threshold, config.box_nms, config.detections
     roi_heads = CellRoIHeads(*box_parts, *sampling, None, *limits, *mask_parts)
     roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
-    # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.compute_losses
+    # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.forward
     transform = InputTransform(config, backbone.mean, backbone.std)
     convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     depthwise7 = any(m.kernel_size[0] > 5 for m in convolutions)
