@@ -73,16 +73,14 @@ def run_folder(out: Path, config: Config, data: dict, code: str) -> Path:
     return out / "runs" / name
 
 
-def save_checkpoint(content: dict, path: Path, previous: Path | None = None) -> None:
-    """Writes a checkpoint whole or not at all; the one that is there moves to `previous`."""
+def save_checkpoint(content: dict, path: Path) -> None:
+    """Writes a checkpoint whole or not at all: the one that is there stays until then."""
     with atomic_write(path) as partial:
         try:
             torch.save(content, partial)
         except (OSError, RuntimeError) as error:  # torch raises either on a full disk
             message = f"{path}: cannot be written ({error}). Free some space and run again: "
             raise OSError(f"{message}the checkpoint before it is kept.") from error
-        if previous and path.exists():
-            path.replace(previous)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -98,23 +96,12 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def open_run(folder: Path, resume: bool) -> dict | None:
-    """`last.pt` of a run, or `previous.pt` where that is missing or damaged; None without both.
-
-    `resume=False` removes all checkpoints first.
-    """
+    """`last.pt` of a run, None where there is none; `resume=False` removes all checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in () if resume else folder.glob("*.pt"):
         path.unlink()
-    last, previous = folder / "last.pt", folder / "previous.pt"
-    if last.exists():
-        try:
-            return load_checkpoint(last)
-        except BadInput as error:
-            if not previous.exists():
-                raise
-            print(f"The checkpoint before it is used: {error}")
-            last.unlink()  # or it would replace the good one
-    return load_checkpoint(previous) if previous.exists() else None
+    last = folder / "last.pt"
+    return load_checkpoint(last) if last.exists() else None
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, names=None) -> None:

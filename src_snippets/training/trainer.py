@@ -299,7 +299,7 @@ class TrainingState:
             self.save_best()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
-        save_checkpoint(state, self.folder / "last.pt", self.folder / "previous.pt")
+        save_checkpoint(state, self.folder / "last.pt")
 
 
 # %%
@@ -309,7 +309,7 @@ class Trainer(TrainingState):
 
     Args:
         train_samples, val_samples: `CellSample`s; without the latter the last epoch is the best.
-        folder: gets `best.pt`, `last.pt`, `previous.pt` and `history.csv`.
+        folder: gets `best.pt`, `last.pt` and `history.csv`.
         session: its end stops training; the same call continues it later.
         callback: called in the main process with (history, example, is_last), after each epoch and
             at the end; example: a validation sample and its predictions, or None.
