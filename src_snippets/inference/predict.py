@@ -10,7 +10,7 @@
 # %%
 # @title Views of an image; predictions of validation and test images
 from dataclasses import replace
-import hashlib
+from hashlib import sha256
 from itertools import product
 import json
 import os
@@ -91,7 +91,7 @@ def resume_predictions(checkpoints, images, folder: Path, config: Config) -> tup
 
     A last line that was cut short is taken off the file.
     """
-    digest = hashlib.sha256(repr(config).encode())
+    digest = sha256(repr(config).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())
     for image in images:

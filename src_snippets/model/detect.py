@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn, Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision import ops
 
 from src_snippets.data.rle import draw_masks, encode_layers, encode_masks, mask_areas
 from src_snippets.data.structures import instance_boxes, Instances
@@ -101,12 +101,12 @@ def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
     """
     rows, sizes = torch.cat(parts), [len(part) for part in parts]
     min_iou = min(config.fusion_iou, 0.99)  # at 1 equal boxes would all stay
-    leads = rows[batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], min_iou)]
+    leads = rows[ops.batched_nms(rows[:, :4], rows[:, 4], rows[:, 5], min_iou)]
     if len(leads) == 0:
         return leads
     groups = []  # the lead that each box joins
     for some in rows.split(256):  # bounds the memory
-        overlaps = box_iou(some[:, :4], leads[:, :4]) * (some[:, 5:] == leads[:, 5])
+        overlaps = ops.box_iou(some[:, :4], leads[:, :4]) * (some[:, 5:] == leads[:, 5])
         groups.append(overlaps.argmax(1))
     groups, weights = torch.cat(groups), rows[:, 4:5].clamp(min=1e-6)  # a score may be 0
     weighted = torch.cat([rows[:, :4] * weights, weights], 1)
@@ -176,7 +176,7 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
         for k in range(0, len(rows), len(corners)):  # by model and view
             own = torch.cat(rows[k : k + len(corners)])
             if len(corners) > 1:  # of duplicates the better stays
-                stay = batched_nms(own[:, :4], own[:, 4], own[:, 5], config.fusion_iou)
+                stay = ops.batched_nms(own[:, :4], own[:, 4], own[:, 5], config.fusion_iou)
                 own = own[stay[: config.detections]]
             found.append(own)
         rows = fuse_boxes(found, config) if len(found) > 1 else found[0]

@@ -4,10 +4,8 @@
 # @title Devices, precision, and processes: one fork per GPU
 from datetime import timedelta
 from functools import partial
-import gc
 from io import StringIO
 import os
-import pickle
 import signal
 import sys
 from tempfile import TemporaryFile
@@ -53,8 +51,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def free_memory() -> None:
     """Release memory that nothing uses, of the GPU's cache too."""
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing where CUDA is not in use
+    accelerate.utils.release_memory()
 
 
 def rank() -> int:
@@ -113,7 +110,7 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
     sys.stdout = sys.stdout if is_main() else StringIO()
     result = function(*arguments)
     if is_main():
-        pickle.dump(result, file)
+        torch.save(result, file)
         file.flush()
     distributed.destroy_process_group()
 
@@ -160,4 +157,4 @@ def launch(config: Config, function, *arguments):
                 process.join()
             signal.signal(signal.SIGTERM, before)
         file.seek(0)
-        return pickle.load(file)
+        return torch.load(file, weights_only=False)

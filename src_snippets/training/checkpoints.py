@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from dis import get_instructions
-import hashlib
+from hashlib import sha256
 import inspect
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def code_digest(*roots) -> str:
             codes += filter(inspect.iscode, code.co_consts)
             used = {i.argval for i in get_instructions(code) if i.opname == "LOAD_GLOBAL"}
             pending += [(n, item.__globals__[n]) for n in used & item.__globals__.keys()]
-    return hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()
+    return sha256("\n".join(sorted(sources)).encode()).hexdigest()
 
 
 def training_settings(config: Config) -> dict:
@@ -68,7 +68,7 @@ def training_settings(config: Config) -> dict:
 def run_folder(out: Path, config: Config, data: dict, code: str) -> Path:
     """`out/runs/<recipe>-<fingerprint>`, made if absent; data: JSON that identifies the images."""
     text = json.dumps([training_settings(config), data, code], sort_keys=True)
-    name = f"{config.recipe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    name = f"{config.recipe}-{sha256(text.encode()).hexdigest()[:8]}"
     (out / "runs" / name).mkdir(parents=True, exist_ok=True)
     return out / "runs" / name
 
