@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from src_snippets.setup import install
 from src_snippets.setup.install import check_gpu, install_missing, PACKAGES
@@ -60,6 +61,28 @@ raise RuntimeError("CUDA error: no kernel image is available\\nCompile with TORC
     expected = r"P100-PCIE-16GB cannot be used: RuntimeError: CUDA error: no kernel.*T4 x2"
     with pytest.raises(RuntimeError, match=expected):
         check_gpu()
+
+
+def test_a_depthwise_convolution_in_fp16_is_tried_forward_and_backward(monkeypatch):
+    """What ConvNeXt needs and some cards cannot do; here on the CPU, with what it ran noted."""
+    layers = []
+
+    class Watched(torch.nn.Conv2d):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            layers.append(self)
+
+    monkeypatch.setattr(torch.nn, "Conv2d", Watched)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda layer: layer)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda values: values)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    exec(install.GPU_CHECK, {})
+    (layer,) = layers
+    assert (layer.kernel_size, layer.groups, layer.in_channels) == ((7, 7), 8, 8)
+    assert layer.weight.grad.dtype == torch.float16
+    assert layer.weight.grad.abs().sum() > 0
 
 
 def test_the_gpu_is_named_and_this_process_leaves_it_alone(monkeypatch, capsys):

@@ -21,7 +21,9 @@ import torch
 if torch.cuda.is_available():
     count = torch.cuda.device_count()
     print(torch.cuda.get_device_name() + f" x{count}" * (count > 1), flush=True)
-    torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+    layer = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8).half().cuda()  # as in ConvNeXt
+    layer(torch.ones(2, 8, 16, 16).half().cuda()).sum().backward()
+    layer.weight.grad.sum().item()  # waits for the GPU
 """
 
 
