@@ -16,7 +16,6 @@ from src_snippets.model.backbone import (
     find_weights_file,
     read_state_dict,
     SEAttention,
-    WeightsNotFound,
 )
 from src_snippets.model.mask_rcnn import build_model, count_parameters
 from src_snippets.setup.config import make_config, RECIPES
@@ -140,16 +139,16 @@ def test_imagenet_weights_are_found_below_the_attached_folders(attached, name):
 
 
 def test_a_run_never_starts_from_other_weights(attached):
-    with pytest.raises(WeightsNotFound) as caught:
+    with pytest.raises(FileNotFoundError) as caught:
         build_model(make_config("baseline"))
     for part in ("resnet50.tv_in1k.safetensors", "resnet50-0676ba61.pth", "/kaggle/input"):
         assert part in str(caught.value)
     assert "weights='none' starts from random weights" in str(caught.value)
-    with pytest.raises(WeightsNotFound, match="nobody publishes"):
+    with pytest.raises(FileNotFoundError, match="nobody publishes"):
         build_model(small("resnet10", weights="imagenet"))
-    with pytest.raises(WeightsNotFound, match="nobody publishes"):
+    with pytest.raises(FileNotFoundError, match="nobody publishes"):
         build_model(small("resnet50_v1", weights="imagenet"))
-    with pytest.raises(WeightsNotFound, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         build_model(small(weights="/nowhere.pth"))
 
 

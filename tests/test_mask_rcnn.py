@@ -9,7 +9,6 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import box_iou
 
 from src_snippets.data.transforms import training_target
-from src_snippets.model.backbone import WeightsNotFound
 from src_snippets.model.heads import sample_mask_targets
 from src_snippets.model.mask_rcnn import (
     anchor_shapes,
@@ -136,7 +135,7 @@ def test_coco_weights_load_with_new_class_layers(both, tmp_path, monkeypatch, ca
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    with pytest.raises(WeightsNotFound, match=rf"no {name} below /kaggle/input"):
+    with pytest.raises(FileNotFoundError, match=rf"no {name} below /kaggle/input"):
         build_model(replace(PARITY, weights="coco"))
 
 

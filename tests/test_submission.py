@@ -16,13 +16,13 @@ from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import encode_masks
 from src_snippets.data.structures import coco_annotations, Instances
 from src_snippets.inference.submission import (
-    BadResults,
     check_entry,
     check_results,
     offer_download,
     write_csv_submissions,
     write_results,
 )
+from src_snippets.setup.files import BadInput
 from tests.test_detect import make_instances
 
 IMAGES = [ImageRecord(Path("a.tif"), 5, 20, 30), ImageRecord(Path("b.tif"), 9, 40, 50)]
@@ -68,7 +68,7 @@ def test_results_carry_the_category_ids_of_the_dataset(tmp_path):
             {5: one_cell(label)}, IMAGES[:1], tmp_path, {3: "x", 7: "y", 12: "z"}
         )
         assert json.loads(path.read_text())[0]["category_id"] == category
-    with pytest.raises(BadResults, match=r"category_id None; expected one of \[3, 7, 12\]"):
+    with pytest.raises(BadInput, match=r"category_id None; expected one of \[3, 7, 12\]"):
         write_results({5: one_cell(7)}, IMAGES[:1], tmp_path, [3, 7, 12])  # a label, not an id
 
 
@@ -80,9 +80,9 @@ def test_no_detections_at_all_is_a_valid_file(predictions, tmp_path):
 def test_wrong_predictions_leave_the_earlier_file(predictions, tmp_path):
     results, archive = write_results(predictions, IMAGES, tmp_path, [1, 2])
     before = results.read_bytes(), archive.read_bytes()
-    with pytest.raises(BadResults, match="No prediction for 1 images, such as id 9"):
+    with pytest.raises(BadInput, match="No prediction for 1 images, such as id 9"):
         write_results({5: predictions[5]}, IMAGES, tmp_path, [1, 2])
-    with pytest.raises(BadResults, match="entry 0: category_id None; expected one of"):
+    with pytest.raises(BadInput, match="entry 0: category_id None; expected one of"):
         write_results(predictions, IMAGES, tmp_path, [1])
     assert (results.read_bytes(), archive.read_bytes()) == before
     assert len(list(tmp_path.iterdir())) == 2
@@ -141,7 +141,7 @@ def test_files_that_are_no_results(tmp_path):
     problems = ["JSON: ", "dict; expected a list", "entry 1: score 2", "expected an object with"]
     for content, problem in zip(bad, [*problems, problems[-1]], strict=True):
         path.write_text(content)
-        with pytest.raises(BadResults, match=rf"x\.json: .*{problem}"):
+        with pytest.raises(BadInput, match=rf"x\.json: .*{problem}"):
             check_results(path, IMAGES, [1, 2])
 
 

@@ -23,13 +23,9 @@ from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import decode_runs, rle_to_csv
 from src_snippets.data.structures import coco_annotations
 from src_snippets.model.detect import without_overlaps
-from src_snippets.setup.files import atomic_write
+from src_snippets.setup.files import atomic_write, BadInput
 
 ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
-
-
-class BadResults(ValueError):
-    """Results break a rule; the message names the file, the entry and the rule."""
 
 
 def check_entry(entry, sizes: dict[int, tuple], category_ids: list[int]) -> None:
@@ -56,7 +52,7 @@ def check_entry(entry, sizes: dict[int, tuple], category_ids: list[int]) -> None
 
 
 def check_results(path: Path, images: list[ImageRecord], category_ids: list[int]) -> int:
-    """Check every entry of a results file and return their number; raises BadResults."""
+    """Check every entry of a results file and return their number; raises BadInput."""
     sizes, part = {image.image_id: (image.height, image.width) for image in images}, "JSON"
     try:
         entries = json.loads(Path(path).read_text())
@@ -65,7 +61,7 @@ def check_results(path: Path, images: list[ImageRecord], category_ids: list[int]
             part = f"entry {number}"
             check_entry(entry, sizes, category_ids)
     except ValueError as error:
-        raise BadResults(f"{path}: {part}: {error}") from error
+        raise BadInput(f"{path}: {part}: {error}") from error
     return len(entries)
 
 
@@ -73,10 +69,10 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
     """Write `test-results.json` and `test-results.zip`, equal bytes for equal predictions.
 
     predictions: `Instances` by id of every image; category_ids: ids of classes 1..C. Raises
-    BadResults where an image has no prediction or an entry breaks a rule; earlier files stay.
+    BadInput where an image has no prediction or an entry breaks a rule; earlier files stay.
     """
     if missing := sorted({image.image_id for image in images} - set(predictions)):
-        raise BadResults(f"No prediction for {len(missing)} images, such as id {missing[0]}.")
+        raise BadInput(f"No prediction for {len(missing)} images, such as id {missing[0]}.")
     results, archive = folder / "test-results.json", folder / "test-results.zip"
     rows = coco_annotations(predictions, category_ids)
     rows = [{key: row[key] for key in ENTRY_KEYS} for row in rows]

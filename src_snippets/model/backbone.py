@@ -70,10 +70,6 @@ ALIASES = {  # short names for models of timm
 ATTENTION = {"none": nn.Identity, "se": SEAttention, "cbam": CBAMAttention}
 
 
-class WeightsNotFound(FileNotFoundError):
-    """Initial weights cannot be had; the message says where they were looked for."""
-
-
 def find_weights_file(names, folders=("/kaggle/input",)) -> Path | None:
     """The first file with one of these names below the folders, at any depth."""
     return next((p for folder in folders for name in names for p in Path(folder).rglob(name)), None)
@@ -82,7 +78,7 @@ def find_weights_file(names, folders=("/kaggle/input",)) -> Path | None:
 def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     """Reads a state dict, or that of a checkpoint, without running code from the file."""
     if not Path(path).is_file():
-        raise WeightsNotFound(f"weights={str(path)!r}: no such file, nor imagenet, coco or none.")
+        raise FileNotFoundError(f"weights={str(path)!r}: no such file, nor imagenet, coco or none.")
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -139,7 +135,7 @@ class Backbone(nn.Module):
 def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     """Builds backbone and FPN with the weights of the settings ("coco": see `build_model`).
 
-    Raises WeightsNotFound; ValueError for a file or a model of timm that does not fit.
+    Raises FileNotFoundError; ValueError for a file or a model of timm that does not fit.
     """
     name = ALIASES.get(config.backbone, config.backbone.removeprefix("timm:"))
     weights = config.weights if load_initial else "none"
@@ -166,7 +162,7 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
         if state and (missing := [key for key, value in own.items() if value not in values]):
             raise LookupError(f"{len(missing)} parameters are not in the file: {missing[:3]}")
     except Exception as error:  # timm and the Hugging Face hub raise many types
-        raise (WeightsNotFound if weights == "imagenet" else ValueError)(
+        raise (FileNotFoundError if weights == "imagenet" else ValueError)(
             f"backbone={config.backbone!r}, weights={weights!r}: {error}. Files looked for below "
             f"/kaggle/input: {', '.join(names)}. Attach one of them, turn the internet on, or set "
             "weights to a path; weights='none' starts from random weights."

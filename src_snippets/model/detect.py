@@ -147,6 +147,7 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
         tiles = [image[:, y : y + tall, x : x + wide] for x, y in (corners[k] for k in part)]
         model.transform.fixed_scale = model.transform.scale * view.scale
         images, _ = model.transform([view.apply(pixels.to(device)) for pixels in tiles])
+        model.transform.fixed_scale = None
         extent = origins.new_tensor(images.image_sizes[0][::-1]).repeat(2)
         return images, extent, model.backbone(images.tensors)
 
@@ -212,9 +213,6 @@ def detect(models: Sequence[nn.Module], image: Tensor, config: Config, views=Non
         except Exception as error:
             if not is_out_of_memory(error) or (tile <= MIN_TILE and batch == 1):
                 raise
-        finally:
-            for model in models:
-                model.transform.fixed_scale = None
         free_memory()  # not in the handler, which still holds the tensors that did not fit
         if tile < longest and batch > 1:
             batch //= 2

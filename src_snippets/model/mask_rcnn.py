@@ -24,12 +24,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from src_snippets.model.backbone import (
-    build_backbone,
-    find_weights_file,
-    read_state_dict,
-    WeightsNotFound,
-)
+from src_snippets.model.backbone import build_backbone, find_weights_file, read_state_dict
 from src_snippets.model.heads import BlockMatcher, CellRoIHeads
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config
@@ -103,7 +98,7 @@ def whole_model_state(config: Config) -> dict[str, Tensor] | None:
         return coco.get_state_dict(check_hash=True, weights_only=True)
     except Exception as error:  # downloads fail in many ways
         message = f"weights='coco': no {name} below /kaggle/input and no download ({error})."
-        raise WeightsNotFound(f"{message} Attach it or turn the internet on.") from error
+        raise FileNotFoundError(f"{message} Attach it or turn the internet on.") from error
 
 
 def with_model_settings(config: Config, changes: Mapping) -> Config:
@@ -142,7 +137,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
     load_initial: False leaves random weights, for a checkpoint that is loaded next. Raises
-    WeightsNotFound; ValueError for weights that do not fit or over 200 M trainable parameters.
+    FileNotFoundError; ValueError for weights that do not fit or over 200 M trainable parameters.
     """
     torch.manual_seed(config.seed)
     state = whole_model_state(config) if load_initial else None
