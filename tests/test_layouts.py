@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from unicodedata import normalize
 
+from hypothesis import given, settings, strategies
+from hypothesis.extra.numpy import arrays
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -11,21 +13,25 @@ import pycocotools.mask
 import pytest
 import torch
 
+from src_snippets.data.images import fill_rings
 from src_snippets.data.layouts import (
+    check_axes,
     dataset_roots,
     encode_outline,
     find_dataset,
     find_layout,
     image_files,
+    ImageRecord,
     MAPPING_NAME,
     normal_name,
     open_dataset,
     whole,
 )
 from src_snippets.data.rle import pixel_indices, rle_to_csv
-from src_snippets.data.structures import coco_ground_truth, ground_truth
+from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
+from src_snippets.export.exports import trace_polygons, write_exports
 from src_snippets.setup.config import make_config
-from src_snippets.setup.files import write_json
+from src_snippets.setup.files import BadInput, write_json
 from tests.conftest import real_data, refused, save, write_folder
 
 CONFIG = make_config("demo")
@@ -301,6 +307,94 @@ def test_run_lengths_column_by_column_are_refused(tmp_path, size):
         f"stripes, with runs {size[0]} px apart.*expected {size[1]}", tmp_path / "train.csv"
     ):
         open_dataset(tmp_path, CONFIG).read("a")
+
+
+def field_with_cells(height: int, width: int, contrast: float, seed: int = 0):
+    """A noisy image (H, W, 3) and its 20 cells, bool masks (N, H, W) that do not touch."""
+    rng, masks = np.random.default_rng(seed), []
+    y, x = np.mgrid[:height, :width]
+    places = [(r, c) for r in range(9, height, 16) for c in range(17, width, 16)]
+    for row, column in rng.permutation(places)[:20]:
+        radii = rng.uniform(3, 7, 2)
+        masks.append(((y - row) / radii[0]) ** 2 + ((x - column) / radii[1]) ** 2 < 1)
+    image = rng.normal(120, 10, (height, width)) + contrast * np.any(masks, axis=0)
+    return np.repeat(image.clip(0, 255)[..., None], 3, 2).astype(np.uint8), masks
+
+
+def flat_runs(mask: np.ndarray, order: str) -> list[int]:
+    """First pixel from 0 on and end of each run, counted along rows ("C") or columns ("F")."""
+    return np.flatnonzero(np.diff(mask.ravel(order), prepend=False, append=False)).tolist()
+
+
+def make_field(root: Path, image: np.ndarray, masks, order: str, layout: str) -> Path:
+    """A dataset of one image whose RLEs are counted in an order: "csv" expects C, "coco" F."""
+    (root / "train").mkdir(parents=True)
+    Image.fromarray(image).save(root / "train" / "a.png")
+    if layout == "csv":
+        rows = [np.reshape(flat_runs(m, order), (-1, 2)) for m in masks]
+        lines = [" ".join(f"{a + 1} {b - a}" for a, b in runs) for runs in rows]
+        (root / "train.csv").write_text("id,annotation\n" + "".join(f"a,{x}\n" for x in lines))
+        return root / "train.csv"
+    size = list(image.shape[:2])
+    counts = [np.diff([0, *flat_runs(mask, order), image[..., 0].size]).tolist() for mask in masks]
+    images = [dict(file_name="a.png", id=4, height=size[0], width=size[1])]
+    rows = [square_row(k, segmentation=dict(size=size, counts=c)) for k, c in enumerate(counts)]
+    write_json(coco_content(images=images, annotations=rows), root / "train.json")
+    return root / "train.json"
+
+
+@pytest.mark.parametrize("size", [(96, 96), (96, 120), (120, 96)])
+@pytest.mark.parametrize("layout", ["csv", "coco"])
+def test_runs_counted_along_the_other_axis_are_refused(tmp_path, layout, size):
+    image, masks = field_with_cells(*size, contrast=-60)
+    right, wrong = ("C", "F") if layout == "csv" else ("F", "C")
+    make_field(tmp_path / "right", image, masks, right, layout)
+    dataset = open_dataset(tmp_path / "right", CONFIG)
+    (name,) = dataset.names
+    assert pixels_of(dataset.read(name)) == [np.flatnonzero(mask).tolist() for mask in masks]
+    path = make_field(tmp_path / "wrong", image, masks, wrong, layout)
+    cause = "mirrored at its diagonal" if size == (96, 96) else "are stripes"
+    with refused(f"{cause}.*transpose the masks", path):
+        open_dataset(tmp_path / "wrong", CONFIG).read(name)
+
+
+@pytest.mark.parametrize("layout", ["csv", "coco"])
+@pytest.mark.parametrize("kind", ["invisible", "flat", "few", "symmetric", "lines"])
+def test_cells_that_the_image_does_not_show_are_read(tmp_path, layout, kind):
+    """Nothing is refused where the image says nothing, or shows cells at the mirrored place too."""
+    image, masks = field_with_cells(96, 96, contrast=0 if kind == "invisible" else -60)
+    image = np.full_like(image, 9) if kind == "flat" else image
+    if kind == "few":  # 9 cells where others, not annotated, are seen
+        masks = [mask.T for mask in masks[:9]]
+    if kind == "symmetric":
+        image = np.maximum(image, image.transpose(1, 0, 2))
+    if kind == "lines":  # many pieces of one pixel's height each
+        masks = [mask & (np.indices(mask.shape)[k % 2] % 2 == 0) for k, mask in enumerate(masks)]
+    make_field(tmp_path, image, masks, "C" if layout == "csv" else "F", layout)
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert len(dataset.read(*dataset.names).labels) == len(masks)
+
+
+def test_no_real_cells_are_refused_for_their_axes_and_mirrored_ones_are():
+    dataset, refusals = open_dataset(real_data("dsb2018-csv"), CONFIG), Counter()
+    for name in dataset.names[::4]:
+        sample = dataset.read(name)
+        image, maps = sample.image.numpy(), sample.layers.numpy()
+        owners = range(1, len(sample.labels) + 1)
+        parts = [np.flatnonzero((maps == owner).any(axis=0)) for owner in owners]
+        height, width = sample.size
+        down = [np.sort(pixels % width * height + pixels // width) for pixels in parts]
+        grey = image.mean(axis=0)
+        check_axes(grey, parts, is_down=False)
+        check_axes(grey, parts, is_down=True)
+        if height != width or len(parts) >= 10:
+            refusals["all"] += 1
+            try:
+                check_axes(grey, down, is_down=False)
+            except BadInput:
+                refusals["refused"] += 1
+    assert refusals["all"] > 20
+    assert refusals["refused"] > 0.9 * refusals["all"]
 
 
 def test_csv_with_wells_and_a_sample_submission(tmp_path):
@@ -610,6 +704,26 @@ def test_boxes_as_outlines_are_told(tmp_path, capsys):
         assert (told in capsys.readouterr().out) == is_told
 
 
+@pytest.mark.parametrize(
+    ("places", "size", "is_told"),
+    [
+        (range(1, 92, 4), (300, 400), True),  # in percent
+        (range(1, 92, 4), (180, 400), False),
+        (range(1, 70, 4), (300, 400), False),  # 18: by chance
+        ([*range(1, 92, 4), 98], (300, 400), False),  # up to 101 px
+    ],
+)
+def test_coordinates_in_percent_are_told(tmp_path, capsys, places, size, is_told):
+    height, width = size
+    images = [dict(file_name="a.png", id=4, height=height, width=width)]
+    rows = [square_row(k, shift=place - 1) for k, place in enumerate(places)]
+    make_coco(tmp_path, coco_content(images=images, annotations=rows))
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert ("in percent, as Label Studio" in capsys.readouterr().out) == is_told
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "train" / "a.png")
+    assert len(dataset.read("a.png").labels) == len(places)  # read as they are
+
+
 def test_an_image_that_is_listed_twice_keeps_the_cells_of_both_ids(tmp_path, capsys):
     images = [dict(file_name="a.png", id=k, height=10, width=14) for k in (4, 5)]
     rows = [square_row(0), square_row(1, image_id=5), square_row(2, 3, image_id=5)]
@@ -793,6 +907,214 @@ def test_pairs_of_cellpose_and_stardist(tmp_path, image, labels):
         dataset.read(dataset.names[0])
 
 
+# Pairs of an image and outlines of QuPath
+
+
+def write_geojson(path: Path, features) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(features if isinstance(features, str) else json.dumps(features))
+    return path
+
+
+def outline(*rings, kind=None, **properties) -> dict:
+    """A feature as QuPath writes it; the rings of a Polygon, or of each part of a MultiPolygon."""
+    shape = "MultiPolygon" if isinstance(rings[0][0][0], list) else "Polygon"
+    classified = dict(classification=dict(name=kind, color=[200, 0, 0])) if kind else {}
+    properties = dict(objectType="annotation") | classified | properties
+    geometry = dict(type=shape, coordinates=list(rings))
+    return dict(type="Feature", id="5a", geometry=geometry, properties=properties)
+
+
+def ring(top, left, bottom, right) -> list:
+    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+
+
+def pair_root(root: Path, features, place: str = "train/a.geojson") -> Path:
+    image = root / ("images/a.tif" if "images" in place or "/a" not in place else "train/a.tif")
+    image.parent.mkdir(parents=True, exist_ok=True)
+    save(image, RGB, photometric="rgb")
+    write_geojson(root / place, features)
+    return root
+
+
+def pixels_of(sample) -> list[list[int]]:
+    layers = sample.layers.numpy()
+    owners = range(1, len(sample.labels) + 1)
+    return [np.flatnonzero((layers == i).any(axis=0)).tolist() for i in owners]
+
+
+def block(top, left, bottom, right) -> list[int]:
+    mask = np.zeros((10, 14), bool)
+    mask[top:bottom, left:right] = True
+    return np.flatnonzero(mask).tolist()
+
+
+@pytest.mark.parametrize(
+    ("image", "outlines"),
+    [
+        ("train/a.tif", "train/a.geojson"),
+        ("train/a.png", "train/a.png.geojson"),  # QuPath's name of an image may have its suffix
+        ("train/images/a.png", "train/geojson/a.geojson"),
+        ("images/a.png", "geojson/a.geojson"),
+        ("images/a.tif", "qupath/a.geojson"),
+    ],
+)
+def test_pairs_of_qupath(tmp_path, image, outlines):
+    root = tmp_path / "data"
+    for path in (image, outlines, "test/t.png"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+    for path in (image, "test/t.png", str(Path(image).with_name("alone.png"))):
+        Image.fromarray(RGB).save(root / path)
+    write_geojson(root / outlines, [outline(ring(1, 2, 4, 6)), outline(ring(5, 0, 7, 3))])
+    assert find_dataset(str(tmp_path)) == root
+    dataset = open_dataset(root, make_config("demo", class_names=["x", "y"]))
+    assert (dataset.layout, dataset.categories) == ("pairs", {1: "cell"})
+    assert [Path(name).name for name in dataset.names] == [Path(image).name]
+    sample = dataset.read(dataset.names[0])
+    assert sample.labels.tolist() == [1, 1]
+    assert pixels_of(sample) == [block(1, 2, 4, 6), block(5, 0, 7, 3)]
+    assert [path.name for paths in dataset.left_out.values() for path in paths] == ["alone.png"]
+    (root / "groups.csv").write_text(f"name,group\n{dataset.names[0]},p\n")
+    assert open_dataset(root, CONFIG).groups == {dataset.names[0]: "p"}
+
+
+@pytest.mark.parametrize("wrap", ["collection", "list", "one"])
+def test_outlines_drawn_by_hand_in_qupath(tmp_path, wrap):
+    """A cell with a hole, one in two pieces, points with a third coordinate, half pixels."""
+    first = outline(ring(0, 0, 6, 6), ring(2, 2, 4, 4), kind="tumour", name="a")
+    second = outline([ring(7, 0, 9, 2)], [ring(7, 5, 9, 7)], kind="immune")
+    deep = [[*point, 0.0] for point in ring(0.6, 8.6, 3.4, 11.4)]  # centres 1.5, 2.5 and 9.5, 10.5
+    third = outline(deep, objectType="detection", classification=None)
+    names = dict(names=["tumour", "positive"], color=[1, 2, 3])
+    fourth = outline(ring(8, 9, 12, 30), classification=names)  # cut at the image's border
+    features = [first, second, third, fourth][: 1 if wrap == "one" else 4]
+    content = dict(collection=dict(type="FeatureCollection", features=features), list=features)
+    pair_root(tmp_path, content.get(wrap, first))
+    dataset = open_dataset(tmp_path, CONFIG)
+    sample = dataset.read("a.tif")
+    hole = sorted({*block(0, 0, 6, 6)} - {*block(2, 2, 4, 4)})
+    pieces = sorted(block(7, 0, 9, 2) + block(7, 5, 9, 7))
+    pixels = [hole, pieces, block(1, 9, 3, 11), block(8, 9, 10, 14)]
+    if wrap == "one":
+        assert dataset.categories == {1: "tumour"}
+    else:
+        assert [*dataset.categories.values()] == ["cell", "immune", "tumour", "tumour: positive"]
+        assert sample.labels.tolist() == [3, 2, 1, 4]
+    assert pixels_of(sample) == pixels[: len(features)]
+
+
+def test_outlines_are_filled_by_the_even_odd_rule():
+    star = [[0, 0], [9, 0], [0, 8], [9, 8]]  # crosses itself, not closed
+    filled = np.zeros((8, 9), bool)
+    filled.ravel()[fill_rings([star], 8, 9)] = True
+    y, x = np.mgrid[:8, :9] + 0.5
+    assert np.array_equal(filled, np.abs(x - 4.5) / 4.5 < np.abs(y - 4) / 4)
+    far = ring(-1e8, -1e8, 1e8, 1e8)
+    assert fill_rings([far], 5, 6).tolist() == list(range(30))
+    for nothing in (ring(3, 3, 3, 9), ring(0, 7, 5, 9), ring(1.1, 1.1, 1.4, 9)):
+        assert fill_rings([nothing], 5, 6).tolist() == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays(bool, strategies.tuples(strategies.integers(1, 9), strategies.integers(1, 9))))
+def test_traced_outlines_give_back_their_pixels(pixels):
+    rings = [ring for polygon in trace_polygons(pixels, 2, 3) for ring in polygon]
+    mask = np.zeros((13, 12), bool)
+    mask[2 : 2 + pixels.shape[0], 3 : 3 + pixels.shape[1]] = pixels
+    found = fill_rings(rings, 13, 12) if rings else np.zeros(0, int)
+    assert found.tolist() == np.flatnonzero(mask).tolist()
+
+
+def test_our_own_export_for_qupath_is_read_back(tmp_path):
+    """Two classes, a hole with another cell in it, a cell in two pieces, and then a correction."""
+    masks = np.zeros((4, 40, 50), np.uint8)
+    y, x = np.mgrid[:40, :50]
+    masks[0] = (np.hypot(y - 12, x - 14) < 10) & (np.hypot(y - 12, x - 14) > 4)
+    masks[1] = np.hypot(y - 12, x - 14) < 3
+    masks[2, 25:30, 5:9], masks[2, 31:35, 9:12] = 1, 1
+    masks[3] = np.random.default_rng(0).random((40, 50)) < 0.5
+    masks[3, :, :30] = 0
+    rles = [pycocotools.mask.encode(np.asfortranarray(mask)) for mask in masks]
+    boxes = pycocotools.mask.toBbox(rles).astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    labels, scores = np.array([2, 1, 1, 2]), np.array([0.9, 0.8, 0.7, 0.6], np.float32)
+    found = Instances(boxes, scores, labels, rles, (40, 50))
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "a.png"
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(path)
+    images = [ImageRecord(path, 5, 40, 50)]
+    write_exports({5: found}, images, {5: path}, tmp_path, {3: "T", 7: "B µ"})
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert (dataset.names, dataset.categories) == (["images/a.png"], {1: "B µ", 2: "T"})
+    sample = dataset.read("images/a.png")
+    assert sample.labels.tolist() == [1, 2, 2, 1]
+    assert pixels_of(sample) == [np.flatnonzero(mask).tolist() for mask in masks]
+    assert [len(layer.unique()) - 1 for layer in sample.layers] == [4]
+
+    file = tmp_path / "qupath" / "a.geojson"
+    content = json.loads(file.read_text())
+    content["features"][1]["properties"]["classification"]["name"] = "new"
+    content["features"][2]["geometry"] = dict(type="Polygon", coordinates=[ring(20, 2, 23, 9)])
+    write_geojson(file, content)
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert dataset.categories == {1: "B µ", 2: "T", 3: "new"}
+    sample = dataset.read("images/a.png")
+    assert sample.labels.tolist() == [1, 3, 2, 1]
+    assert pixels_of(sample)[2] == [row * 50 + x for row in (20, 21, 22) for x in range(2, 9)]
+
+
+def test_what_has_no_area_in_geojson_is_counted(tmp_path):
+    cells = [outline(ring(k, 0, k + 1, 3), kind="x") for k in range(8)]
+    point = outline(ring(0, 0, 1, 1), kind="dot") | dict(
+        geometry=dict(type="Point", coordinates=[1.0, 2.0])
+    )
+    line = outline(ring(0, 0, 1, 1)) | dict(
+        geometry=dict(type="LineString", coordinates=[[0, 0], [3, 3]])
+    )
+    region = outline(ring(0, 0, 10, 14), kind="Region*")
+    others = [point, line, outline(ring(30, 30, 32, 32), kind="x"), cells[0]]
+    pair_root(tmp_path, [*cells, *others, region])
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert dataset.categories == {1: "x"}
+    sample = dataset.read("a.tif")
+    assert sample.labels.tolist() == [1] * 8
+    assert {k: n for k, n in sample.left_out.items() if n} == {
+        "outlines without an area (Point)": 1,
+        "outlines without an area (LineString)": 1,
+        "regions that QuPath ignores (Region*)": 1,
+        "annotated twice": 1,
+        "without a pixel in the image (coordinates of another size?)": 1,
+    }
+    write_geojson(tmp_path / "train" / "a.geojson", [cells[0], point])
+    with refused(r"1 of 2 annotations cannot be used: 1 outlines without an area \(Point\)"):
+        open_dataset(tmp_path, CONFIG)
+    write_geojson(tmp_path / "train" / "a.geojson", dict(type="FeatureCollection", features=[]))
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert (dataset.categories, dataset.left_out) == ({1: "cell"}, {})
+    assert len(dataset.read("a.tif").labels) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("{", "cannot be read"),
+        ("5", "cannot be read"),
+        ("{}", "cannot be read"),
+        ([5], "cannot be read"),
+        ([outline(ring(0, 0, 1, 1)) | dict(geometry=dict(type="Polygon"))], "cannot be read"),
+        ([outline([[0, 0], [1, 1]])], "feature 1: expected rings of at least 3 points"),
+        ([outline([[0, 0], [1, 1], [1e99, 3]])], "feature 1: expected rings"),
+        ([outline([[0, 0], [1, 1], [math.nan, 3]])], "feature 1: expected rings"),
+        ([outline([[0, 0], [1, 1], ["x", 3]])], "cannot be read"),
+        ([outline([[0, 0], [1, 1], [1]])], "cannot be read"),
+    ],
+)
+def test_geojson_that_is_refused(tmp_path, content, cause):
+    pair_root(tmp_path, content)
+    with refused(cause, tmp_path / "train" / "a.geojson"):
+        open_dataset(tmp_path, CONFIG)
+
+
 def partition(sample) -> set:
     """Class and pixels of every instance."""
     truth = ground_truth(sample)
@@ -810,6 +1132,73 @@ def test_folders_to_coco_lose_nothing(demo_root, demo_samples, tmp_path):
         again = dataset.read(name)
         assert torch.equal(sample.image, again.image)
         assert partition(sample) == partition(again)
+
+
+# Validation images of the dataset
+
+
+def write_pair(folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RGB).save(folder / f"{name}.png")
+    Image.fromarray(IDS).save(folder / f"{name}_masks.png")
+
+
+def test_validation_folders_of_class_files(tmp_path):
+    root = make_mapping(tmp_path, [ENTRY], "ba")
+    write_folder(root / "valid" / "a", {1: np.eye(12, 16), 2: np.eye(12, 16)})
+    write_folder(root / "valid" / "empty", {})
+    Image.fromarray(RGB).save(root / "valid" / "loose.png")
+    dataset = open_dataset(root, CONFIG)
+    assert dataset.names == ["a", "b", "valid/a", "valid/empty"]
+    assert dataset.validation == ["valid/a", "valid/empty"]
+    samples = [dataset.read(name) for name in dataset.names]
+    assert [len(sample.labels) for sample in samples] == [1, 1, 2, 0]
+    assert [sample.name for sample in samples[::2]] == ["a/image.tif", "valid/a/image.tif"]
+    assert [*dataset.left_out.values()] == [[root / "valid" / "loose.png"]]
+    (root / "groups.csv").write_text("name,group\na,p\nvalid/a,q\n")
+    assert open_dataset(root, CONFIG).groups == {"a": "p", "valid/a": "q"}
+    for path in (root / "groups.csv", *(root / "valid").rglob("class*.tif")):
+        path.unlink()
+    dataset = open_dataset(root, CONFIG)  # images without ground truth
+    assert (dataset.names, dataset.validation) == (["a", "b"], [])
+    assert len(dataset.left_out["images without ground truth, or not listed"]) == 3
+
+
+@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("train", "images/val"), ("", "val")])
+def test_validation_folders_of_pairs(tmp_path, train, val):
+    write_pair(tmp_path / (train or "images"), "a")
+    write_pair(tmp_path / val, "a")
+    Image.fromarray(RGB).save(tmp_path / val / "b.png")
+    write_geojson(tmp_path / val / "b.geojson", [outline(ring(0, 0, 2, 2), kind="x")])
+    Image.fromarray(RGB).save(tmp_path / val / "alone.png")
+    dataset = open_dataset(tmp_path, CONFIG)
+    own, others = [f"{val}/a.png", f"{val}/b.png"], ["a.png" if train else "images/a.png"]
+    assert (dataset.layout, dataset.validation) == ("pairs", own)
+    assert sorted(dataset.names) == sorted(own + others)
+    assert dataset.categories == {1: "cell", 2: "x"}
+    labels = [dataset.read(name).labels.tolist() for name in own + others]
+    assert labels == [[1, 1], [2], [1, 1]]
+    assert [*dataset.left_out.values()] == [[tmp_path / val / "alone.png"]]
+
+
+@pytest.mark.parametrize("listed", ["v", "v.png", "val/v", "val/v.png"])
+def test_validation_images_of_a_table(tmp_path, listed):
+    root = make_csv(tmp_path, f"id,annotation\na,1 1\nval/a,1 2 15 2\n{listed},2 2\n")
+    (root / "val").mkdir()
+    for name in ("a", "v", "alone"):
+        Image.fromarray(RGB).save(root / "val" / f"{name}.png")
+    dataset = open_dataset(root, CONFIG)
+    assert dataset.names == ["a", "val/a", "val/v"]  # a: as written, of train/
+    assert dataset.validation == ["val/a", "val/v"]
+    samples = [dataset.read(name) for name in dataset.names]
+    assert [sample.name for sample in samples] == ["a.png", "val/a.png", "val/v.png"]
+    assert [int((sample.layers > 0).sum()) for sample in samples] == [1, 4, 2]
+    (paths,) = dataset.left_out.values()
+    assert {path.relative_to(root).as_posix() for path in paths} == {"train/b.png", "val/alone.png"}
+    (root / "train.csv").write_text("id,annotation\na,1 1\nb,1 1\n")
+    dataset = open_dataset(root, CONFIG)
+    assert (dataset.names, dataset.validation) == (["a", "b"], [])
+    assert len(*dataset.left_out.values()) == 3
 
 
 # Images alone, real data

@@ -1,20 +1,23 @@
-"""Images and instance maps from files; one training folder as a `CellSample`."""
+"""Images, instance maps and outlines from files; one training folder as a `CellSample`."""
 
 # %%
 # @title Read images: tifffile for TIFF, Pillow for the others
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+import json
 from math import prod
 from pathlib import Path
 import re
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from scipy import ndimage
 import skimage
 from tifffile import TiffFile
 import torch
 
+from src_snippets.data.rle import csv_to_pixels, pixel_indices, run_pixels
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.files import BadInput
 
@@ -103,16 +106,11 @@ def decode_tiff(path: Path) -> tuple:
             same = values.dtype == page.dtype and values.size == prod(page.shape)
             require(same and kind in readable, f"{error}, and Pillow fails. Install imagecodecs.")
         alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
-        lossy = page.compression.name[:4] in ("JPEG", "WEBP")
-        return (
-            values,
-            kind,
+        lossy, palette = (
+            page.compression.name[:4] in ("JPEG", "WEBP"),
             getattr(page, "colormap", None),
-            alpha,
-            lossy,
-            page.bitspersample,
-            orientation,
         )
+        return values, kind, palette, alpha, lossy, page.bitspersample, orientation
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -184,7 +182,7 @@ def read_pixel_size(path: Path) -> float:
 
 
 # %%
-# @title Read instance maps and training folders
+# @title Read instance maps, outlines and training folders
 # Pixels of instances: row-major offsets (K,) int64, ids (K,) ints from 1 on, size (H, W), and how
 # many stray pieces were left out
 InstanceMap = namedtuple("InstanceMap", "pixels ids size strays")
@@ -197,20 +195,13 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     rod of 12:1: 2). Where all are so, pieces need not be told apart. A piece that is farther and
     below a tenth of an id's largest is a stray.
     """
-    ids = values.ravel()[pixels]
-    starts = np.diff(pixels, prepend=-2) != 1
-    starts |= (np.diff(ids, prepend=ids[:1]) != 0) | (pixels % max(values.shape[1], 1) == 0)
-    starts = np.flatnonzero(starts)  # of runs of one id in a row
-    lengths = np.diff(starts, append=len(pixels))
-    unique, index = np.unique(ids[starts], return_inverse=True)
-    areas, count = np.bincount(index, lengths), len(unique)
-    top, left = np.divmod(pixels[starts], max(values.shape[1], 1))
-    middle_y = (np.bincount(index, top * lengths) / areas)[index]
-    middle_x = (np.bincount(index, (left + (lengths - 1) / 2) * lengths) / areas)[index]
-    reach = np.maximum(np.abs(left - middle_x), np.abs(left + lengths - 1 - middle_x))
-    distance = (reach**2 + (top - middle_y) ** 2) / 4
-    far = distance > areas[index]
-    if not far.any() and 20 * areas.max(initial=0) <= values.size:
+    unique, owners = np.unique(values.ravel()[pixels], return_inverse=True)
+    areas, count = np.bincount(owners), len(unique)
+    distances = np.zeros(len(pixels))  # squared, in units of 2 px
+    for places in np.divmod(pixels, max(values.shape[1], 1)):
+        centres = np.bincount(owners, places) / areas
+        distances += (places - centres[owners]) ** 2 / 4
+    if (distances <= areas[owners]).all() and 20 * areas.max(initial=0) <= values.size:
         return pixels, 0
     border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
     name = unique[areas.argmax()]
@@ -218,36 +209,40 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
         holes = ndimage.label(values != name)[1]  # up to four: the corners beside a large cell
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
-    numbers = np.searchsorted(unique, values, "right") * (values != 0)
-    pieces = skimage.measure.label(numbers, connectivity=2)
-    pieces = pieces.ravel()[pixels[starts]] - 1  # of each run
-    sizes, owner = np.bincount(pieces, lengths), np.zeros(pieces.max() + 1, int)
-    owner[pieces] = index
-    largest = np.zeros(count)
-    np.maximum.at(largest, owner, sizes)
-    small = 10 * sizes < largest[owner]
-    per_id = np.bincount(owner[~small], minlength=count)
+    numbers = np.zeros(values.shape, np.int64)
+    numbers.flat[pixels] = owners + 1
+    pieces = skimage.measure.label(numbers, connectivity=2).flat[pixels]
+    table = pd.DataFrame(dict(id=owners, piece=pieces, distance=distances))
+    parts = table.groupby("piece").agg(
+        id=("id", "first"), size=("id", "size"), far=("distance", "max")
+    )
+    small = 10 * parts["size"] < parts.groupby("id")["size"].transform("max")
+    large = parts[~small].groupby("id")["far"].agg(["size", "max"])
     # a cell that others cover in part may be little and far, but no farther than a whole cell
-    apart = distance > np.maximum(areas[index], np.percentile(areas, 90))
-    apart = (np.bincount(index, apart & ~small[pieces]) > 0) & (per_id > 1)
-    parts = len(sizes) if count > 5 else per_id.sum()
-    found = f"{count} ids in {parts} pieces, {apart.sum()} ids far apart; expected an id per cell."
-    instances = parts <= 3 * count and apart.sum() <= min(count / 2, max(2, count / 20))
+    apart = (large["size"] > 1) & (large["max"] > np.maximum(areas, np.percentile(areas, 90)))
+    total = len(parts) if count > 5 else large["size"].sum()
+    found = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
+    instances = total <= 3 * count and apart.sum() <= min(count / 2, max(2, count / 20))
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
     require(instances, f"{found} Is it {causes} {help_text}")
-    stray = small & (np.bincount(pieces, far) > 0)
-    return pixels[np.repeat(~stray[pieces], lengths)], int(stray.sum())
+    strays = small & (parts["far"] > areas[parts["id"]])
+    return pixels[~strays[pieces].to_numpy()], int(strays.sum())
 
 
-def read_instance_map(path: Path) -> InstanceMap:
-    """Read a class file: pixel = instance id, 0 = background. Raises BadInput."""
+def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> InstanceMap:
+    """Read a class file: pixel = instance id, 0 = background. Raises BadInput.
+
+    size: H, W of its image.
+    """
     with name_file(path):
         values, _, _, _, lossy, _ = decode(path)
         require(not lossy, "JPEG or WebP, which changes ids. Save it without loss.")
         found = f"shape {values.shape}, {values.dtype}"
         known = values.ndim == 2 and values.dtype.kind in "buif"
         require(known, f"{found}; expected (H, W) with one instance id per pixel.")
+        expected = f"expected {size} as of image beside it"
+        require(size in (None, values.shape), f"{values.shape} (H, W); {expected}.")
         pixels = np.flatnonzero(values)  # NaN is one of them
         ids = values.ravel()[pixels]
         wrong = ids[(np.floor(ids) != ids) | (ids < 0) | (ids >= 2.0**63)]
@@ -258,13 +253,59 @@ def read_instance_map(path: Path) -> InstanceMap:
         return InstanceMap(pixels, ids.astype(dtype), values.shape, strays)
 
 
+def read_geojson(path: Path) -> list[tuple]:
+    """Read the outlines that QuPath exports: kind, shape, number, reason each. Raises BadInput."""
+    with name_file(path):
+        content, rows = json.loads(path.read_text(encoding="utf-8-sig")), []
+        features = content if isinstance(content, list) else content.get("features", [content])
+        for number, feature in enumerate(features, start=1):
+            kind = (feature.get("properties") or {}).get("classification") or {}
+            name = str(kind.get("name") or ": ".join(kind.get("names", ["cell"])))  # or derived
+            form = feature["geometry"] or {"type": "nothing"}
+            polygons = form["coordinates"] if form["type"] in ("Polygon", "MultiPolygon") else []
+            polygons = [polygons] if form["type"] == "Polygon" else polygons
+            rings = [ring for polygon in polygons for ring in polygon]
+            rings = [np.asarray(ring, float)[:, :2] for ring in rings]  # without z
+            valid = all(len(ring) > 2 and np.abs(ring).max() < 1e9 for ring in rings)
+            require(valid, f"feature {number}: expected rings of at least 3 points x, y.")
+            reason = "" if rings else f"outlines without an area ({form['type']})"
+            reason = f"regions that QuPath ignores ({name})" if name.endswith("*") else reason
+            shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
+            rows.append((name, shape, number, reason))
+    return rows
+
+
+def fill_rings(rings: list, height: int, width: int) -> np.ndarray:
+    """(A,) int64, ascending row-major offsets of the pixels with centres inside rings of [x, y] px.
+
+    Even-odd rule: a ring in another one is a hole, and edges along pixels give back their mask.
+    """
+    edges = np.concatenate([np.c_[ring, np.roll(ring, -1, axis=0)] for ring in rings])
+    x1, y1, x2, y2 = edges[edges[:, 1] != edges[:, 3]].T
+    first, stop = np.ceil(np.clip(np.sort([y1, y2], axis=0) - 0.5, 0, height)).astype(int)
+    rows, edge = run_pixels(first, stop), np.repeat(np.arange(len(first)), stop - first)
+    slopes = (x2 - x1) / (y2 - y1)
+    columns = np.ceil(x1[edge] + (rows + 0.5 - y1[edge]) * slopes[edge] - 0.5)
+    bounds = rows * width + np.clip(columns, 0, width).astype(int)
+    return run_pixels(*np.sort(bounds).reshape(-1, 2).T)
+
+
+def shape_pixels(shape, height: int, width: int) -> np.ndarray:
+    """(A,) int64, row-major offsets of the pixels of CSV text, JSON text of rings or a COCO RLE."""
+    if isinstance(shape, dict):
+        return pixel_indices(shape)
+    if shape.startswith("["):
+        return fill_rings(json.loads(shape), height, width)
+    return csv_to_pixels(shape, height * width)
+
+
 def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> CellSample:
     """Read `image.tif` and `class1.tif` .. of a folder; ids may restart in each and have gaps.
 
     Without `overlaps` a pixel that two classes claim belongs to the first. Raises BadInput where a
     file is missing, unknown or broken, or sizes differ.
     """
-    known, strays = {f"class{k}.tif": k for k in range(1, num_classes + 1)}, []
+    known = {f"class{k}.tif": k for k in range(1, num_classes + 1)}
     with name_file(folder):
         names = sorted(path.name for path in folder.iterdir())
         require("image.tif" in names, f"no image.tif, but {', '.join(names[:5]) or 'nothing'}.")
@@ -273,17 +314,9 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
         expected = f"expected class1.tif .. class{num_classes}.tif: rename it or set class_names"
         require(not unknown, f"{unknown} is no known class; {expected}.")
     path = folder / "image.tif"
-    image = read_image(path)
-
-    def read_classes():  # one class file in memory at a time
-        for name in filter(names.__contains__, known):
-            pixels, ids, size, stray = read_instance_map(folder / name)
-            strays.append(stray)
-            with name_file(folder / name):
-                expected = f"expected {image.shape[1:]} as of image.tif beside it"
-                require(size == image.shape[1:], f"{size} (H, W); {expected}.")
-            yield pixels, ids, known[name]
-
-    packed = pack_layers(read_classes(), image.shape[1:], overlaps)
-    left_out = {"stray pieces": sum(strays)} if any(strays) else {}
+    image, there = read_image(path), [name for name in known if name in names]
+    maps = {known[name]: read_instance_map(folder / name, image.shape[1:]) for name in there}
+    parts = [(found.pixels, found.ids, label) for label, found in maps.items()]
+    packed = pack_layers(parts, image.shape[1:], overlaps)
+    left_out = {"stray pieces": sum(found.strays for found in maps.values())}
     return CellSample(torch.from_numpy(image), *packed, f"{folder.name}/image.tif", left_out, path)

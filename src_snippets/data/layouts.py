@@ -4,9 +4,10 @@
 # ### Find the dataset
 # Five layouts are known by where their ground truth is: `class1.tif ..` beside each
 # `train/<name>/image.tif`; `train.csv` with an RLE per row; `train.json`, COCO polygons or RLEs;
-# label images as Cellpose and StarDist keep them, `train/a_masks.tif` beside `train/a.tif` or
-# `masks/a.tif` for `images/a.tif`; nowhere, images alone for `CHECKPOINTS` to predict. Each becomes
-# a `CellDataset`. The trap: results carry the dataset's own ids, labels are always 1..C.
+# label images as Cellpose and StarDist keep them or GeoJSON of QuPath, `train/a_masks.tif` or
+# `train/a.geojson` beside `train/a.tif`, `masks/a.tif` for `images/a.tif`; nowhere, images alone
+# for `CHECKPOINTS` to predict. Each becomes a `CellDataset`. The trap: results carry the dataset's
+# own ids, labels are always 1..C.
 
 # %%
 # @title Find a dataset and the files of its parts
@@ -14,7 +15,7 @@ from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from csv import field_size_limit
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 import json
 from pathlib import Path
@@ -32,13 +33,16 @@ import torch
 from src_snippets.data.images import (
     name_file,
     read_cell_folder,
+    read_geojson,
     read_image,
     read_instance_map,
     require,
+    shape_pixels,
 )
-from src_snippets.data.rle import crop_mask, csv_to_pixels, decode_runs, mask_areas, pixel_indices
+from src_snippets.data.rle import crop_mask, decode_runs, mask_areas
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import Config
+from src_snippets.setup.files import BadInput
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
@@ -82,8 +86,7 @@ class CellDataset:
 
 def image_files(folder: Path) -> list[Path]:
     """The images directly in a folder, by name."""
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
+    return [p for p in sorted(folder.glob("[!.]*")) if p.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def find_part(root: Path, part: str, patterns: Sequence[str]) -> Path | None:
@@ -93,13 +96,15 @@ def find_part(root: Path, part: str, patterns: Sequence[str]) -> Path | None:
 
 
 def find_pairs(folder: Path) -> dict[Path, Path]:
-    """The label image of each image that has one, as Cellpose and StarDist keep them."""
+    """The GeoJSON of QuPath, else the label image of Cellpose or StarDist, by image."""
     images = image_files(folder / "images") or image_files(folder)
     apart = image_files(folder / "masks") or image_files(folder / "labels")
     beside = [path for path in images if LABEL_END.search(path.stem)]
     labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
+    places = (sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", ""))
+    labels |= {path.stem: path for path in next(filter(None, places), [])}
     images = [path for path in images if path not in beside]
-    named = {name: p for p in images for name in (p.stem, p.stem.removesuffix("_img"))}
+    named = {name: p for p in images for name in (p.name, p.stem, p.stem.removesuffix("_img"))}
     return {path: labels[name] for name, path in named.items() if name in labels}
 
 
@@ -124,8 +129,7 @@ def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
     """The folders, at most six levels down, with a dataset, or test images and their mapping."""
     if find_layout(folder) != "images":
         return [folder]
-    paths = sorted(folder.iterdir()) if folder.is_dir() and depth else []
-    below = [path for path in paths if path.is_dir() and path.name[0] != "."]
+    below = [path for path in sorted(folder.glob("[!.]*")) if depth and path.is_dir()]
     return [root for path in below for root in dataset_roots(path, depth - 1)]
 
 
@@ -144,21 +148,35 @@ def find_dataset(data: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Path 
     if others := ", ".join(map(str, roots[1:])):
         print(f"Several datasets found, {roots[0]} is used; set DATA for another: {others}")
     for folder in [] if roots else folders:
-        paths = sorted(folder.iterdir()) if folder.is_dir() else []
-        names = [p.name for p in paths if p.name[0] != "." and p.name not in NO_UPLOADS]
+        names = [p.name for p in sorted(folder.glob("[!.]*")) if p.name not in NO_UPLOADS]
         if data or names:
             kind = "nothing" if folder.is_dir() else "a file" if folder.is_file() else "no folder"
             raise FileNotFoundError(
                 f"No dataset in {folder}, but {', '.join(names[:5]) or kind}. Expected train/ and "
-                "its ground truth (class1.tif in its folders, train.csv, train.json, a_masks.tif), "
-                "at most six levels down; or DATA naming a folder of images, such as .tif or .png."
-                " Unpack archives, correct DATA, or set it to 'demo'."
+                "its ground truth (class1.tif in its folders, train.csv, train.json, a_masks.tif, "
+                "a.geojson), at most six levels down; or DATA naming a folder of images, such as "
+                ".tif or .png. Unpack archives, correct DATA, or set it to 'demo'."
             )
     return roots[0] if roots else None
 
 
+def list_left_out(root: Path, folders: Iterable[Path], used: set[Path]) -> dict[str, list[Path]]:
+    """List the files below `folders`, folders of `root`, that are not used, by reason."""
+    left_out = defaultdict(list)
+    for path in sorted({path for folder in folders for path in folder.rglob("*.*")} - used):
+        suffix, is_hidden = path.suffix.lower(), "/." in f"/{path.relative_to(root).as_posix()}"
+        reason = "images without ground truth, or not listed"
+        if suffix not in IMAGE_SUFFIXES:
+            reason = "files of another kind"
+        elif OUTPUT_END.search(path.stem):
+            reason = "label images and outputs of Cellpose or StarDist"
+        if path.is_file() and not is_hidden and suffix not in TEXT_SUFFIXES:
+            left_out[reason].append(path)
+    return dict(left_out)
+
+
 # %%
-# @title Read tables and lists of images; match names with files
+# @title Read tables and lists of images; open a CSV dataset
 def require_rows(table: pd.DataFrame, valid: pd.Series, expected: str) -> None:
     """Raise BadInput with the number of rows that are not valid and the first three of them."""
     wrong = table[~valid]
@@ -189,28 +207,30 @@ def normal_name(name: str) -> str:
     return normalize("NFC", unquote(name)).replace("\\", "/").split("/")[-1].casefold()
 
 
-def match_images(folder: Path, names: Iterable[str], source: Path) -> dict[str, Path]:
-    """Find the images below `folder` that `source` lists, with suffix or without. Raises BadInput.
+def match_images(folders: Sequence[Path], names: Iterable[str], source: Path) -> dict[str, Path]:
+    """Find the images below `folders` that `source` lists, with suffix or without. Raises BadInput.
 
-    A name that is not there as it is written is that of the one image with its `normal_name`.
+    A name is that of the first folder with such a path, else of the one image with `normal_name`.
     """
-    by_name, matches, changed = defaultdict(list), {}, []
-    for path in sorted(folder.rglob("*.*")):
+    by_name, matches, changed = defaultdict(set), {}, []
+    for path in (path for folder in folders for path in folder.rglob("*.*")):
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            for name in {normal_name(path.name), normal_name(path.stem)}:
-                by_name[name].append(path)
+            by_name[normal_name(path.name)].add(path)
+            by_name[normal_name(path.stem)].add(path)
     for name in dict.fromkeys(names):
         paths = by_name[normal_name(name)]
-        written = [p for p in paths if p in (folder / name, folder / f"{name}{p.suffix}")]
-        matches[name] = written or paths
-        changed += [] if written else [name]
+        starts = [folder / name for folder in (*folders, folders[0].parent)]
+        written = ([p for p in paths if q in (p, p.with_suffix(""))] for q in starts)
+        matches[name] = next(filter(None, written), paths)
+        changed += [name] if matches[name] is paths else []
     with name_file(source):
         wrong = [name for name, paths in matches.items() if len(paths) != 1]
         found = f"{wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several files"
-        require(not wrong, f"{found} in {folder}. Add the image or correct the name.")
+        require(not wrong, f"{found} in {folders[0]}. Add the image or correct the name.")
+    found = {name: path for name, (path,) in matches.items()}
     for name in changed[:1]:
-        print(f"{source}: {len(changed)} names differ on disk: {name!r} is {matches[name][0]}")
-    return {name: path for name, (path,) in matches.items()}
+        print(f"{source}: {len(changed)} names differ on disk: {name!r} is {found[name]}")
+    return found
 
 
 def read_image_list(path: Path, folder: Path) -> tuple[dict, list[ImageRecord]]:
@@ -226,7 +246,7 @@ def read_image_list(path: Path, folder: Path) -> tuple[dict, list[ImageRecord]]:
         valid &= table["file_name"].map(lambda name: isinstance(name, str) and name != "")
         require_rows(table, valid, "a file_name and whole id, height and width")
         require_rows(table, ~numbers["id"].duplicated(keep=False), "each id once")
-    paths = match_images(folder, table["file_name"], path)
+    paths = match_images([folder], table["file_name"], path)
     rows = zip(table["file_name"], numbers.astype(int).to_numpy().tolist(), strict=True)
     return content, [ImageRecord(paths[name], *row) for name, row in rows]
 
@@ -254,8 +274,46 @@ def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
     return groups
 
 
+def number_classes(table: pd.DataFrame) -> dict[int, str]:
+    """Number the kinds of a table of annotations that have a shape; its labels, 0 for others."""
+    kinds = sorted({*table["kind"][table["shape"] != ""]}) or ["cell"]
+    labels = table["kind"].map({name: label for label, name in enumerate(kinds, start=1)})
+    table["label"] = labels.fillna(0).astype(int)
+    return dict(enumerate(kinds, start=1))
+
+
+def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
+    """Open `train.csv`, a row per instance. Raises BadInput.
+
+    Returns:
+        its path; `ImageRecord` by path; a table of annotations: path, label (-k for a crowd), shape
+        (see `shape_pixels`), number, reason to leave it out; categories; groups and validation
+        part by path.
+    """
+    path, texts = root / "train.csv", ("height", "width", "cell_type")
+    table = read_table(path, {"id", "annotation"})
+    table = table.assign(**{key: "" for key in (*texts, "sample_id") if key not in table})
+    paths = match_images([train, val] if val else [train], table["id"], path)
+    empty = table["annotation"].str.strip().isin(["", "-1"])  # -1: as in submissions
+    unnamed = table["cell_type"] == ""
+    table = table.assign(number=table.index + 2, reason="", path=table["id"].map(paths))
+    table["shape"] = table["annotation"].mask(empty, "")
+    table["kind"] = table["cell_type"].mask(unnamed, "cell")
+    sizes = table[["height", "width"]].apply(whole).assign(path=table["path"])
+    sizes = sizes.dropna().drop_duplicates()
+    with name_file(path):
+        require_rows(sizes, ~sizes["path"].duplicated(keep=False), "one size for each image")
+        valid = ~unnamed | empty | unnamed[~empty].all()
+        require_rows(table[["id", *texts]], valid, "a cell_type in each row or in none")
+    sizes = {image: (int(height), int(width)) for height, width, image in sizes.to_numpy()}
+    records = {im: ImageRecord(im, 0, *sizes.get(im, (0, 0))) for im in paths.values()}
+    wells = table[table["sample_id"] != ""]  # of Sartorius
+    groups = dict(zip(wells["path"], wells["sample_id"], strict=True))
+    return path, records, table, number_classes(table), groups, set()
+
+
 # %%
-# @title Read annotations: COCO and CSV
+# @title Read annotations: COCO and pairs
 NO_OUTLINE = "without an outline (boxes only)"
 SHORT = "polygons of fewer than 3 points"
 OUTSIDE = "without a pixel in the image (coordinates of another size?)"
@@ -303,27 +361,26 @@ def find_brush_masks(table: pd.DataFrame) -> pd.Index:
     return pieces.index[pieces == 1]
 
 
-def open_coco(root: Path) -> tuple:
+def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
     """Open the COCO files of the training and, below its folder, the validation part.
 
     Raises BadInput; see `open_csv` for what comes out.
     """
-    records, validation, rows, kinds, listed = {}, [], [], [], 0
+    records, validation, rows, kinds, listed = {}, set(), [], [], 0
     source = find_part(root, "train", COCO_FILES)
     for part in ("train", "val"):
         path, folder = (find_part(root, part, names) for names in (COCO_FILES, COCO_FOLDERS))
         if path and folder:
             content, images = read_image_list(path, folder)
-            above = folder if part == "train" else folder.parent
-            names = {str(im.image_id): im.path.relative_to(above).as_posix() for im in images}
-            records |= dict(zip(names.values(), images, strict=True))
-            validation += sorted({*names.values()}) if part == "val" else []
+            paths = {str(image.image_id): image.path for image in images}
+            records |= {image.path: image for image in images}
+            validation |= {*paths.values()} if part == "val" else set()
             own, categories = content.get("annotations"), content.get("categories")
             own = list(own.values()) if isinstance(own, dict) else own  # by id: LIVECell
             with name_file(path):
                 valid = isinstance(own, list) and isinstance(categories, list)
                 require(valid, "expected lists of images, annotations and categories.")
-                rows += [row | dict(name=names.get(str(row.get("image_id")))) for row in own]
+                rows += [row | dict(path=paths.get(str(row.get("image_id")))) for row in own]
             kinds, listed = kinds + categories, listed + len(images)
     if again := listed - len(records):
         print(f"{source}: {again} images are listed again; their annotations are joined")
@@ -334,16 +391,16 @@ def open_coco(root: Path) -> tuple:
         valid = kinds[["id", "name"]].notna().all(axis=1) & ~kinds["id"].duplicated(keep=False)
         require_rows(kinds, valid, "categories with a name and a whole id, each once")
         kinds = kinds.astype({"id": int, "name": str})
-        columns = ["id", "image_id", "category_id", "iscrowd", "name", "segmentation"]
+        columns = ["id", "image_id", "category_id", "iscrowd", "path", "segmentation"]
         table = pd.DataFrame(rows, columns=columns).rename(columns={"id": "number"})
         table["kind"], table["crowd"] = whole(table["category_id"]), table["iscrowd"].isin([1, "1"])
-        valid = table["name"].notna() & table["kind"].isin(kinds["id"])
+        valid = table["path"].notna() & table["kind"].isin(kinds["id"])
         valid &= table["crowd"] | table["iscrowd"].isna() | table["iscrowd"].isin([0, "0"])
         require_rows(table, valid, "annotations of listed images and categories, iscrowd 0 or 1")
         outlines, wrong = [], []
         for row in table.itertuples():
             try:
-                outlines.append(encode_outline(row.segmentation, *records[row.name][2:]))
+                outlines.append(encode_outline(row.segmentation, *records[row.path][2:]))
             except Exception as error:  # pycocotools raises many types
                 wrong.append(f"annotation {row.number}: {error}")
         require(not wrong, f"{len(wrong)} of {len(table)} annotations: {'; '.join(wrong[:3])}")
@@ -353,10 +410,15 @@ def open_coco(root: Path) -> tuple:
         print(f"{source}: {len(cells)} of {len(table)} annotations have iscrowd 1 but are in one")
         print("piece of a cell's size, as CVAT writes brush masks: they are read as cells")
     rles = [rle for rle in table["shape"] if rle]
-    sides = pycocotools.mask.toBbox(rles)[:, 2:] if rles else np.zeros((0, 2))
-    boxes = int((mask_areas(rles) == sides.prod(axis=1)).sum())
+    left, top, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
+    boxes = int((mask_areas(rles) == width * height).sum())
     if boxes >= 10 and 2 * boxes > len(rles):
         print(f"WARNING: {source}: {boxes} of {len(rles)} outlines are upright boxes, not cells?")
+    is_large = min((min(rle["size"]) for rle in rles), default=0) >= 200
+    is_percent = is_large and max(*(left + width), *(top + height)) <= 100
+    if len(rles) >= 20 and is_percent and table["segmentation"].map(type).eq(list).all():
+        print(f"WARNING: {source}: all polygons are within 100 px of the images' first corner. Are")
+        print("they in percent, as Label Studio writes them? Export pixels.")
     groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)
@@ -367,37 +429,16 @@ def open_coco(root: Path) -> tuple:
     return source, records, table, categories, {}, validation
 
 
-def open_csv(root: Path) -> tuple:
-    """Open `train.csv`, a row per instance. Raises BadInput.
-
-    Returns:
-        its path; `ImageRecord` by name; a table of annotations: name, label (-k for a crowd), shape
-        (CSV text or RLE), number, reason to leave it out; categories; groups; validation names.
-    """
-    path, folder, texts = root / "train.csv", root / "train", ("height", "width", "cell_type")
-    table = read_table(path, {"id", "annotation"})
-    table = table.assign(**{key: "" for key in (*texts, "sample_id") if key not in table})
-    paths = match_images(folder, table["id"], path)
-    names = {p: p.relative_to(folder).with_suffix("").as_posix() for p in paths.values()}
-    table = table.assign(number=table.index + 2, reason="")
-    table["path"], unnamed = table["id"].map(paths), table["cell_type"] == ""
-    empty = table["annotation"].str.strip().isin(["", "-1"])  # -1: as in submissions
-    table["name"], table["shape"] = table["path"].map(names), table["annotation"].mask(empty, "")
-    sizes = table[["height", "width"]].apply(whole).assign(path=table["path"])
-    sizes = sizes.dropna().drop_duplicates()
-    with name_file(path):
-        require_rows(sizes, ~sizes["path"].duplicated(keep=False), "one size for each image")
-        valid = ~unnamed | empty | unnamed[~empty].all()
-        require_rows(table[["id", *texts]], valid, "a cell_type in each row or in none")
-    sizes = {path: (int(height), int(width)) for height, width, path in sizes.to_numpy()}
-    records = {name: ImageRecord(p, 0, *sizes.get(p, (0, 0))) for p, name in names.items()}
-    kinds = table["cell_type"].mask(unnamed, "cell")
-    categories = dict(enumerate(sorted({*kinds[~empty]}) or ["cell"], start=1))
-    labels = kinds.map({name: label for label, name in categories.items()})
-    table["label"] = labels.fillna(0).astype(int)  # 0: no annotation
-    wells = table[table["sample_id"] != ""]  # of Sartorius
-    groups = dict(zip(wells["name"], wells["sample_id"], strict=True))
-    return path, records, table, categories, groups, []
+def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
+    """Open images with a label image, all of class "cell", or GeoJSON each; see `open_csv`."""
+    pairs, rows = find_pairs(train) | (find_pairs(val) if val else {}), []
+    for image, path in pairs.items():
+        is_json = path.suffix == ".geojson"
+        found = read_geojson(path) if is_json else [("cell", path, 1, "")]
+        rows += [(image, *row) for row in found]
+    table = pd.DataFrame(rows, columns=["path", "kind", "shape", "number", "reason"])
+    records = {image: ImageRecord(image, 0, 0, 0) for image in pairs}
+    return train, records, table, number_classes(table), {}, set()
 
 
 # %%
@@ -416,58 +457,73 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
         require(3 * lost.sum() <= len(table), f"{found} {expected}")
     keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
     table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
-    rows = {name: [] for name in sorted(names)}
+    rows = {name: [] for name in names}
     for name, *row in table[["name", "label", "shape", "number", "reason"]].itertuples(index=False):
         rows[name].append(row)
     return rows
 
 
-def check_run_order(pixels: np.ndarray, height: int, width: int) -> None:
-    """Raise BadInput where the runs of cells, row-major offsets, go down the columns instead."""
-    steps = np.diff(pixels[np.flatnonzero(np.diff(pixels, prepend=-2) != 1)])  # between starts
-    step = np.median(steps[steps > 0]) if len(steps) >= 20 else width
-    found = f"cells are stripes, with runs {step:.0f} px apart, the height of the image"
-    wrong = abs(step - height) < abs(step - width) / 4
-    require(not wrong, f"{found}; expected {width}, row by row. Transpose the masks.")
+def check_axes(grey: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) -> None:
+    """Raise BadInput where rows and columns of instances are exchanged.
+
+    They are stripes then, with runs as far apart as the image's other side is long. In a square
+    image they are mirrored at its diagonal and fit its brightness less than if mirrored back.
+
+    Args:
+        grey: (H, W); parts: row-major offsets; is_down: their RLEs go down the columns.
+    """
+    height, width = grey.shape
+    if is_down:
+        parts = [np.sort(pixels % width * height + pixels // width) for pixels in parts]
+        grey, height, width = grey.T, width, height
+    steps = np.concatenate([np.diff(run[np.diff(run, prepend=-2) != 1]) for run in parts])
+    step = np.median(steps) if len(steps) >= 20 else width
+    found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
+    help_text = "CSV counts row by row, COCO column by column: transpose the masks."
+    require(abs(step - height) >= abs(step - width) / 4, f"{found}. {help_text}")
+    if height == width and len(parts) >= 10:
+        inside, contrast = np.zeros(grey.shape), grey - grey.mean()
+        inside.flat[np.concatenate(parts)] = 1
+        inside -= inside.mean()
+        fit, mirrored = (abs((contrast * mask).sum()) for mask in (inside, inside.T))
+        limit = grey.std() * (inside**2).sum()  # one standard deviation brighter than the rest
+        found = "cells fit the image only if mirrored at its diagonal"
+        require(mirrored <= max(3 * fit, limit), f"{found}. {help_text}")
 
 
 def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> CellSample:
-    """Read an image of a CSV or COCO file, see `rows_by_name`. Raises BadInput."""
+    """Read an image and its annotations, see `rows_by_name`. Raises BadInput."""
     image, parts, wrong = read_listed(records[name], source), [], []
+    left_out = Counter(reason for *_, reason in rows[name] if reason)
     for label, shape, number, _ in [row for row in rows[name] if row[1]]:
         try:
-            is_csv = isinstance(shape, str)
-            pixels = csv_to_pixels(shape, image[0].size) if is_csv else pixel_indices(shape)
-            parts.append((pixels, np.ones(len(pixels), np.int64), label))
+            if isinstance(shape, Path):
+                pixels, ids, _, left_out["stray pieces"] = read_instance_map(shape, image.shape[1:])
+            else:
+                pixels = shape_pixels(shape, *image.shape[1:])
+                ids = np.ones(len(pixels), np.int64)
+                left_out.update([] if len(pixels) else [OUTSIDE])
+            parts.append((pixels, ids, label))
+        except BadInput:
+            raise
         except ValueError as error:
             wrong.append(f"annotation {number}: {error}")
     with name_file(f"{source}, {name}"):
         require(not wrong, f"{len(wrong)} of {len(rows[name])} rows: {'; '.join(wrong[:3])}")
-        if parts and source.suffix == ".csv":
-            check_run_order(np.concatenate([pixels for pixels, *_ in parts]), *image.shape[1:])
+        if parts and source.suffix in (".csv", ".json"):
+            masks, is_down = [pixels for pixels, *_ in parts], source.suffix == ".json"
+            check_axes(image.mean(axis=0), masks, is_down)
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
     packed = pack_layers(parts, image.shape[1:], overlaps)
     file_name = Path(name).with_name(records[name].path.name).as_posix()
-    left_out = Counter(reason for *_, reason in rows[name] if reason)
-    image = torch.from_numpy(image)
-    return CellSample(image, *packed, file_name, left_out, records[name].path)
+    image, path = torch.from_numpy(image), records[name].path
+    return CellSample(image, *packed, file_name, left_out, path)
 
 
-def read_pair(pairs: Mapping[str, tuple], name: str) -> CellSample:
-    """Read an image and its label image, all of class 1. Raises BadInput, also for other sizes."""
-    path, labels = pairs[name]
-    image, found = read_image(path), read_instance_map(labels)
-    with name_file(labels):
-        expected = f"expected {image.shape[1:]} as of {path.name}"
-        require(found.size == image.shape[1:], f"{found.size} (H, W); {expected}.")
-    packed = pack_layers([(found.pixels, found.ids, 1)], found.size)
-    strays = {"stray pieces": found.strays}
-    return CellSample(torch.from_numpy(image), *packed, name, strays, path)
-
-
-def read_named_folder(parent: Path, config: Config, name: str) -> CellSample:
-    """Read one folder of `train/`; see `read_cell_folder`."""
-    return read_cell_folder(parent / name, config.num_classes, config.overlaps)
+def read_named_folder(folders: Mapping[str, Path], config: Config, name: str) -> CellSample:
+    """Read a training folder; see `read_cell_folder`."""
+    sample = read_cell_folder(folders[name], config.num_classes, config.overlaps)
+    return replace(sample, name=f"{name}/image.tif")
 
 
 def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
@@ -480,59 +536,52 @@ def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
         return images
     paths = image_files(folder)
     if table.is_file():
-        paths = list(match_images(folder, read_table(table, {"id"})["id"], table).values())
-    names = {p.stem.removesuffix("_img") for p in paths if not OUTPUT_END.search(p.stem)}
-    outputs = {p for p in paths if OUTPUT_END.search(p.stem)}
-    outputs = {p for p in outputs if OUTPUT_END.sub("", p.stem) in names}
+        paths = list(match_images([folder], read_table(table, {"id"})["id"], table).values())
+    outputs = {path for path in paths if OUTPUT_END.search(path.stem)}
+    names = {path.stem.removesuffix("_img") for path in paths if path not in outputs}
+    outputs = {path for path in outputs if OUTPUT_END.sub("", path.stem) in names}
     paths = [path for path in paths if path not in outputs]
     return [ImageRecord(p, k, *read_image(p).shape[1:]) for k, p in enumerate(paths, start=1)]
-
-
-def list_left_out(root: Path, folders: Iterable[Path], used: set[Path]) -> dict[str, list[Path]]:
-    """List the files below `folders`, folders of `root`, that are not used, by reason."""
-    left_out = defaultdict(list)
-    for path in sorted({path for folder in folders for path in folder.rglob("*.*")} - used):
-        suffix, is_hidden = path.suffix.lower(), "/." in f"/{path.relative_to(root).as_posix()}"
-        reason = "images without ground truth, or not listed"
-        if suffix not in IMAGE_SUFFIXES:
-            reason = "files of another kind"
-        elif OUTPUT_END.search(path.stem):
-            reason = "label images and outputs of Cellpose or StarDist"
-        if path.is_file() and not is_hidden and suffix not in TEXT_SUFFIXES:
-            left_out[reason].append(path)
-    return dict(left_out)
 
 
 def open_dataset(root: Path, config: Config) -> CellDataset:
     """List the images of a dataset, and what is left out. Raises BadInput.
 
-    Classes are those of `config.class_names` unless a CSV or COCO file tells them; pairs have one.
+    Classes are those of `config.class_names` for folders, else those that the files tell.
     """
-    layout, train, is_mapped = find_layout(root), root / "train", (root / MAPPING_NAME).is_file()
-    categories, groups, validation = dict(enumerate(config.class_names, start=1)), {}, []
-    names, read, used = [], partial(read_named_folder, train, config), set()
-    if layout in ("csv", "coco"):
-        opened = open_csv(root) if layout == "csv" else open_coco(root)
-        source, records, table, categories, groups, validation = opened
-        rows = rows_by_name(source, records, table)
-        names, train = list(rows), find_part(root, "train", COCO_FOLDERS)
-        read = partial(read_annotated, source, records, rows, config.overlaps)
-        used = {record.path for record in records.values()}
-    elif layout == "pairs":
-        train, categories = train if find_pairs(train) else root, {1: "cell"}
-        pairs = {p.relative_to(train).as_posix(): (p, q) for p, q in find_pairs(train).items()}
-        names, read = list(pairs), partial(read_pair, pairs)
-        used = {path for pair in pairs.values() for path in pair}
+    layout, is_mapped = find_layout(root), (root / MAPPING_NAME).is_file()
+    train = find_part(root, "train", COCO_FOLDERS) if layout == "coco" else root / "train"
+    train = root if layout == "pairs" and not find_pairs(train) else train
+    val, paths, used, files = find_part(root, "val", IMAGE_FOLDERS), [], set(), {}
+    categories, groups, own = dict(enumerate(config.class_names, start=1)), {}, set()
+    opener = dict(csv=open_csv, coco=open_coco, pairs=open_pairs).get(layout)
+    if opener:
+        source, records, table, categories, groups, own = opener(root, train, val)
+        pairs = (find_pairs(part) for part in (train, val) if part and layout == "pairs")
+        paths, used = list(records), {label for pair in pairs for label in pair.values()}
     elif layout == "folders" and train.is_dir():
-        names = sorted(p.name for p in train.iterdir() if p.is_dir() and p.name[0] != ".")
-        used = {*train.glob("*/*.tif")}
+        parts = [train, val] if val and any(val.glob("*/class*.tif")) else [train]
+        paths = [path for part in parts for path in sorted(part.glob("[!.]*")) if path.is_dir()]
+        used = {file for path in paths for file in path.glob("*.tif")}
         with name_file(train):
-            require(names, "no folders; expected one per training image.")
+            expected = "no folders; expected one per training image."
+            require(paths and train in paths[0].parents, expected)
+    for path in sorted(paths):
+        name = path.relative_to(train if train in path.parents else root).as_posix()
+        short = name.removesuffix(path.suffix) if layout == "csv" else name
+        files[name if short in files else short] = path
+    names = {path: name for name, path in files.items()}
+    read = partial(read_named_folder, files, config)
+    if opener:
+        records = {name: records[path] for name, path in files.items()}
+        rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
+        read = partial(read_annotated, source, records, rows, config.overlaps)
     test = find_part(root, "test", ("{}/images", *IMAGE_FOLDERS)) or root / "test"
     test = root if layout == "images" else root / "test_release" if is_mapped else test
-    test_images, val = list_test_images(root, test), find_part(root, "val", IMAGE_FOLDERS)
-    used |= {image.path for image in test_images}
+    test_images = list_test_images(root, test)
+    used = {*paths, *used, *(image.path for image in test_images)}
     left_out = list_left_out(root, filter(None, {train, test, val}), used)
-    groups |= read_groups(root, names)
-    facts = (names, read, categories, test_images, groups, validation, left_out)
+    groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*files])
+    validation = [name for name, path in files.items() if path in own or val in path.parents]
+    facts = ([*files], read, categories, test_images, groups, validation, left_out)
     return CellDataset(root, layout, *facts)
