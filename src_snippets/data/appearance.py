@@ -5,10 +5,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.ndimage import gaussian_filter
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy import cluster, ndimage, sparse
 
 
 def appearance_features(image: np.ndarray) -> np.ndarray:
@@ -21,7 +18,7 @@ def appearance_features(image: np.ndarray) -> np.ndarray:
     axis = np.linalg.eigh(np.cov(stained, bias=True))[1][:, 2]
     axis = axis * (np.sign(axis.sum()) or 1)
     grey = image.mean(0)
-    grain = np.log(np.median(np.abs(grey - gaussian_filter(grey, 1))) + 0.05)
+    grain = np.log(np.median(np.abs(grey - ndimage.gaussian_filter(grey, 1))) + 0.05)
     parts = (colors.mean(1), colors.std(1), axis, [darkness.mean(), darkness.std(), grain])
     return np.concatenate(parts).astype(np.float32)
 
@@ -62,11 +59,12 @@ def group_by_appearance(features: np.ndarray, borders: Sequence, size: int = 8) 
         (N,) ints from 1 on; below 5 * `size` images, too few to compare, only seams join.
     """
     seams = np.array(find_seams(borders), int).reshape(-1, 2)
-    links = coo_array((np.ones(len(seams)), seams.T), (len(borders),) * 2)
-    count, picture = connected_components(links, directed=False)
+    links = sparse.coo_array((np.ones(len(seams)), seams.T), (len(borders),) * 2)
+    count, picture = sparse.csgraph.connected_components(links, directed=False)
     if len(borders) < 5 * size or count == 1:
         return picture + 1
     scaled = (features - features.mean(0)) / features.std(0).clip(1e-6)
     means = [scaled[picture == index].mean(0) for index in range(count)]
     groups = min(-(-len(borders) // size), count)
-    return fcluster(linkage(np.array(means), "ward"), groups, "maxclust")[picture]
+    tree = cluster.hierarchy.ward(np.array(means))
+    return cluster.hierarchy.fcluster(tree, groups, "maxclust")[picture]

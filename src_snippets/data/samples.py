@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from psutil import virtual_memory
-from scipy.cluster.hierarchy import DisjointSet
-from torch.utils.data import Subset
+from scipy import cluster
+import torch
 from tqdm.auto import tqdm
 
 from src_snippets.data.appearance import appearance_features, group_by_appearance, image_borders
@@ -89,7 +89,7 @@ class CellSamples(Sequence):
 
         Images of equal pixels are in one group, and so are those that Roboflow made of one source.
         """
-        known, merged = self.dataset.groups, DisjointSet(self.names)
+        known, merged = self.dataset.groups, cluster.hierarchy.DisjointSet(self.names)
         sources = [Path(n).name.split(".rf.")[0] if ".rf." in n else (n,) for n in self.names]
         columns = [self.pixels, sources, [known.get(name, (name,)) for name in self.names]]
         if split_by == "appearance" and not known:
@@ -159,9 +159,9 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     return splits
 
 
-def subset(samples: CellSamples, names: Sequence[str]) -> Subset:
+def subset(samples: CellSamples, names: Sequence[str]) -> torch.utils.data.Subset:
     """The samples of some names, in their order."""
-    return Subset(samples, [samples.positions[name] for name in names])
+    return torch.utils.data.Subset(samples, [samples.positions[name] for name in names])
 
 
 def dataset_table(

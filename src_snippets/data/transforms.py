@@ -17,7 +17,6 @@ from torch import Tensor
 import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import crop_image, resized_crop
 
 from src_snippets.data.structures import CellSample, instance_boxes
 from src_snippets.setup.config import Config
@@ -42,8 +41,9 @@ def random_scaled_crop(image, layers, size, scale, contains: int | None = None):
     corner = torch.minimum(corner.clamp(min=0), sides - window)
     size = torch.minimum((window * factor).round().long().clamp(min=3), limits)  # blur needs 3 px
     where = (*corner.tolist(), *window.tolist(), size.tolist())
-    layers = resized_crop(layers.as_subclass(Tensor), *where, v2.InterpolationMode.NEAREST_EXACT)
-    return resized_crop(image, *where, antialias=True), tv_tensors.Mask(layers)
+    cut, nearest = v2.functional.resized_crop, v2.InterpolationMode.NEAREST_EXACT
+    layers = tv_tensors.Mask(cut(layers.as_subclass(Tensor), *where, nearest))
+    return cut(image, *where, antialias=True), layers
 
 
 def build_augmentation(config: Config, size=None, contains: int | None = None) -> v2.Compose:
@@ -78,7 +78,8 @@ def paste_instances(sample: CellSample, donor: CellSample, probabilities: Tensor
     Source: copy-paste without blending, which gains nothing there, arXiv:2012.07177.
     """
     labels = F.pad(donor.labels.clamp(min=0), (1, 0))  # by id; 0 for background and crowds
-    image, front = (crop_image(p, 0, 0, *sample.size) for p in (donor.image, donor.layers.long()))
+    pixels = donor.image, donor.layers.long()
+    image, front = (v2.functional.crop_image(p, 0, 0, *sample.size) for p in pixels)
     areas = torch.bincount(front.flatten(), minlength=len(labels))
     hidden = front[:, (sample.layers > 0).any(0)]
     covered = torch.bincount(hidden.flatten(), minlength=len(labels)) > MAX_COVERED * areas

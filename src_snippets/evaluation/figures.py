@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy import stats
 import skimage
 from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -78,7 +78,7 @@ def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
     known = table[table.target >= 0].sort_values("target_area")
     for _, group in known.groupby(6 * np.arange(len(known)) // max(len(known), 1)):
-        test = binomtest(int((group.label == group.target_label).sum()), len(group))
+        test = stats.binomtest(int((group.label == group.target_label).sum()), len(group))
         errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
         axes[2].errorbar(np.sqrt(group.target_area).mean(), test.statistic, errors, fmt="C0o")
     axes[2].set(xlabel="size (square root of the area), px", ylabel="recall", ylim=(0, 1.02))

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pycocotools.mask
-from scipy.ndimage import center_of_mass
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
+from scipy import ndimage, optimize, spatial
 
 from src_snippets.data.rle import draw_masks, mask_areas
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
@@ -167,9 +165,9 @@ def segmentation_quality(found: Instances, truth: Instances) -> tuple[float, ...
 def pair_centroids(found: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:
     """Pair centroids at most `radius` px apart: (2, K) int64, detections and their targets."""
     maps = [draw_masks(s.rles, np.arange(len(s)) + 1, *s.size) for s in (found, truth)]
-    centers = (np.reshape(center_of_mass(m > 0, m, range(1, m.max() + 1)), (-1, 2)) for m in maps)
-    distances = cdist(*centers)
-    pairs = np.array(linear_sum_assignment(distances))
+    centers = [ndimage.center_of_mass(m > 0, m, range(1, m.max() + 1)) for m in maps]
+    distances = spatial.distance.cdist(*(np.reshape(places, (-1, 2)) for places in centers))
+    pairs = np.array(optimize.linear_sum_assignment(distances))
     return pairs[:, distances[tuple(pairs)] <= radius]
 
 

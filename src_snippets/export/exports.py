@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.util import find_spec
 import os
 from pathlib import Path
-from shutil import rmtree
+import shutil
 import uuid
 
 import numpy as np
@@ -155,7 +155,7 @@ def write_exports(
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
     for part, suffix in PARTS_OF_EXPORTS.items():
         clear_folder(folder / part, suffix)
-    rmtree(folder / "training", ignore_errors=True)
+    shutil.rmtree(folder / "training", ignore_errors=True)
     for image in tqdm(images, desc="exports"):
         instances, name = visible[image.image_id], image.path.stem
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""

@@ -13,8 +13,6 @@ from torch import Tensor
 import torch.nn.functional as F
 from torchvision import ops
 from torchvision.models import detection
-from torchvision.models.detection.roi_heads import fastrcnn_loss, maskrcnn_inference, RoIHeads
-from torchvision.models.detection.transform import resize_boxes
 
 
 @torch.no_grad()
@@ -74,7 +72,7 @@ class BlockMatcher(detection._utils.Matcher):
 
 # %%
 # @title RoI heads
-class CellRoIHeads(RoIHeads):
+class CellRoIHeads(detection.roi_heads.RoIHeads):
     """torchvision's RoI heads, with mask targets of `training_target` and bounded memory.
 
     Boxes are network pixels; the `layers` of the targets may have another resolution.
@@ -107,7 +105,7 @@ class CellRoIHeads(RoIHeads):
         for start in range(0, max(map(len, boxes)), 200) or [0]:  # bounds the memory
             some, classes = ([v[start : start + 200] for v in parts] for parts in (boxes, labels))
             logits = self.predict_masks(features, some, image_shapes)
-            chunks.append(maskrcnn_inference(logits, classes))
+            chunks.append(detection.roi_heads.maskrcnn_inference(logits, classes))
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def forward(self, features, proposals, image_shapes, targets=None):
@@ -116,17 +114,18 @@ class CellRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes)
         proposals, matched, labels, offsets = self.select_training_samples(proposals, targets)
         prediction = self.predict_boxes(features, proposals, image_shapes)
-        loss_classifier, loss_box_reg = fastrcnn_loss(*prediction, labels, offsets)
+        losses = detection.roi_heads.fastrcnn_loss(*prediction, labels, offsets)
+        losses = dict(zip(("loss_classifier", "loss_box_reg"), losses, strict=True))
         boxes = [box[label > 0] for box, label in zip(proposals, labels, strict=True)]
         matched = [match[label > 0] for match, label in zip(matched, labels, strict=True)]
         logits, mask_targets = self.predict_masks(features, boxes, image_shapes), []
         for target, box, match, shape in zip(targets, boxes, matched, image_shapes, strict=True):
-            box = resize_boxes(box, shape, target["layers"].shape[1:])  # to pixels of the layers
+            size = target["layers"].shape[1:]
+            box = detection.transform.resize_boxes(box, shape, size)  # to pixels of the layers
             mask_targets.append(sample_mask_targets(target, box, match, logits.shape[-1]))
         labels = torch.cat(labels)
         loss_mask = mask_loss(logits, labels[labels > 0], torch.cat(mask_targets))
         # Add your own loss here: each entry is added to the sum and plotted.
-        losses = dict(loss_classifier=loss_classifier, loss_box_reg=loss_box_reg)
         return [], losses | dict(loss_mask=loss_mask)
 
 

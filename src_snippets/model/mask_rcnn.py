@@ -19,10 +19,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 from torchvision.models import detection
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torchvision.transforms import v2
 
 from src_snippets.model.backbone import build_backbone, find_weights_file, read_state_dict
 from src_snippets.model.heads import BlockMatcher, CellRoIHeads
@@ -38,7 +35,7 @@ MODEL_SETTINGS += ("rpn_convs", "box_convs", "box_layers", "box_features", "mask
 MODEL_SETTINGS += ("anchor_sizes", "anchor_ratios")
 
 
-class InputTransform(GeneralizedRCNNTransform):
+class InputTransform(detection.transform.GeneralizedRCNNTransform):
     """uint8 images -> one normalised float32 batch at network scale; instance maps stay.
 
     Sides are padded to multiples of 32. Detections leave with boxes in image pixels.
@@ -53,7 +50,7 @@ class InputTransform(GeneralizedRCNNTransform):
     def normalize(self, image):
         if image.dtype != torch.uint8:
             raise TypeError(f"Image of type {image.dtype}; expected uint8, 0..255.")
-        image = rgb_to_grayscale(image, 3) if self.grey else image
+        image = v2.functional.rgb_to_grayscale(image, 3) if self.grey else image
         return super().normalize(image.float() / 255)
 
     def resize(self, image, target=None):
@@ -61,7 +58,8 @@ class InputTransform(GeneralizedRCNNTransform):
         new = [max(round(side * scale), 1) for side in old]
         image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
         if target is not None:
-            target = target | dict(boxes=resize_boxes(target["boxes"], old, new))
+            boxes = detection.transform.resize_boxes(target["boxes"], old, new)
+            target = target | dict(boxes=boxes)
         return image, target
 
     def batch_images(self, images, size_divisible=32):
@@ -71,8 +69,8 @@ class InputTransform(GeneralizedRCNNTransform):
         return batch.contiguous(memory_format=self.layout)
 
     def postprocess(self, result, image_shapes, original_image_sizes):
-        for detections, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
-            detections["boxes"] = resize_boxes(detections["boxes"], *sizes)
+        for found, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
+            found["boxes"] = detection.transform.resize_boxes(found["boxes"], *sizes)
         return result
 
 
@@ -156,10 +154,11 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     rpn.box_similarity = lambda *boxes: boxes  # for BlockMatcher
     sampling = 0.5, 0.5, config.roi_batch_size, 0.25  # at most a quarter of them positive
     layers, classes = [config.box_features] * config.box_layers, config.num_classes + 1
-    box_head = FastRCNNConvFCHead((width, 7, 7), [width] * config.box_convs, layers, norm)
-    box_parts = CellRoIAlign(7), box_head, FastRCNNPredictor(config.box_features, classes)
-    mask_head = MaskRCNNHeads(width, [width] * config.mask_convs, 1, norm)
-    mask_parts = CellRoIAlign(14), mask_head, MaskRCNNPredictor(width, width, classes)
+    faster, mask = detection.faster_rcnn, detection.mask_rcnn
+    box_head = faster.FastRCNNConvFCHead((width, 7, 7), [width] * config.box_convs, layers, norm)
+    box_parts = CellRoIAlign(7), box_head, faster.FastRCNNPredictor(config.box_features, classes)
+    mask_head = mask.MaskRCNNHeads(width, [width] * config.mask_convs, 1, norm)
+    mask_parts = CellRoIAlign(14), mask_head, mask.MaskRCNNPredictor(width, width, classes)
     limits = config.score_threshold, config.box_nms, config.detections
     roi_heads = CellRoIHeads(*box_parts, *sampling, None, *limits, *mask_parts)
     roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])

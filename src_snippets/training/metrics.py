@@ -11,7 +11,8 @@
 # @title Average precision
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-import importlib.util
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -20,11 +21,10 @@ from src_snippets.data.structures import coco_annotations, Instances
 
 def coco_classes() -> tuple[type, type]:
     """COCO and COCOeval of faster-coco-eval (the same values, sooner), else of pycocotools."""
-    load = importlib.import_module
-    if importlib.util.find_spec("faster_coco_eval"):
-        faster = load("faster_coco_eval")
+    if find_spec("faster_coco_eval"):
+        faster = import_module("faster_coco_eval")
         return faster.COCO, faster.COCOeval_faster
-    return load("pycocotools.coco").COCO, load("pycocotools.cocoeval").COCOeval
+    return import_module("pycocotools.coco").COCO, import_module("pycocotools.cocoeval").COCOeval
 
 
 def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndarray:

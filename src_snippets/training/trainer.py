@@ -27,7 +27,6 @@ from psutil import Process
 import timm
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from src_snippets.data.structures import CellSample, coco_ground_truth
@@ -145,7 +144,7 @@ def stop_reason(history: list[dict], seconds: float, config: Config) -> str:
     return "all epochs are done" if len(history) >= config.epochs else ""
 
 
-def training_loader(samples, config: Config, batch_size: int) -> DataLoader:
+def training_loader(samples, config: Config, batch_size: int) -> torch.utils.data.DataLoader:
     """Shuffled batches of augmented crops, made by other processes while a GPU computes."""
     on_gpu, workers = default_device().type == "cuda", config.workers
     if workers < 0:
@@ -153,7 +152,8 @@ def training_loader(samples, config: Config, batch_size: int) -> DataLoader:
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
     options |= dict(collate_fn=collate, shuffle=True)
     drop_last = len(samples) >= batch_size * world_size()
-    return DataLoader(TrainingSet(samples, config), batch_size, drop_last=drop_last, **options)
+    dataset = TrainingSet(samples, config)
+    return torch.utils.data.DataLoader(dataset, batch_size, drop_last=drop_last, **options)
 
 
 # %%
