@@ -1,19 +1,51 @@
 from functools import partial
 
+from hypothesis import given, settings, strategies
 import pytest
 import torch
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-from src_snippets.model.roi_align import CellRoIAlign
+from src_snippets.model.roi_align import CellRoIAlign, roi_align_cpu
+
+
+def gradient(align, features, rois, weights, *options):
+    """The gradient of the features for a weighted sum of the pooled values."""
+    return torch.autograd.grad((align(features, rois, *options) * weights).sum(), features)[0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(strategies.integers(0, 2**31), strategies.sampled_from((1, 7, 14)), strategies.booleans())
+def test_values_and_gradients_are_torchvisions(seed, bins, channels_last):
+    """Boxes of less than a pixel, of the whole image, and partly or wholly outside, too."""
+    torch.manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    features = torch.randn(2, 3, 20, 31).to(memory_format=layout).requires_grad_()
+    low, side = torch.rand(40, 2) * 200 - 40, torch.rand(40, 2) ** 3 * 130
+    rois = torch.cat([torch.randint(2, (40, 1)).float(), low, low + side], 1)
+    ours, theirs = (
+        roi_align_cpu(features, rois, bins, 0.25),
+        roi_align(features, rois, bins, 0.25, 2),
+    )
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    known = features, rois, torch.randn(40, 3, bins, bins), bins, 0.25
+    assert torch.allclose(
+        gradient(roi_align_cpu, *known), gradient(roi_align, *known, 2), atol=1e-4
+    )
 
 
 def test_bins_worked_by_hand():
-    maps = {str(k): torch.arange(4.0).repeat(4, 1)[None, None] for k in range(4)}
-    box = torch.tensor([[4.0, 0.0, 12.0, 8.0]])  # columns 1 to 3 of the lowest level
+    features = torch.arange(4.0).repeat(4, 1)[None, None]  # the value is the column
+    rois = torch.tensor([[0.0, 2.0, 0.0, 6.0, 4.0]])  # columns 1 to 3 at scale 1/2
     # Bins of one pixel: their samples lie at 1.25 and 1.75, 2.25 and 2.75.
-    align = CellRoIAlign(2)
-    assert align(maps, [box], [(16, 16)])[0, 0, 0].tolist() == [1.5, 2.5]
-    assert align(maps, [box[:0]], [(16, 16)]).shape == (0, 1, 2, 2)
+    assert roi_align_cpu(features, rois, 2, 0.5)[0, 0, 0].tolist() == [1.5, 2.5]
+    assert roi_align_cpu(features, rois[:0], 2, 0.5).shape == (0, 1, 2, 2)
+
+
+def test_gradcheck_in_double():
+    torch.manual_seed(0)
+    features = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor([[0, 1.3, 2.1, 9.7, 8.8], [1, -3.0, 4.0, 30.0, 7.5]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: roi_align_cpu(x, rois, 3, 0.5), features)
 
 
 def test_levels_strides_and_mixed_precision():
