@@ -279,17 +279,17 @@ class TrainingState:
 
         The best epoch is the last one of the highest score, or the last where nothing is scored.
         """
-        evaluations = len(evaluation_scores(self.history, self.config.best_by))
         # Through JSON, or equal values of a resumed run would pickle to other bytes
         self.history = json.loads(json.dumps([*self.history, row]))
         scores = evaluation_scores(self.history, self.config.best_by)
+        is_scored = len(evaluation_scores([row], self.config.best_by)) > 0
         if not is_main():
             return
         with atomic_write(self.folder / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
-        if len(scores) > evaluations and scores[-1] == max(scores):
+        if is_scored and scores[-1] == max(scores):
             self.save_best()
-        if len(scores) > evaluations or time.time() > self.saved + self.save_seconds:
+        if is_scored or time.time() > self.saved + self.save_seconds:
             self.save_last()
 
     def save_last(self) -> None:
@@ -303,7 +303,7 @@ class TrainingState:
 
 
 # %%
-# @title Trainer: step, epoch, fit
+# @title Trainer: step, epoch, fit; train, which launch runs in each process
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`.
 
@@ -455,8 +455,6 @@ class Trainer(TrainingState):
         return self.history
 
 
-# %%
-# @title train: a Trainer from start to end, in each process of launch
 def train(*arguments) -> list[dict]:
     """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
     history = Trainer(*arguments).fit()
