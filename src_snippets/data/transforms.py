@@ -25,11 +25,10 @@ BLUR_PROBABILITY = 0.1
 
 
 def random_scaled_crop(image, layers, size, scale, contains: int | None = None):
-    """Cut a random window and resize it by a random factor, drawn evenly on a log scale.
+    """Cut a random window, of a smaller image all, and resize it by a random factor.
 
-    A smaller image is taken whole. Ids are picked at pixel centres, as torchvision resizes images.
-    size: maximum height and width of the result; scale: minimum and maximum factor; contains: id
-    of an instance whose middle pixel the window must hold.
+    size: maximum height and width of the result; scale: minimum and maximum factor, drawn evenly on
+    a log scale; contains: id of an instance whose middle pixel the window must hold.
     """
     sides, limits = torch.tensor(image.shape[-2:]), torch.tensor(size)
     factor = scale[0] * (scale[1] / scale[0]) ** float(torch.rand(()))

@@ -169,10 +169,7 @@ FREE_LENGTH = ("class_names", "anchor_ratios", "tta_scales")  # tuples of any nu
 
 
 def check_setting(item, value):
-    """The value for a `dataclasses.Field` of `Config`; ValueError says what is valid.
-
-    JSON lists stand for tuples, whole numbers for floats.
-    """
+    """A field's value, of JSON too (lists, whole numbers); ValueError says what is valid."""
     default, limits, is_tuple = item.default, item.metadata, isinstance(item.default, tuple)
     kind, count = type(default[0]) if is_tuple else type(default), len(default) if is_tuple else 1
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
@@ -192,20 +189,14 @@ def check_setting(item, value):
 
 
 def change_config(config: Config, changes: Mapping) -> Config:
-    """A copy of the settings with some fields changed and all of them checked.
-
-    Raises ValueError for a field that is unknown or renamed, a value of the wrong type or out of
-    range, and fields that contradict each other.
-    """
+    """A copy with some fields changed, all of them checked; ValueError says what is not valid."""
     known = {item.name: item for item in fields(Config) if item.name != "recipe"}
     for name in sorted(set(changes) - set(known)):
         if name in RENAMED:
             raise ValueError(f"Setting {name} is called {RENAMED[name]} now.")
-        close = get_close_matches(name, known, 1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name, known, 1))
         raise ValueError(f"There is no setting {name}.{hint} There are: {', '.join(known)}.")
-    checked = {name: check_setting(known[name], value) for name, value in changes.items()}
-    config = replace(config, **checked)
+    config = replace(config, **{k: check_setting(known[k], v) for k, v in changes.items()})
     names, (low, high) = config.class_names, config.scale_jitter
     if "" in names or len(set(names)) < len(names) or len(names) > 255:
         raise ValueError(f"Setting class_names={names}: expected one name per class, each once.")
@@ -224,10 +215,7 @@ def make_config(recipe: str, /, **changes) -> Config:
 
 
 def with_class_names(config: Config, names: Sequence[str]) -> Config:
-    """The settings with the class names of a dataset, unless the user named its classes.
-
-    Raises ValueError where the user named another number of classes than the dataset has.
-    """
+    """The settings with a dataset's class names, or the user's; ValueError for another number."""
     if config.class_names == Config.class_names:
         return replace(config, class_names=tuple(names))
     if len(config.class_names) != len(names):
@@ -250,6 +238,6 @@ def read_settings(changes: Mapping, environ: Mapping[str, str]) -> dict:
     text = environ.get("HW3_SETTINGS") or "{}"
     try:
         return {**changes, **json.loads(text)}
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         expected = 'expected a JSON object such as {"epochs": 3}'
         raise ValueError(f"HW3_SETTINGS={text!r}: {expected} ({error}).") from error

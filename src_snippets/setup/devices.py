@@ -49,9 +49,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return known or isinstance(error, torch.OutOfMemoryError)
 
 
-def free_memory() -> None:
-    """Release memory that nothing uses, of the GPU's cache too."""
-    accelerate.utils.release_memory()
+free_memory = accelerate.utils.release_memory  # that nothing uses, of the GPU's cache too
 
 
 def rank() -> int:
@@ -116,11 +114,10 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
 
 
 def launch(config: Config, function, *arguments):
-    """Call `function(*arguments)` here, or in one forked process per GPU where there are several.
+    """The result of `function(*arguments)`, called here or in a forked process for each GPU.
 
-    Returns its result in the main process. Raises ProcessRaisedException with the traceback of a
-    process that fails, RuntimeError where one is killed; the others are ended. SIGTERM is passed
-    on to all of them.
+    Where a process fails or is killed the others are ended, and ProcessRaisedException has its
+    traceback, or RuntimeError says so. SIGTERM is passed on to all of them.
     """
     count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
     if count < 2:

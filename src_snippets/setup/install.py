@@ -29,10 +29,7 @@ if torch.cuda.is_available():
 
 
 def install_missing(packages=PACKAGES) -> None:
-    """Install missing packages of `{requirement: what happens without it, "" if it is needed}`.
-
-    Raises ModuleNotFoundError where a needed one cannot be installed.
-    """
+    """Install what is missing of `PACKAGES`; ModuleNotFoundError where a needed one cannot be."""
     filterwarnings("ignore", "IProgress not found")  # progress bars are text then
     present = {item.name.lower().replace("_", "-"): item.version for item in distributions()}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=10"]
@@ -53,10 +50,7 @@ def install_missing(packages=PACKAGES) -> None:
 
 
 def check_gpu() -> str:
-    """Print and return the GPU's name, "" for none; CUDA stays untouched in this process.
-
-    Raises RuntimeError where the GPU cannot compute, as Kaggle's P100 with newer torch.
-    """
+    """Print and return the GPU's name, "" for none; RuntimeError where it cannot compute (P100)."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # from here on GPUs are counted, not used
     done = subprocess.run([sys.executable, "-c", GPU_CHECK], capture_output=True, text=True)
     name = done.stdout.strip()

@@ -124,8 +124,7 @@ def saved_config(path: Path, changes: Mapping) -> Config:
 def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
     """The model of a checkpoint on the device, and its settings with `config`'s of prediction.
 
-    Raises BadInput for a file that is none, ValueError for other training settings than `config`'s;
-    with `same=False` it may be of any recipe with as many classes.
+    Its training settings are `config`'s, or with `same=False` any with as many classes.
     """
     state = broadcast(load_checkpoint, path)
     check_same_settings(state["config"], config, path, () if same else ("num_classes",))

@@ -212,9 +212,8 @@ def validation_loss(model: nn.Module, samples, config: Config) -> float:
 def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     """Evaluates on whole, unaugmented images, from a score of 0.05 on.
 
-    Returns:
-        AP, AP50, AP75 (0..1, uncapped, None without ground truth), and val_loss where a setting
-        needs it; the sample with most instances and its predictions.
+    Returns AP, AP50, AP75 (0..1, uncapped, None without ground truth), val_loss where a setting
+    needs it; the sample with most instances and its predictions.
     """
     config = replace(config, tile=0, score_threshold=min(config.score_threshold, 0.05))
     images = (samples[i].image for i in rank_indices(len(samples)))
@@ -412,10 +411,7 @@ class Trainer(TrainingState):
         free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
 
     def fit(self) -> list[dict]:
-        """Trains to the end, or to that of the session; returns a row for each epoch.
-
-        It has epoch, lr, mean losses, fp16's `scale` and, if it was due, what `evaluate` says.
-        """
+        """Trains to the end, or the session's; epoch, lr, losses, `scale`, scores of each epoch."""
         config, start, batch_size = self.config, len(self.history), self.config.batch_size
         if reason := stop_reason(self.history, self.seconds, config):
             print(f"ALREADY TRAINED: {self.folder} is used again ({start} epochs, {reason}).")
