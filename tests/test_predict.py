@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,10 @@ from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.structures import ground_truth
 from src_snippets.inference import predict
 from src_snippets.inference.predict import (
+    open_predictions,
     predict_image,
     predict_test,
     predict_validation,
-    resume_predictions,
     views,
 )
 from src_snippets.model.detect import detect, View
@@ -128,56 +129,78 @@ def test_every_test_image_is_predicted(images, checkpoint, models, tmp_path):
 def test_prediction_goes_on_where_it_was(images, checkpoint, models, tmp_path, capsys):
     config, model = make_config("demo"), models[checkpoint]
     expected = predict_test([checkpoint], [], images, tmp_path, config)
-    (path,) = tmp_path.glob("predictions-*.jsonl")
-    whole, lines = path.read_bytes(), path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == len(model.calls) == 3
-    for content, count in ((whole, 0), (lines[0] + lines[1][:10], 2), (whole[:-1], 1), (b"[7", 3)):
-        path.write_bytes(content)
+    (folder,) = tmp_path.glob("predictions-*")
+    paths = [folder / f"{key}.json" for key in (7, 8, 9)]
+    assert sorted(folder.iterdir()) == paths
+    before = [path.read_bytes() for path in paths]
+    for missing in ([], [1], [0, 2], [0, 1, 2]):
+        for k in missing:
+            paths[k].rename(paths[k].with_name(f".{paths[k].name}.partial"))  # as if cut short
         model.calls.clear()
         found = predict_test([checkpoint], [], images, tmp_path, config)
-        assert (len(model.calls), path.read_bytes()) == (count, whole)
+        assert len(model.calls) == len(missing)
+        assert [path.read_bytes() for path in paths] == before
+        assert list(found) == [7, 8, 9]
         for one, other in zip(found.values(), expected.values(), strict=True):
             assert (one.rles, one.size) == (other.rles, other.size)
             for name in ("boxes", "scores", "labels"):
                 mine, own = getattr(one, name), getattr(other, name)
-                assert (mine.tolist(), mine.dtype, mine.shape) == (
-                    own.tolist(),
-                    own.dtype,
-                    own.shape,
-                )
+                assert (mine.tolist(), mine.dtype) == (own.tolist(), own.dtype)
+                assert mine.shape == own.shape
     assert "1 of 3 images are predicted already" in capsys.readouterr().out
 
 
-def test_other_weights_settings_or_images_have_a_file_of_their_own(images, checkpoint, tmp_path):
+def test_what_is_read_back_is_what_was_predicted(images, checkpoint, models, tmp_path):
+    config, model = make_config("demo"), models[checkpoint]
+    found = predict_test([checkpoint], [], images, tmp_path, config)
+    for image in images:
+        pixels = torch.from_numpy(read_image(image.path))
+        direct = predict_image([(model, config)], pixels, config)
+        own = found[image.image_id]
+        assert (own.rles, own.size) == (direct.rles, direct.size)
+        for name in ("boxes", "scores", "labels"):
+            read, wanted = getattr(own, name), getattr(direct, name)
+            assert (read.tolist(), read.dtype) == (wanted.tolist(), wanted.dtype)
+            assert read.shape == wanted.shape
+
+
+def test_other_weights_settings_or_images_have_a_folder_of_their_own(images, checkpoint, tmp_path):
     config = make_config("demo")
-    paths = {resume_predictions([checkpoint], images, tmp_path, config)[0]}
-    paths.add(resume_predictions([checkpoint], images, tmp_path, config)[0])
-    assert len(paths) == 1
-    paths.add(resume_predictions([checkpoint], images[:2], tmp_path, config)[0])
+    folders = {open_predictions([checkpoint], images, tmp_path, config)[0]}
+    folders.add(open_predictions([checkpoint], images, tmp_path, config)[0])
+    assert len(folders) == 1
+    folders.add(open_predictions([checkpoint], images[:2], tmp_path, config)[0])
     other = change_config(config, dict(mask_threshold=0.4))
-    paths.add(resume_predictions([checkpoint], images, tmp_path, other)[0])
+    folders.add(open_predictions([checkpoint], images, tmp_path, other)[0])
     checkpoint.write_bytes(b"others!")
-    paths.add(resume_predictions([checkpoint], images, tmp_path, config)[0])
+    folders.add(open_predictions([checkpoint], images, tmp_path, config)[0])
     images[0].path.write_bytes(images[0].path.read_bytes() + b"0")
-    paths.add(resume_predictions([checkpoint], images, tmp_path, config)[0])
-    assert len(paths) == 5
+    folders.add(open_predictions([checkpoint], images, tmp_path, config)[0])
+    assert len(folders) == 5
 
 
-def test_batches_of_processes_have_similar_sizes(images, checkpoint, models, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "world_size", lambda: 2)  # the other process does nothing here
+def test_processes_share_the_images_evenly(images, checkpoint, models, tmp_path, monkeypatch):
+    """Two processes one after the other; the first one would wait for the files of the second."""
     many = [images[k % 3]._replace(image_id=k) for k in range(20)]
-    predictions = predict_test([checkpoint], [], many, tmp_path, make_config("demo"))
-    assert list(predictions) == list(range(20))
-    heights = [size[0] for _, size, _ in models[checkpoint].calls]
-    assert heights == [40] * 7 + [30] * 6 + [20] * 7
+    opened, heights = open_predictions([checkpoint], many, tmp_path, make_config("demo")), []
+    monkeypatch.setattr(predict, "broadcast", lambda *_: (opened[0], [*opened[1]]))
+    for rank in range(2):
+        models[checkpoint].calls.clear()
+        monkeypatch.setattr(predict, "rank_indices", lambda count, own=rank: range(own, count, 2))
+        monkeypatch.setattr(predict, "gather", lambda _, own=rank: 1 // own)
+        with nullcontext() if rank else pytest.raises(ZeroDivisionError):
+            found = predict_test([checkpoint], [], many, tmp_path, make_config("demo"))
+        heights.append([size[0] for _, size, _ in models[checkpoint].calls])
+    assert heights == [[40] * 4 + [30] * 3 + [20] * 3, [40] * 3 + [30] * 3 + [20] * 4]
+    assert list(found) == list(range(20))
+    assert [own.size[0] for own in found.values()] == [image.height for image in many]
 
 
 def test_an_image_that_cannot_be_read_is_named_and_the_others_stay(images, checkpoint, tmp_path):
     images[0].path.write_bytes(images[0].path.read_bytes()[:40])  # the smallest, so the last
     with pytest.raises(BadInput, match=r"7\.png"):
         predict_test([checkpoint], [], images, tmp_path, make_config("demo"))
-    (path,) = tmp_path.glob("predictions-*.jsonl")
-    assert path.read_text().count("\n") == 2
+    assert len(list(tmp_path.glob("predictions-*/*"))) == 2
 
 
 def test_checkpoints_on_disk_predict_together(images, tiny_config, tmp_path):

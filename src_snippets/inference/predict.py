@@ -4,7 +4,7 @@
 # ### Predict
 # A validation image is predicted by the one model that was not trained on it, a test image by all
 # models together, each in every view that `tta` and `tta_scales` ask for. Out comes one `Instances`
-# for each image. Test predictions are written to a file as they are made: a session that ends in
+# for each image. Each test prediction is written to a file when it is made: a session that ends in
 # between goes on from there.
 
 # %%
@@ -13,7 +13,6 @@ from dataclasses import replace
 from hashlib import sha256
 from itertools import product
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ from src_snippets.data.images import read_image
 from src_snippets.data.structures import coco_ground_truth, Instances
 from src_snippets.model.detect import detect, View, without_overlaps
 from src_snippets.setup.config import Config
-from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices, world_size
+from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices
+from src_snippets.setup.files import atomic_write
 from src_snippets.training.checkpoints import load_trained
 from src_snippets.training.metrics import average_precision
 
@@ -72,9 +72,8 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     rows, thresholds = {}, {"as submitted": config.score_threshold}
     for name, threshold in (thresholds | {"from 0.05 on": VALIDATION_THRESHOLD}).items():
         kept = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
-        scores = average_precision(truth, kept) if predictions else {}
-        rows[name] = {key: scores.get(key) for key in ("AP", "AP50", "AP75", "AP50_100")}
-    table = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
+        rows[name] = average_precision(truth, kept)
+    table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
     if not predictions:
         return table, "No validation images: nothing can be said about the score."
     price = table.AP50.iloc[1] - table.AP50.iloc[0]
@@ -86,57 +85,44 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     )
 
 
-def resume_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, dict]:
-    """Return the file for predictions of these models, images and settings, and those in it.
-
-    A last line that was cut short is taken off the file.
-    """
+def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:
+    """Make a folder for predictions of these models, images and settings; the images not in it."""
     digest = sha256(repr(config).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())
     for image in images:
         stat = image.path.stat()
         digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode())
-    path, predictions = folder / f"predictions-{digest.hexdigest()[:8]}.jsonl", {}
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    for line in whole.splitlines():
-        image_id, (boxes, scores, labels, rles, size) = json.loads(line)
-        boxes = np.array(boxes, np.float32).reshape(-1, 4)
-        arrays = boxes, np.array(scores, np.float32), np.array(labels, np.int64)
-        predictions[image_id] = Instances(*arrays, rles, tuple(size))
-    return path, predictions
+    folder = folder / f"predictions-{digest.hexdigest()[:8]}"
+    folder.mkdir(exist_ok=True)
+    return folder, [image for image in images if not (folder / f"{image.image_id}.json").exists()]
 
 
 def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: Config) -> dict:
     """Predict test images by all checkpoints together; return `Instances` by image id.
 
     checkpoints: trained with `config`; extra_checkpoints: of any recipe; images: `ImageRecord`s;
-    folder: takes the file with which an ended session goes on, image by image. Raises BadInput,
-    which names the file, for an image that cannot be read.
+    folder: takes a file per image, from which an ended session goes on. Raises BadInput, which
+    names the file, for an image that cannot be read.
     """
     members = [load_trained(path, config) for path in checkpoints]
     members += [load_trained(path, config, same=False) for path in extra_checkpoints]
     paths = [*checkpoints, *extra_checkpoints]
-    path, predictions = broadcast(resume_predictions, paths, images, folder, config)
-    if predictions:
-        print(f"{path}: {len(predictions)} of {len(images)} images are predicted already.")
-    remaining = [image for image in images if image.image_id not in predictions]
-    # Batches of similar sizes for several processes, so that none waits long for the others
-    remaining.sort(key=lambda image: image.height * image.width, reverse=True)
-    count = 8 * world_size() if world_size() > 1 else 1
-    for begin in tqdm(range(0, len(remaining), count), desc="test images", disable=not is_main()):
-        batch = remaining[begin : begin + count]
-        pixels = (torch.from_numpy(read_image(batch[i].path)) for i in rank_indices(len(batch)))
-        results = gather([predict_image(members, image, config) for image in pixels])
-        lines = []
-        for image, result in zip(batch, results, strict=True):
-            predictions[image.image_id] = result
-            row = [image.image_id, list(vars(result).values())]
-            lines.append(json.dumps(row, default=np.ndarray.tolist) + "\n")
-        if is_main():
-            with path.open("a") as file:
-                file.writelines(lines)
-    return {image.image_id: predictions[image.image_id] for image in images}
+    folder, remaining = broadcast(open_predictions, paths, images, folder, config)
+    if count := len(images) - len(remaining):
+        print(f"{folder}: {count} of {len(images)} images are predicted already.")
+    remaining.sort(key=lambda image: image.height * image.width, reverse=True)  # dealt evenly
+    for i in tqdm(rank_indices(len(remaining)), desc="test images", disable=not is_main()):
+        pixels = torch.from_numpy(read_image(remaining[i].path))
+        found = vars(predict_image(members, pixels, config))
+        with atomic_write(folder / f"{remaining[i].image_id}.json") as partial:
+            partial.write_text(json.dumps(found, default=np.ndarray.tolist))
+    gather([])  # until all processes have written theirs
+    predictions = {}
+    for image in images:
+        saved = json.loads((folder / f"{image.image_id}.json").read_text())
+        boxes = np.array(saved["boxes"], np.float32).reshape(-1, 4)
+        scores, labels = np.array(saved["scores"], np.float32), np.array(saved["labels"], np.int64)
+        own = Instances(boxes, scores, labels, saved["rles"], tuple(saved["size"]))
+        predictions[image.image_id] = own
+    return predictions
