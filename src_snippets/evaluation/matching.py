@@ -8,8 +8,6 @@
 
 # %%
 # @title match_table: one row per detection and per missed instance
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import pycocotools.mask
@@ -39,9 +37,9 @@ def mask_pairs(detections: Instances, truth: Instances) -> pd.DataFrame:
 
 
 def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
-    """The target of each detection at IoU 0.5 as in COCOeval: of those left that of highest IoU.
+    """The target of each detection as in COCOeval: IoU 0.5, best score first, then highest IoU.
 
-    The best score chooses first; of equal scores the first, of equal IoUs the last one is taken.
+    Of equal scores the first, of equal IoUs the last one is taken.
     """
     keys, ascending = ["score", "detection", "iou", "target"], [False, True, False, False]
     pairs = pairs[pairs.iou >= 0.5].sort_values(keys, ascending=ascending)
@@ -53,7 +51,7 @@ def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
     return match
 
 
-def match_table(predictions, ground_truths: Sequence[Instances], num_classes: int) -> pd.DataFrame:
+def match_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     """Match detections with the ground truth of B images, where a label below 0 is a crowd.
 
     Returns:
@@ -67,9 +65,9 @@ def match_table(predictions, ground_truths: Sequence[Instances], num_classes: in
         if max(label := np.r_[found.labels, truth.labels, 0]) > num_classes:
             raise ValueError(f"Image {image}: label {max(label)}, expected up to {num_classes}.")
         rows = pd.DataFrame(dict(score=found.scores, label=found.labels))
-        rows = rows.rename_axis("detection").reset_index()
-        targets = pd.DataFrame(dict(target_label=truth.labels)).rename_axis("target").reset_index()
-        targets["target_area"] = mask_areas(truth.rles)
+        rows = rows.reset_index(names="detection")
+        targets = pd.DataFrame(dict(target_label=truth.labels, target_area=mask_areas(truth.rles)))
+        targets = targets.reset_index(names="target")
         pairs = mask_pairs(found, truth).merge(rows).merge(targets)
         right = choose_pairs(pairs[pairs.label == pairs.target_label])
         crowds = pairs.query("label == -target_label and 2 * shared >= area").detection
@@ -98,13 +96,11 @@ def wrong_instances(table: pd.DataFrame, image: int) -> tuple[list[int], list[in
     return own.target[own.target >= 0].tolist(), own.detection[own.detection >= 0].tolist()
 
 
-def image_table(table: pd.DataFrame, names: Sequence[str], min_score: float) -> pd.DataFrame:
+def image_table(table: pd.DataFrame, names: list[str], min_score: float) -> pd.DataFrame:
     """Instances, detections from `min_score` on, those right at IoU 0.5, F1; worst image first."""
     table = matches_above(table, min_score)
-    masks = dict(instances=table.target_label > 0, detections=table.detection >= 0)
-    counts = {name: table.image[mask] for name, mask in (masks | dict(right=table.tp50)).items()}
-    counts = {name: images.value_counts() for name, images in counts.items()}
-    rows = pd.DataFrame(counts, index=range(len(names))).fillna(0).astype(int)
+    rows = dict(instances=table.target >= 0, detections=table.detection >= 0, right=table.tp50)
+    rows = pd.DataFrame(rows).groupby(table.image).sum().reindex(range(len(names)), fill_value=0)
     rows["F1"] = 2 * rows.right / (rows.instances + rows.detections)  # NaN: nothing there
     return rows.set_index(pd.Index(names, name="image")).sort_values("F1", kind="stable")
 
@@ -146,20 +142,20 @@ def visible_instances(instances: Instances) -> Instances:
     return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
 
 
-def segmentation_quality(found: Instances, truth: Instances) -> tuple[float, ...]:
-    """DICE of the foreground, AJI, DQ, SQ and PQ of one image, whatever the classes; 0..1 or NaN.
+def segmentation_quality(found: Instances, truth: Instances) -> dict[str, float]:
+    """DICE of the foreground, AJI, DQ, SQ and PQ (0..1) of one image; none where nothing is there.
 
     In AJI several instances may take one detection; DQ, SQ and PQ are of pairs with IoU above 0.5.
     """
     if not (count := len(found) + len(truth)):
-        return (np.nan,) * len(MEASURES)
+        return {}
     pairs, foreground = mask_pairs(found, truth), mask_areas([*found.rles, *truth.rles]).sum()
     best = pairs.loc[pairs.groupby("target").iou.idxmax()]
     shared, again = best.shared.sum(), best.area[best.detection.duplicated()].sum()
     ious = pairs.iou[pairs.iou > 0.5]
     dq, sq = 2 * len(ious) / count, ious.sum() / max(len(ious), 1)
     dice, aji = 2 * pairs.shared.sum() / foreground, shared / (foreground + again - shared)
-    return dice, aji, dq, sq, dq * sq
+    return dict(DICE=dice, AJI=aji, DQ=dq, SQ=sq, PQ=dq * sq)
 
 
 def pair_centroids(found: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:
@@ -186,7 +182,7 @@ def quality_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
             first, second = own[pairs[0]], known[pairs[1]]
             count = own.sum() + known.sum() + (first != second).sum()
             quality = segmentation_quality(found.select(own), truth.select(known))
-            rows.append((label, *quality, 2 * (first & second).sum(), count))
+            rows.append(quality | dict(label=label, hits=2 * (first & second).sum(), count=count))
     columns = ["label", *MEASURES, "hits", "count"]
     groups = pd.DataFrame(rows, columns=columns, dtype=float).groupby("label")
     table = groups.mean().assign(F1=groups.hits.sum() / groups["count"].sum())
@@ -208,9 +204,8 @@ def score_table(samples, predictions, config: Config) -> pd.DataFrame:
     exported = [p.select(table.detection[table.image == k]) for k, p in enumerate(exported)]
     truths = [without_overlaps(truth.select(truth.labels > 0)) for truth in truths]
     quality = quality_table(exported, truths, len(categories))
-    count = dict(instances=sum(row["instances"] for row in scores["classes"].values()))
     capped = {name: scores[f"{name}_100"] for name in ("AP", "AP50", "AP75")}
-    rows = {0: scores | count, "best 100 per image and class": capped | count} | scores["classes"]
-    columns = dict.fromkeys(("AP", "AP50", "AP75"), float) | dict(instances=int)
-    table = pd.DataFrame(list(rows.values()), list(rows), list(columns)).astype(columns)
+    rows = {0: scores, "best 100 per image and class": scores | capped} | scores["classes"]
+    columns = dict(AP=float, AP50=float, AP75=float, instances=int)
+    table = pd.DataFrame(rows).T[list(columns)].astype(columns)
     return table.join(quality).rename({0: "all instances"} | categories)

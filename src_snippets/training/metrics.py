@@ -9,7 +9,6 @@
 
 # %%
 # @title Average precision
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
@@ -50,12 +49,12 @@ def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndar
     return np.asarray(evaluator.eval["precision"])[:, :, :, 0]
 
 
-def average_precision(ground_truth: dict, predictions: Mapping[int, Instances]) -> dict:
+def average_precision(ground_truth: dict, predictions: dict[int, Instances]) -> dict:
     """AP, AP50 and AP75 of predictions by the image ids of a COCO `ground_truth`.
 
     Returns:
-        `AP`, `AP50`, `AP75`; `AP_100`, .. of the best 100 per image and class; `classes`:
-        {category id: {AP, AP50, AP75, instances}}. 0..1; None where there is no ground truth.
+        `AP`, `AP50`, `AP75`, `instances`; `AP_100`, .. of the best 100 per image and class;
+        `classes`: these four by category id. 0..1; None where there is no ground truth.
     """
     largest = max([101, *(len(instances) for instances in predictions.values())])
     table = precision_table(ground_truth, predictions, [100, largest])
@@ -65,8 +64,9 @@ def average_precision(ground_truth: dict, predictions: Mapping[int, Instances]) 
         defined = {name: values[values > -1] for name, values in rows.items()}
         return {n + suffix: float(v.mean()) if v.size else None for n, v in defined.items()}
 
-    scores = means(table[..., 1]) | means(table[..., 0], "_100") | dict(classes={})
     owners = [a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"]]
+    scores = dict(instances=len(owners), classes={})
+    scores |= means(table[..., 1]) | means(table[..., 0], "_100")
     for column, key in enumerate(sorted(c["id"] for c in ground_truth["categories"])):
         scores["classes"][key] = means(table[:, :, column, 1]) | dict(instances=owners.count(key))
     return scores
