@@ -8,8 +8,6 @@
 
 # %%
 # @title plot_evaluation: six panels
-from collections.abc import Sequence
-
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -26,7 +24,7 @@ from src_snippets.evaluation.matching import ap50, mask_pairs, matches_above, pr
 from src_snippets.setup.config import Config
 
 
-def draw_scores(axes, table: pd.DataFrame, config: Config, names: Sequence[str]) -> None:
+def draw_scores(axes, table: pd.DataFrame, config: Config, names: tuple[str, ...]) -> None:
     """Draw precision over recall, F1 and AP50 over the score threshold, and scores: 3 axes."""
     labels, recall = range(1, len(names) + 1), np.linspace(0, 1, 101)
     curves = pd.DataFrame([precision_curve(table, label) for label in labels]).T
@@ -51,7 +49,7 @@ def draw_scores(axes, table: pd.DataFrame, config: Config, names: Sequence[str])
     axes[2].set(xlabel="score", ylabel="detections", title="Scores, IoU 0.5", yscale="symlog")
 
 
-def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
+def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     """Draw the confusion matrix, counts per image and recall by size: 3 axes."""
     labels, rng = [*range(1, len(names) + 1), 0], np.random.default_rng(0)
     counts = pd.crosstab(table.target_label, table.label)
@@ -85,7 +83,7 @@ def draw_exported(axes, table: pd.DataFrame, names: Sequence[str]) -> None:
     axes[2].set_title("Recall by size, 95% CI")
 
 
-def plot_evaluation(table: pd.DataFrame, config: Config, class_names: Sequence[str]) -> Figure:
+def plot_evaluation(table: pd.DataFrame, config: Config, class_names: tuple[str, ...]) -> Figure:
     """Plot six panels from the matches of `match_table`."""
     figure = Figure(figsize=(16, 9.5), layout="constrained")
     figure.set_label("Precision, thresholds, scores, classes, counts and recall in validation")

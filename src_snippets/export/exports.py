@@ -10,7 +10,6 @@
 
 # %%
 # @title Outlines and measurements of cells
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 import os
@@ -28,7 +27,6 @@ from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color, draw_outlines
 from src_snippets.data.images import name_file, read_image_values, read_pixel_size, require
-from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import crop_mask, draw_masks
 from src_snippets.data.structures import coco_dataset
 from src_snippets.evaluation.matching import visible_instances
@@ -47,16 +45,15 @@ def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> 
     in the file. Stains, of uint8 images in colour, are optical densities to base 10. Source:
     Ruifrok and Johnston 2001, the vectors of scikit-image.
     """
-    is_grey, names = (values == values[0]).all(), [*MEASURE_NAMES]
-    values = values[: 1 if is_grey else None]
-    names += [f"intensity_{channel + 1}" for channel in range(len(values))]
+    values = values[:1] if (values == values[0]).all() else values  # grey has one channel
+    names = [*MEASURE_NAMES, *(f"intensity_{k}" for k in range(1, len(values) + 1))]
     if len(values) == 3 and values.dtype == np.uint8:
         density = -np.log10(np.maximum(values, 1) / 255)
         stains = np.tensordot(skimage.color.hed_from_rgb[:, :2].T, density, 1)
         values, names = np.concatenate([values, stains]), [*names, "hematoxylin_od", "eosin_od"]
     values = np.moveaxis(values, 0, 2)
-    properties = skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES)
-    table = pd.DataFrame(properties).set_axis(names, axis=1)
+    table = skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES)
+    table = pd.DataFrame(table).set_axis(names, axis=1)
     table[["centroid_x_px", "centroid_y_px"]] += 0.5  # from pixel centres to the image's edge
     if um_per_px:
         um = table.filter(regex="(centroid|axis).*_px") * um_per_px
@@ -133,25 +130,19 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
         save_label_image(own, folder / f"class{label}.tif", 0)
 
 
-def write_exports(
-    predictions, images: Sequence[ImageRecord], sources, folder: Path, categories, um_per_px=0.0
-) -> pd.DataFrame:
-    """Write the files of all images, see the README; ImageJ's ROIs where roifile is installed.
+def write_exports(predictions, images, sources, folder, categories, um_per_px=0.0) -> pd.DataFrame:
+    """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
     Args:
         predictions: `Instances` by image id; see `visible_instances` for what is left of overlaps.
-        images: at least one, named by their paths; sources: the file of each by image id.
+        images: `ImageRecord`s, at least one; sources: the file of each by image id.
+        folder: its path; ImageJ's ROIs are in it where roifile is installed.
         categories: names of the classes 1..C by the dataset's own ids.
         um_per_px: of all images; 0: see `read_pixel_size`. Where unknown nothing is in um or mm.
-
-    Returns:
-        The table of counts.csv, a row per image.
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
-    above, tables, areas = os.path.commonpath([image.path.parent for image in images]), [], {}
-    ums = set()
-    named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
+    tables, counts, ums = [], [], set()
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
     for part, suffix in PARTS_OF_EXPORTS.items():
         clear_folder(folder / part, suffix)
@@ -185,18 +176,16 @@ def write_exports(
             with atomic_write(paths["rois"]) as partial:
                 import_module("roifile").roiwrite(partial, rois, mode="w")
         tables.append(table)
-        areas[name] = numbers.size * um**2 / 1e6 or np.nan
-    cells = pd.concat(tables)
-    counts = pd.crosstab(cells.image, cells["class"])
-    counts = counts.reindex(index=list(areas), columns=kinds, fill_value=0)
-    counts["all"] = counts.sum(axis=1)
-    if ums:
-        density = counts.div(pd.Series(areas), axis=0).add_suffix("_per_mm2").round(3)
-        counts = counts.assign(area_mm2=pd.Series(areas)).join(density)
-    counts = counts.rename_axis(index="image", columns=None).reset_index()
+        row = dict(image=name, **table["class"].value_counts().reindex(kinds, fill_value=0))
+        counts.append(row | dict(all=len(table), area_mm2=numbers.size * um**2 / 1e6 or np.nan))
+    cells, counts = pd.concat(tables), pd.DataFrame(counts)
+    density = counts[[*kinds, "all"]].div(counts.area_mm2, axis=0).add_suffix("_per_mm2").round(3)
+    counts = counts.join(density).dropna(axis=1, how="all")
     for name, table in (("cells.csv", cells), ("counts.csv", counts)):
         with atomic_write(folder / name) as partial:
             table.to_csv(partial, index=False)
+    above = os.path.commonpath([image.path.parent for image in images])
+    named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
     write_json(coco_dataset(visible, named, categories), folder / "cells.coco.json")
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")

@@ -9,7 +9,6 @@
 # %%
 # @title write_report: captions and page
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 import os
 from pathlib import Path
@@ -54,10 +53,8 @@ def environment_table(gpu: str) -> pd.DataFrame:
     return pd.DataFrame({"value": {"Python": platform.python_version()} | machine | versions})
 
 
-def write_report(path: Path, title: str, notes: Sequence[str], tables: Mapping) -> None:
-    """Write the report, with the figures of `CAPTIONS` in the folder `figures` beside `path`.
-
-    It links to what is in the folder `exports` there.
+def write_report(path: Path, title: str, notes: list[str], tables: dict) -> None:
+    """Write the report, with figures from `figures` and links to `exports`, folders beside `path`.
 
     notes: lines of text; tables: by heading, or None; the figures come after the first one.
     """

@@ -8,29 +8,28 @@
 
 # %%
 # @title plot_history, LiveHistory
-from collections.abc import Sequence
 from pathlib import Path
 import time
 
 import IPython
 from matplotlib.figure import Figure
+import pandas as pd
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import add_class_legend, draw_outlines, show_figure, show_image_row
 from src_snippets.data.structures import ground_truth
 
 
-def plot_history(history: Sequence[dict], names: Sequence[str], example=None) -> Figure:
+def plot_history(history: list[dict], names: tuple[str, ...], example=None) -> Figure:
     """Plot losses and scores over epochs; below them `example`, a sample and its `Instances`."""
     heights = [3.4, min(5.1 * example[0].size[0] / example[0].size[1], 7)] if example else [3.4]
     figure = Figure(figsize=(10.5, sum(heights) + 0.6), layout="constrained")
     figure.set_label("Losses and validation scores by epoch, and an example with its prediction")
     rows = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights)
-    for axis, prefixes in zip(rows[0], (("loss", "val_loss"), ("AP",)), strict=True):
-        known = (k for row in history for k in row if k.startswith(prefixes) and row[k] is not None)
-        for key in dict.fromkeys(known):
-            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
-            axis.plot(*zip(*points, strict=True), marker=".", label=key.replace("_", " "))
+    table = pd.DataFrame.from_dict({row["epoch"]: row for row in history}, "index", dtype=float)
+    for axis, pattern in zip(rows[0], ("loss", "^AP"), strict=True):
+        for key, values in table.dropna(axis=1, how="all").filter(regex=pattern).items():
+            axis.plot(values.dropna(), marker=".", label=key.replace("_", " "))
             axis.legend(fontsize=8, frameon=False, ncols=2)
         axis.set(xlabel="epoch", xlim=(0.5, max(len(history), 2) + 0.5), ylim=(0, None))
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -47,10 +46,10 @@ def plot_history(history: Sequence[dict], names: Sequence[str], example=None) ->
 class LiveHistory:
     """Draw `plot_history` into the PNG at `path` and one display, `pause` seconds apart or more."""
 
-    def __init__(self, path: Path, names: Sequence[str], pause: float = 2.0):
+    def __init__(self, path: Path, names: tuple[str, ...], pause: float = 2.0):
         self.path, self.names, self.pause, self.drawn_at = path, names, pause, None
 
-    def __call__(self, history: Sequence[dict], example=None, is_last: bool = False) -> None:
+    def __call__(self, history: list[dict], example=None, is_last: bool = False) -> None:
         row = history[-1]
         if IPython.get_ipython() is None and not is_last:
             scores = [f"{k} {row[k]:.3f}" for k in ("loss", "AP50", "val_loss") if row.get(k)]
