@@ -2,7 +2,6 @@
 
 # %%
 # @title Drawing: outlines, and figures of samples, augmentations, predictions
-from collections.abc import Sequence
 from pathlib import Path
 
 import IPython
@@ -47,14 +46,14 @@ def draw_outlines(image: np.ndarray, instances: Instances, side: int = 480) -> n
     return canvas
 
 
-def add_class_legend(figure: Figure, names: Sequence[str]) -> None:
+def add_class_legend(figure: Figure, names: tuple[str, ...]) -> None:
     """Put the colours of classes 1..C, called `names`, under a figure."""
     handles = [Line2D([], [], color=class_color(k + 1), lw=4, label=n) for k, n in enumerate(names)]
     columns = max(int(12 * figure.get_figwidth() / max(map(len, names))), 1)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def show_image_row(axes, images: Sequence[np.ndarray], titles: Sequence[str]) -> None:
+def show_image_row(axes, images: list[np.ndarray], titles: list[str]) -> None:
     """Show images (H, W, 3) with titles in a row of axes, without ticks."""
     for axis, image, title in zip(axes, images, titles, strict=True):
         axis.imshow(image)
@@ -80,7 +79,7 @@ def show_figure(figure: Figure, path: Path, alt: str = "", update: bool | None =
         print(f"figure: {path}")
 
 
-def plot_samples(items: Sequence[tuple], names: Sequence[str]) -> Figure:
+def plot_samples(items: list[tuple], names: tuple[str, ...]) -> Figure:
     """Plot (image (3, H, W) uint8, `Instances`, name) each: the image, below it with outlines."""
     tall = min(max(image.shape[1] / image.shape[2] for image, _, _ in items), 1.2)
     figure = Figure(figsize=(3.4 * len(items), 6.6 * tall + 1.2), layout="constrained")
@@ -94,7 +93,7 @@ def plot_samples(items: Sequence[tuple], names: Sequence[str]) -> Figure:
     return figure
 
 
-def plot_augmentations(sample: CellSample, variants: Sequence[CellSample], names) -> Figure:
+def plot_augmentations(sample: CellSample, variants: list[CellSample], names) -> Figure:
     """Plot a sample and random variants of it, ground truth outlined on all."""
     figure = Figure(figsize=(9.6, 7), layout="constrained")
     figure.set_label("An image and random variants of it; the outlines move with the cells")
@@ -105,11 +104,10 @@ def plot_augmentations(sample: CellSample, variants: Sequence[CellSample], names
     return figure
 
 
-def plot_predictions(samples: Sequence[CellSample], predictions, wrong, names) -> Figure:
+def plot_predictions(samples: list[CellSample], predictions, wrong, names) -> Figure:
     """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample.
 
-    wrong: for each sample indices of instances that are missed, and of predictions that are wrong;
-    both are marked by crosses.
+    wrong: indices of missed instances and of wrong predictions of each; crosses mark them.
     """
     heights = [sample.size[0] / sample.size[1] for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")

@@ -76,13 +76,11 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
     if not predictions:
         return table, "No validation images: nothing can be said about the score."
-    price = table.AP50.iloc[1] - table.AP50.iloc[0]
-    if not price >= 0.0005:
-        return table, f"score_threshold={config.score_threshold} costs no AP50."
-    return table, (
-        f"score_threshold={config.score_threshold} costs {price:.3f} AP50: set CHANGES = "
-        "dict(score_threshold=0.05) in the settings cell and run on from there; nothing is trained."
-    )
+    price, advice = table.AP50.diff().iloc[1], "no AP50."
+    if price >= 0.0005:
+        advice = f"{price:.3f} AP50: set CHANGES = dict(score_threshold=0.05) in the settings cell "
+        advice += "and run on from there; nothing is trained."
+    return table, f"score_threshold={config.score_threshold} costs {advice}"
 
 
 def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:

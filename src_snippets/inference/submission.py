@@ -74,8 +74,7 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
     if missing := sorted({image.image_id for image in images} - set(predictions)):
         raise BadInput(f"No prediction for {len(missing)} images, such as id {missing[0]}.")
     results, archive = folder / "test-results.json", folder / "test-results.zip"
-    rows = coco_annotations(predictions, category_ids)
-    rows = [{key: row[key] for key in ENTRY_KEYS} for row in rows]
+    rows = [{k: row[k] for k in ENTRY_KEYS} for row in coco_annotations(predictions, category_ids)]
     with atomic_write(results) as partial:
         partial.write_text(json.dumps(rows, allow_nan=False))
         check_results(partial, images, category_ids)
@@ -96,8 +95,7 @@ def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) 
     """
     rows = []
     for image in images:
-        instances = without_overlaps(predictions[image.image_id])
-        texts = [rle_to_csv(rle) for rle in instances.rles]
+        texts = [rle_to_csv(rle) for rle in without_overlaps(predictions[image.image_id]).rles]
         rows += [(image.path.stem, text) for text in texts or [""]]
     table = pd.DataFrame(rows, columns=["id", "predicted"])
     with atomic_write(folder / "submission.csv") as partial:
