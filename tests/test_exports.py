@@ -409,7 +409,7 @@ def test_readers_of_others_are_asked(predictions, tmp_path, grey, capsys):
 def test_without_roifile_the_rois_are_said_to_be_missing(
     predictions, tmp_path, capsys, monkeypatch, grey
 ):
-    monkeypatch.setattr(exports, "find_spec", lambda name: None)
+    monkeypatch.setattr(exports.importlib.util, "find_spec", lambda name: None)
     write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES)
     assert list((tmp_path / "rois").iterdir()) == []
     assert "pip install roifile" in capsys.readouterr().out

@@ -9,8 +9,7 @@
 # %%
 # @title plot_evaluation: six panels
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
+import matplotlib.patheffects
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -28,7 +27,9 @@ def draw_scores(axes, table: pd.DataFrame, config: Config, names: tuple[str, ...
     """Draw precision over recall, F1 and AP50 over the score threshold, and scores: 3 axes."""
     labels, recall = range(1, len(names) + 1), np.linspace(0, 1, 101)
     curves = pd.DataFrame([precision_curve(table, label) for label in labels]).T
-    casing = [withStroke(linewidth=3, foreground="#777777")]  # yellow on white
+    casing = [
+        matplotlib.patheffects.withStroke(linewidth=3, foreground="#777777")
+    ]  # yellow on white
     axes[0].set_prop_cycle(color=[class_color(label) for label in labels])
     axes[0].plot(recall, curves, label=list(names), path_effects=casing)
     axes[0].plot(recall, curves.mean(axis=1), "k", label=f"mean, AP50 {ap50(table):.3f}")
@@ -129,9 +130,8 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
             if len(group) > 1 and invented & {*group}:
                 rows.append(("merged or split", len(group), image, list(group), [t]))
                 invented, missed = invented - {*group}, missed - {t}
-        wrong = own.query("label > 0 and target_label > 0 and label != target_label")
-        for d, t in zip(wrong.detection, wrong.target, strict=True):
-            rows.append(("wrong class", scores[d], image, [d], [t]))
+        wrong = own.query("label > 0 and target_label > 0 and label != target_label").itertuples()
+        rows += [("wrong class", row.score, image, [row.detection], [row.target]) for row in wrong]
         rows += [("missed", known.target_area[t], image, [], [t]) for t in sorted(missed)]
         rows += [("invented", scores[d], image, [d], []) for d in sorted(invented)]
     mistakes = pd.DataFrame(rows, columns=["kind", "rank", "image", "detections", "targets"])
@@ -184,7 +184,9 @@ def plot_mistakes(samples, predictions, table: pd.DataFrame, config: Config, col
         for axis, mistake in zip(row, group.itertuples(), strict=False):
             sides = truths[mistake.image], predictions[mistake.image]
             draw_mistake(axis, mistake, samples[mistake.image].image.numpy(), *sides, names)
-    handles = [Line2D([], [], **style) for style in (PREDICTION_STYLE, WINNER_STYLE)]
+    handles = [
+        matplotlib.lines.Line2D([], [], **style) for style in (PREDICTION_STYLE, WINNER_STYLE)
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     add_class_legend(figure, [f"true {name}" for name in names])
     return figure

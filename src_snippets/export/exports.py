@@ -10,8 +10,7 @@
 
 # %%
 # @title Outlines and measurements of cells
-from importlib import import_module
-from importlib.util import find_spec
+import importlib.util
 import os
 from pathlib import Path
 import shutil
@@ -20,7 +19,6 @@ import uuid
 import numpy as np
 import pandas as pd
 from PIL import Image
-from scipy import ndimage
 import skimage
 from tifffile import imwrite
 from tqdm.auto import tqdm
@@ -68,7 +66,7 @@ def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
     Returns a polygon per piece: closed rings of [x, y] px, the outer one, then holes, wound as RFC
     7946 asks (counter-clockwise, clockwise if y goes up). No ring meets itself.
     """
-    pieces, count = ndimage.label(mask)
+    pieces, count = skimage.measure.label(mask, connectivity=1, return_num=True)
     polygons = [[] for _ in range(count)]
     for piece, rings in enumerate(polygons, start=1):
         # "high": of two holes that touch at a corner each has a ring of its own
@@ -83,7 +81,7 @@ def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
 
 def imagej_roi(polygons: list, name: str):
     """A cell's `trace_polygons` as an ROI of ImageJ, composite where there are several rings."""
-    roifile = import_module("roifile")
+    roifile = importlib.import_module("roifile")
     rings = [ring[:-1] for rings in polygons for ring in rings]
     roi = roifile.ImagejRoi.frompoints(np.concatenate(rings), name=name)
     if len(rings) > 1:  # a path of operations: 0 move to, 1 line to, 4 close
@@ -170,11 +168,11 @@ def write_exports(predictions, images, sources, folder, categories, um_per_px=0.
         rows = zip(polygons, instances.labels, table.to_dict("records"), strict=True)
         content = dict(type="FeatureCollection", features=[qupath_feature(*row) for row in rows])
         write_json(content, paths["qupath"])
-        if find_spec("roifile"):
+        if importlib.util.find_spec("roifile"):
             names = [f"{k} {kind}".replace("/", "_") for k, kind in enumerate(table["class"], 1)]
             rois = [imagej_roi(*item) for item in zip(polygons, names, strict=True)]
             with atomic_write(paths["rois"]) as partial:
-                import_module("roifile").roiwrite(partial, rois, mode="w")
+                importlib.import_module("roifile").roiwrite(partial, rois, mode="w")
         tables.append(table)
         row = dict(image=name, **table["class"].value_counts().reindex(kinds, fill_value=0))
         counts.append(row | dict(all=len(table), area_mm2=numbers.size * um**2 / 1e6 or np.nan))
@@ -191,6 +189,6 @@ def write_exports(predictions, images, sources, folder, categories, um_per_px=0.
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"
     print(f"um per pixel, by the setting or the files: {sizes}")
-    if not find_spec("roifile"):
+    if not importlib.util.find_spec("roifile"):
         print("No ROIs for ImageJ: they need the package roifile (pip install roifile).")
     return counts

@@ -57,12 +57,11 @@ def average_precision(ground_truth: dict, predictions: dict[int, Instances]) -> 
         `classes`: these four by category id. 0..1; None where there is no ground truth.
     """
     largest = max([101, *(len(instances) for instances in predictions.values())])
-    table = precision_table(ground_truth, predictions, [100, largest])
+    table = np.ma.masked_less(precision_table(ground_truth, predictions, [100, largest]), 0)
 
-    def means(part: np.ndarray, suffix="") -> dict:
-        rows = {"AP": part, "AP50": part[:1], "AP75": part[5:6]}
-        defined = {name: values[values > -1] for name, values in rows.items()}
-        return {n + suffix: float(v.mean()) if v.size else None for n, v in defined.items()}
+    def means(part: np.ma.MaskedArray, suffix="") -> dict:
+        rows = {"AP": part, "AP50": part[0], "AP75": part[5]}
+        return {name + suffix: values.mean().tolist() for name, values in rows.items()}
 
     owners = [a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"]]
     scores = dict(instances=len(owners), classes={})
