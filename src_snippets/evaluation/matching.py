@@ -21,7 +21,6 @@ from src_snippets.training.metrics import average_precision
 
 MATCH_DTYPES = dict(image=int, detection=int, label=int, target=int, target_label=int)
 MATCH_DTYPES |= dict(target_area=int, score="float32", iou=float, tp50=bool)
-MEASURES = ("DICE", "AJI", "DQ", "SQ", "PQ")
 
 
 def mask_pairs(detections: Instances, truth: Instances) -> pd.DataFrame:
@@ -142,22 +141,6 @@ def visible_instances(instances: Instances) -> Instances:
     return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
 
 
-def segmentation_quality(found: Instances, truth: Instances) -> dict[str, float]:
-    """DICE of the foreground, AJI, DQ, SQ and PQ (0..1) of one image; none where nothing is there.
-
-    In AJI several instances may take one detection; DQ, SQ and PQ are of pairs with IoU above 0.5.
-    """
-    if not (count := len(found) + len(truth)):
-        return {}
-    pairs, foreground = mask_pairs(found, truth), mask_areas([*found.rles, *truth.rles]).sum()
-    best = pairs.loc[pairs.groupby("target").iou.idxmax()]
-    shared, again = best.shared.sum(), best.area[best.detection.duplicated()].sum()
-    ious = pairs.iou[pairs.iou > 0.5]
-    dq, sq = 2 * len(ious) / count, ious.sum() / max(len(ious), 1)
-    dice, aji = 2 * pairs.shared.sum() / foreground, shared / (foreground + again - shared)
-    return dict(DICE=dice, AJI=aji, DQ=dq, SQ=sq, PQ=dq * sq)
-
-
 def pair_centroids(found: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:
     """Pair centroids at most `radius` px apart: (2, K) int64, detections and their targets."""
     maps = [draw_masks(s.rles, np.arange(len(s)) + 1, *s.size) for s in (found, truth)]
@@ -174,19 +157,27 @@ def quality_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     counts twice in it. predictions, ground_truths: one per image, without overlaps and crowds.
     Source: HoVer-Net, Graham et al. 2019, doi:10.1016/j.media.2019.101563, and its code.
     """
-    rows = []
+    columns, rows = ["label", "DICE", "AJI", "DQ", "SQ", "PQ", "hits", "count"], []
     for found, truth in zip(predictions, ground_truths, strict=True):
-        pairs = pair_centroids(found, truth)
+        every, near = mask_pairs(found, truth), pair_centroids(found, truth)
+        areas = mask_areas(found.rles), mask_areas(truth.rles)
         for label in range(num_classes + 1):
             own, known = ((side.labels == label) | (label == 0) for side in (found, truth))
-            first, second = own[pairs[0]], known[pairs[1]]
-            count = own.sum() + known.sum() + (first != second).sum()
-            quality = segmentation_quality(found.select(own), truth.select(known))
-            rows.append(quality | dict(label=label, hits=2 * (first & second).sum(), count=count))
-    columns = ["label", *MEASURES, "hits", "count"]
+            if not (count := own.sum() + known.sum()):
+                continue
+            pairs = every[own[every.detection] & known[every.target]]
+            foreground = areas[0][own].sum() + areas[1][known].sum()
+            best = pairs.loc[pairs.groupby("target").iou.idxmax()]  # may share a detection
+            shared, again = best.shared.sum(), best.area[best.detection.duplicated()].sum()
+            dice, aji = 2 * pairs.shared.sum() / foreground, shared / (foreground + again - shared)
+            ious = pairs.iou[pairs.iou > 0.5]
+            dq, sq = 2 * len(ious) / count, ious.sum() / max(len(ious), 1)
+            first, second = own[near[0]], known[near[1]]
+            hits, confused = 2 * (first & second).sum(), (first != second).sum()
+            rows.append((label, dice, aji, dq, sq, dq * sq, hits, count + confused))
     groups = pd.DataFrame(rows, columns=columns, dtype=float).groupby("label")
     table = groups.mean().assign(F1=groups.hits.sum() / groups["count"].sum())
-    return table.reindex(range(num_classes + 1))[[*MEASURES, "F1"]]
+    return table.reindex(range(num_classes + 1))[[*columns[1:6], "F1"]]
 
 
 def score_table(samples, predictions, config: Config) -> pd.DataFrame:
