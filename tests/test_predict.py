@@ -15,7 +15,6 @@ from src_snippets.inference.predict import (
     predict_image,
     predict_test,
     predict_validation,
-    views,
 )
 from src_snippets.model.detect import detect, View
 from src_snippets.model.mask_rcnn import build_model
@@ -26,11 +25,15 @@ from tests.conftest import field_of_cells, make_sample
 from tests.test_detect import decoded, draw, result, Scripted, Squares
 
 
-def test_views_of_the_settings():
-    assert views(make_config("demo")) == [View(1.0, 0, False)]
-    assert len(set(views(make_config("demo", tta="d4", tta_scales=[1.0, 1.5])))) == 16
-    image = torch.arange(6).view(1, 2, 3)
-    shown = [view.apply(image)[0].tolist() for view in views(make_config("demo", tta="flips"))]
+def test_views_of_the_settings(monkeypatch):
+    found = ground_truth(make_sample([np.eye(3, dtype=int)], [1]))
+    calls, image = [], torch.arange(6).view(1, 2, 3)
+    monkeypatch.setattr(predict, "detect", lambda *given: calls.append(given[3]) or found)
+    for changes in ({}, dict(tta="d4", tta_scales=[1.0, 1.5]), dict(tta="flips")):
+        predict_image([], image, make_config("demo", **changes))
+    assert calls[0] == [View(1.0, 0, False)]
+    assert len(set(calls[1])) == 16
+    shown = [view.apply(image)[0].tolist() for view in calls[2]]
     assert shown == [[[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]], [[3, 4, 5], [0, 1, 2]]]
 
 

@@ -36,8 +36,7 @@ def draw_scores(axes, table: pd.DataFrame, config: Config, names: tuple[str, ...
     axes[0].set(xlabel="recall", ylabel="precision", title="Precision over recall, IoU 0.5")
     thresholds = np.linspace(0.05, 0.95, 19)
     parts = [matches_above(table, threshold) for threshold in thresholds]
-    sizes = [np.count_nonzero(part[["label", "target_label"]]) for part in parts]
-    f1 = [2 * p.tp50.sum() / max(size, 1) for p, size in zip(parts, sizes, strict=True)]
+    f1 = [2 * p.tp50.sum() / max(np.count_nonzero(p[["label", "target_label"]]), 1) for p in parts]
     axes[1].plot(thresholds, [ap50(part) for part in parts], "k-", label="AP50")
     axes[1].plot(thresholds, f1, "k--", label="F1, all classes")
     for name, line in (("score_threshold", "-"), ("export_score_threshold", "--")):

@@ -38,14 +38,10 @@ SYMMETRIES = {  # quarter turns, mirrored
 }
 
 
-def views(config: Config) -> list[View]:
-    """List the views of an image in test-time augmentation."""
-    return [View(scale, *turn) for scale in config.tta_scales for turn in SYMMETRIES[config.tta]]
-
-
 def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instances:
     """Predict one image (3, H, W) uint8 by all `members`, pairs of a model and its settings."""
-    found = detect([model for model, _ in members], image, config, views(config))
+    views = [View(scale, *turn) for scale in config.tta_scales for turn in SYMMETRIES[config.tta]]
+    found = detect([model for model, _ in members], image, config, views)
     return found if config.overlaps else without_overlaps(found)
 
 
