@@ -119,13 +119,11 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
         for d, t in zip(again.detection, again.target, strict=True):
             rows.append(("duplicate", scores[d], image, [d, known.detection[t]], [t]))
         invented -= {*again.detection}
-        merges = pairs[2 * pairs.shared > pairs.target_area].groupby("detection").target
-        for d, group in merges:
+        for d, group in pairs[2 * pairs.shared > pairs.target_area].groupby("detection").target:
             if len(group) > 1 and missed & {*group}:
                 rows.append(("merged or split", len(group), image, [d], list(group)))
                 invented, missed = invented - {d}, missed - {*group}
-        splits = pairs[2 * pairs.shared > pairs.area].groupby("target").detection
-        for t, group in splits:
+        for t, group in pairs[2 * pairs.shared > pairs.area].groupby("target").detection:
             if len(group) > 1 and invented & {*group}:
                 rows.append(("merged or split", len(group), image, list(group), [t]))
                 invented, missed = invented - {*group}, missed - {t}

@@ -62,11 +62,11 @@ def write_report(path: Path, title: str, notes: list[str], tables: dict) -> None
     tables = {name: t.to_html(**options) for name, t in tables.items() if t is not None}
     figures = []
     for name, text in CAPTIONS.items():
-        for file in sorted((path.parent / "figures").glob(f"{name}*.png")):  # history1.png: a fold
+        for file in sorted(path.parent.glob(f"figures/{name}*.png")):  # history1.png: a fold
             figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
-    content = dict(title=title, lines=notes, tables=tables, figures=figures)
-    content["exports"] = sorted(file.name for file in path.parent.glob("exports/[!.]*"))
-    text = Environment(autoescape=True).from_string(PAGE).render(content)
+    exports = sorted(file.name for file in path.parent.glob("exports/[!.]*"))
+    content = dict(title=title, lines=notes, tables=tables, figures=figures, exports=exports)
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        page = Environment(autoescape=True).from_string(PAGE).render(content)
+        partial.write_text(page, encoding="utf-8")
     print(f"{path}: a report of this run, {path.stat().st_size / 1e6:.1f} MB")

@@ -11,7 +11,6 @@
 # @title Views of an image; predictions of validation and test images
 from dataclasses import replace
 from hashlib import sha256
-from itertools import product
 import json
 from pathlib import Path
 
@@ -34,7 +33,7 @@ VALIDATION_THRESHOLD = 0.05  # validation keeps scores from here on, or from a l
 SYMMETRIES = {  # quarter turns, mirrored
     "none": [(0, False)],
     "flips": [(0, False), (0, True), (2, True)],  # as it is, left to right, upside down
-    "d4": list(product(range(4), (False, True))),
+    "d4": [(turns, mirrored) for turns in range(4) for mirrored in (False, True)],
 }
 
 
@@ -81,12 +80,11 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
 
 def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:
     """Make a folder for predictions of these models, images and settings; the images not in it."""
-    digest = sha256(repr(config).encode())
+    stats = [image.path.stat() for image in images]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    digest = sha256(repr((config, images, stamps)).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())
-    for image in images:
-        stat = image.path.stat()
-        digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}".encode())
     folder = folder / f"predictions-{digest.hexdigest()[:8]}"
     folder.mkdir(exist_ok=True)
     return folder, [image for image in images if not (folder / f"{image.image_id}.json").exists()]
