@@ -33,6 +33,7 @@ from src_snippets.data.structures import ground_truth, Instances
 from src_snippets.export import exports
 from src_snippets.export.exports import (
     measure_cells,
+    read_pixel_size,
     save_label_image,
     trace_polygons,
     write_exports,
@@ -566,3 +567,37 @@ def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path, gre
     tracemalloc.stop()
     assert len(places) == 300
     assert peak < 25e6
+
+
+# Pixel size
+
+OME = '<OME><Image><Pixels PhysicalSizeX="0.5" PhysicalSizeY="0.5"{}/></Image></OME>'
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (dict(), 0),
+        (dict(resolution=(300, 300), resolutionunit="INCH"), 0),  # of a printer
+        (dict(resolution=(50800, 50800), resolutionunit="INCH"), 0.5),
+        (dict(resolution=(40000, 40000), resolutionunit="CENTIMETER"), 0.25),
+        (dict(resolution=(40000, 20000), resolutionunit="CENTIMETER"), 0),  # two sizes
+        (dict(imagej=True, resolution=(4, 4), metadata=dict(unit="um")), 0.25),
+        (dict(imagej=True, resolution=(4, 4), metadata=dict(unit="\\u00B5m")), 0.25),
+        (dict(imagej=True, resolution=(4000, 4000), metadata=dict(unit="mm")), 0.25),
+        (dict(imagej=True, resolution=(4, 4)), 0),  # of no unit
+        (dict(imagej=True, resolution=(1, 1), metadata=dict(unit="pixel")), 0),
+        (dict(description=OME.format("")), 0.5),
+        (dict(description=OME.format(' PhysicalSizeXUnit="nm"')), 0),
+        (dict(description=OME.replace("0.5", "500").format(' PhysicalSizeXUnit="nm"')), 0.5),
+    ],
+)
+def test_pixel_sizes_by_the_tags(options, size, tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((4, 5), np.uint8), **dict(metadata=None) | options)
+    assert read_pixel_size(path) == pytest.approx(size)
+
+
+def test_other_files_tell_no_pixel_size(tmp_path):
+    Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
+    assert read_pixel_size(tmp_path / "a.png") == 0

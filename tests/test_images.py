@@ -7,7 +7,6 @@ from src_snippets.data.images import (
     read_cell_folder,
     read_image,
     read_instance_map,
-    read_pixel_size,
 )
 from tests.conftest import real_data, refused, save, write_folder
 
@@ -483,37 +482,3 @@ def test_cells_that_cover_each_other_in_part_are_instances(tmp_path):
             ids[(y / rng.uniform(2, 25)) ** 2 + (x / rng.uniform(2, 12)) ** 2 < 1] = number
         found = read_instance_map(save(tmp_path / "class1.tif", ids))
         assert set(found.ids) == set(ids[ids > 0])
-
-
-# Pixel size
-
-OME = '<OME><Image><Pixels PhysicalSizeX="0.5" PhysicalSizeY="0.5"{}/></Image></OME>'
-
-
-@pytest.mark.parametrize(
-    ("options", "size"),
-    [
-        (dict(), 0),
-        (dict(resolution=(300, 300), resolutionunit="INCH"), 0),  # of a printer
-        (dict(resolution=(50800, 50800), resolutionunit="INCH"), 0.5),
-        (dict(resolution=(40000, 40000), resolutionunit="CENTIMETER"), 0.25),
-        (dict(resolution=(40000, 20000), resolutionunit="CENTIMETER"), 0),  # two sizes
-        (dict(imagej=True, resolution=(4, 4), metadata=dict(unit="um")), 0.25),
-        (dict(imagej=True, resolution=(4, 4), metadata=dict(unit="\\u00B5m")), 0.25),
-        (dict(imagej=True, resolution=(4000, 4000), metadata=dict(unit="mm")), 0.25),
-        (dict(imagej=True, resolution=(4, 4)), 0),  # of no unit
-        (dict(imagej=True, resolution=(1, 1), metadata=dict(unit="pixel")), 0),
-        (dict(description=OME.format("")), 0.5),
-        (dict(description=OME.format(' PhysicalSizeXUnit="nm"')), 0),
-        (dict(description=OME.replace("0.5", "500").format(' PhysicalSizeXUnit="nm"')), 0.5),
-    ],
-)
-def test_pixel_sizes_by_the_tags(options, size, tmp_path):
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, np.zeros((4, 5), np.uint8), **dict(metadata=None) | options)
-    assert read_pixel_size(path) == pytest.approx(size)
-
-
-def test_other_files_tell_no_pixel_size(tmp_path):
-    Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
-    assert read_pixel_size(tmp_path / "a.png") == 0

@@ -49,14 +49,10 @@ def find_seams(borders: Sequence[list[np.ndarray]]) -> list[tuple[int, int]]:
 
 
 def group_by_appearance(features: np.ndarray, borders: Sequence, size: int = 8) -> np.ndarray:
-    """Group images that look alike; those with a seam are always together.
+    """Group images that look alike, `size` on average: (N,) ints from 1 on.
 
-    Args:
-        features: (N, 12), `appearance_features` of each; borders: `image_borders` of each.
-        size: mean number of images per group.
-
-    Returns:
-        (N,) ints from 1 on; below 5 * `size` images, too few to compare, only seams join.
+    Those with a seam are always together; below 5 * `size` images, too few to compare, only these.
+    features: (N, 12), `appearance_features` of each; borders: `image_borders` of each.
     """
     seams = np.array(find_seams(borders), int).reshape(-1, 2)
     links = sparse.coo_array((np.ones(len(seams)), seams.T), (len(borders),) * 2)

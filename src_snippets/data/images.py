@@ -106,10 +106,8 @@ def decode_tiff(path: Path) -> tuple:
             same = values.dtype == page.dtype and values.size == prod(page.shape)
             require(same and kind in readable, f"{error}, and Pillow fails. Install imagecodecs.")
         alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
-        lossy, palette = (
-            page.compression.name[:4] in ("JPEG", "WEBP"),
-            getattr(page, "colormap", None),
-        )
+        lossy = page.compression.name[:4] in ("JPEG", "WEBP")
+        palette = getattr(page, "colormap", None)
         return values, kind, palette, alpha, lossy, page.bitspersample, orientation
 
 
@@ -157,30 +155,6 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
     return np.round(scaled * 255).astype(np.uint8)
 
 
-UM_PER_UNIT = dict.fromkeys(("um", "µm", "\u03bcm", "\\u00B5m", "micron", "microns"), 1.0)
-UM_PER_UNIT |= dict(nm=1e-3, mm=1e3, cm=1e4, inch=25400.0)
-
-
-def read_pixel_size(path: Path) -> float:
-    """Micrometres per pixel by a TIFF's OME, ImageJ or resolution tags; 0 without, or not 0.01..10.
-
-    Screens and printers leave 72 or 300 pixels per inch in files, which are 353 and 85 um.
-    """
-    with suppress(Exception), TiffFile(path) as tif:  # of any kind: the image itself is readable
-        sides = [1 / r if r else 0 for r in tif.pages.first.resolution]
-        unit = {2: "inch", 3: "cm"}.get(tif.pages.first.resolutionunit, "")
-        if tif.is_imagej:
-            unit = tif.imagej_metadata.get("unit", "")
-        if tif.is_ome:
-            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', tif.ome_metadata))
-            sides = [float(found[f"PhysicalSize{axis}"]) for axis in "XY"]
-            unit = found.get("PhysicalSizeXUnit", "um")
-        size = sides[0] * UM_PER_UNIT[unit]
-        if 0.01 <= size <= 10 and abs(sides[0] - sides[1]) < 0.01 * sides[0]:
-            return size
-    return 0.0
-
-
 # %%
 # @title Read instance maps, outlines and training folders
 # Pixels of instances: row-major offsets (K,) int64, ids (K,) ints from 1 on, size (H, W), and how
@@ -213,9 +187,8 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     numbers.flat[pixels] = owners + 1
     pieces = skimage.measure.label(numbers, connectivity=2).flat[pixels]
     table = pd.DataFrame(dict(id=owners, piece=pieces, distance=distances))
-    parts = table.groupby("piece").agg(
-        id=("id", "first"), size=("id", "size"), far=("distance", "max")
-    )
+    facts = dict(id=("id", "first"), size=("id", "size"), far=("distance", "max"))
+    parts = table.groupby("piece").agg(**facts)
     small = 10 * parts["size"] < parts.groupby("id")["size"].transform("max")
     large = parts[~small].groupby("id")["far"].agg(["size", "max"])
     # a cell that others cover in part may be little and far, but no farther than a whole cell
@@ -231,10 +204,7 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
 
 
 def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> InstanceMap:
-    """Read a class file: pixel = instance id, 0 = background. Raises BadInput.
-
-    size: H, W of its image.
-    """
+    """Read a class file, pixel = id or 0, of an image of `size` H, W. Raises BadInput."""
     with name_file(path):
         values, _, _, _, lossy, _ = decode(path)
         require(not lossy, "JPEG or WebP, which changes ids. Save it without loss.")
@@ -299,11 +269,11 @@ def shape_pixels(shape, height: int, width: int) -> np.ndarray:
     return csv_to_pixels(shape, height * width)
 
 
-def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> CellSample:
+def read_cell_folder(folder: Path, num_classes: int, overlaps=True, name="") -> CellSample:
     """Read `image.tif` and `class1.tif` .. of a folder; ids may restart in each and have gaps.
 
-    Without `overlaps` a pixel that two classes claim belongs to the first. Raises BadInput where a
-    file is missing, unknown or broken, or sizes differ.
+    Without `overlaps` a pixel that two classes claim belongs to the first. name: of the folder in
+    the sample. Raises BadInput where a file is missing, unknown or broken, or sizes differ.
     """
     known = {f"class{k}.tif": k for k in range(1, num_classes + 1)}
     with name_file(folder):
@@ -319,4 +289,5 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps: bool = True) -> C
     parts = [(found.pixels, found.ids, label) for label, found in maps.items()]
     packed = pack_layers(parts, image.shape[1:], overlaps)
     left_out = {"stray pieces": sum(found.strays for found in maps.values())}
-    return CellSample(torch.from_numpy(image), *packed, f"{folder.name}/image.tif", left_out, path)
+    name = f"{name or folder.name}/image.tif"
+    return CellSample(torch.from_numpy(image), *packed, name, left_out, path)

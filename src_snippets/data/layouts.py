@@ -15,7 +15,7 @@ from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from csv import field_size_limit
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 import json
 from pathlib import Path
@@ -136,11 +136,8 @@ def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
 def find_dataset(data: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Path | None:
     """The root of the dataset, the first of several; None for the demo, or without any upload.
 
-    Args:
-        data: the root, a folder above it, or a folder of images; "demo"; "" to search.
-
-    Raises:
-        FileNotFoundError: no dataset is in `data` or in what was uploaded.
+    data: the root, a folder above it, or a folder of images; "demo"; "" to search. Raises
+    FileNotFoundError where no dataset is in `data` or in what was uploaded.
     """
     folders = [Path(folder) for folder in ([data] if data else searched) if data != "demo"]
     roots = [root for folder in folders for root in dataset_roots(folder)]
@@ -285,10 +282,9 @@ def number_classes(table: pd.DataFrame) -> dict[int, str]:
 def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
     """Open `train.csv`, a row per instance. Raises BadInput.
 
-    Returns:
-        its path; `ImageRecord` by path; a table of annotations: path, label (-k for a crowd), shape
-        (see `shape_pixels`), number, reason to leave it out; categories; groups and validation
-        part by path.
+    Returns its path; `ImageRecord` by path; a table of annotations: path, label (-k for a crowd),
+    shape (see `shape_pixels`), number, reason to leave it out; categories; groups and validation
+    part by path.
     """
     path, texts = root / "train.csv", ("height", "width", "cell_type")
     table = read_table(path, {"id", "annotation"})
@@ -468,9 +464,7 @@ def check_axes(grey: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) -> 
 
     They are stripes then, with runs as far apart as the image's other side is long. In a square
     image they are mirrored at its diagonal and fit its brightness less than if mirrored back.
-
-    Args:
-        grey: (H, W); parts: row-major offsets; is_down: their RLEs go down the columns.
+    grey: (H, W); parts: row-major offsets; is_down: their RLEs go down the columns.
     """
     height, width = grey.shape
     if is_down:
@@ -520,12 +514,6 @@ def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> Ce
     return CellSample(image, *packed, file_name, left_out, path)
 
 
-def read_named_folder(folders: Mapping[str, Path], config: Config, name: str) -> CellSample:
-    """Read a training folder; see `read_cell_folder`."""
-    sample = read_cell_folder(folders[name], config.num_classes, config.overlaps)
-    return replace(sample, name=f"{name}/image.tif")
-
-
 def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
     """The images of the mapping, a COCO file or `sample_submission.csv`, else all in `folder`."""
     mapping, table = root / MAPPING_NAME, root / "sample_submission.csv"
@@ -571,7 +559,10 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
         short = name.removesuffix(path.suffix) if layout == "csv" else name
         files[name if short in files else short] = path
     names = {path: name for name, path in files.items()}
-    read = partial(read_named_folder, files, config)
+
+    def read(name):
+        return read_cell_folder(files[name], config.num_classes, config.overlaps, name)
+
     if opener:
         records = {name: records[path] for name, path in files.items()}
         rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))

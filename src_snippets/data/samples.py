@@ -31,19 +31,12 @@ def available_memory() -> int:
 
 
 class CellSamples(Sequence):
-    """The training images of a dataset, all read once on construction.
+    """The training images of a dataset, all read once; BadInput: a broken one, or no instances.
 
-    Args:
-        cache_gb: 1e9 bytes of decoded images kept in memory, at most half of what is free; the
-            others are read again when needed.
-
-    Attributes:
-        names: those of the dataset; counts: (n, C + 1) int64, instances per image and class;
-            summary: images and instances that were read, and those left out, by reason, with an
-            example; digest: text that changes with any pixel, id or class.
-
-    Raises:
-        BadInput: an image is broken, or there are no instances in any.
+    cache_gb: 1e9 bytes of decoded images kept in memory, at most half of what is free; the others
+    are read again when needed. Attributes: names, of the dataset; counts, (n, C + 1) int64, of
+    instances by image and class; summary, what was read and what left out, by reason, with an
+    example; digest, text that changes with any pixel, id or class.
     """
 
     def __init__(self, dataset: CellDataset, cache_gb: float):
@@ -110,12 +103,9 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     groups of a class, if possible, since then none is left to learn from. Of 50 random orders the
     best counts: fewest such classes, fewest validation parts without instances, most even.
 
-    Returns:
-        `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds` is 1:
-        then a validation part that the dataset has itself is taken.
-
-    Raises:
-        ValueError: fewer groups of images than parts.
+    Returns `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds`
+    is 1: then a validation part that the dataset has itself is taken. Raises ValueError for fewer
+    groups of images than parts.
     """
     names, val = sorted(samples.names), sorted(samples.dataset.validation)
     if config.folds == 1 and (val or len(names) < 2 or config.val_fraction == 0):

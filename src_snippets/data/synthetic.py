@@ -31,10 +31,9 @@ def blurred_noise(rng: np.random.Generator, size: tuple[int, int], sigma) -> np.
 
 
 def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
-    """Draw one image (H, W, 3) uint8 and `{class: (H, W) float64}`, pixel = instance id.
+    """Draw one image (H, W, 3) uint8 and `{class: (H, W) float64}` of ids, unique over classes.
 
-    About half of the cells lie beside another one, a few overlap it, the edges cut some. Ids are
-    unique over the classes, as in the real files; a class without cells is absent.
+    About half of the cells lie beside another one, a few overlap it, the edges cut some.
     """
     size = height + 2 * REACH, width + 2 * REACH  # with a margin, cut off in the end
     pale = 1 / (1 + np.exp(1.2 - 42 * blurred_noise(rng, size, 14.0)))  # gaps in the tissue
@@ -78,10 +77,7 @@ def save_rgba(image: np.ndarray, path: Path) -> None:
 
 
 def make_synthetic(root: Path, train: int = 40, test: int = 8, seed: int = 7) -> Path:
-    """Draw `train/`, `test_release/` and the mapping below `root`, unless they are complete.
-
-    The first training image has no cells. The same seed draws the same files. Returns `root`.
-    """
+    """Draw `train/` (first image: no cells), `test_release/` and mapping, unless they exist."""
     mapping, rng, entries = root / "test_image_name_to_ids.json", np.random.default_rng(seed), []
     if mapping.is_file():  # written last
         return root

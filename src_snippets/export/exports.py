@@ -9,10 +9,12 @@
 # beside its image.
 
 # %%
-# @title Outlines and measurements of cells
+# @title Pixel size; measurements and outlines of cells
+from contextlib import suppress
 import importlib.util
 import os
 from pathlib import Path
+import re
 import shutil
 import uuid
 
@@ -20,11 +22,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 import skimage
-from tifffile import imwrite
+from tifffile import imwrite, TiffFile
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color, draw_outlines
-from src_snippets.data.images import name_file, read_image_values, read_pixel_size, require
+from src_snippets.data.images import name_file, read_image_values, require
 from src_snippets.data.rle import crop_mask, draw_masks
 from src_snippets.data.structures import coco_dataset
 from src_snippets.evaluation.matching import visible_instances
@@ -34,6 +36,30 @@ REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_min
 REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")
 MEASURE_NAMES = ("cell", "area_px", "centroid_y_px", "centroid_x_px", "major_axis_px")
 MEASURE_NAMES += ("minor_axis_px", "eccentricity", "solidity", "top", "left", "bottom", "right")
+
+
+UM_PER_UNIT = dict.fromkeys(("um", "µm", "\u03bcm", "\\u00B5m", "micron", "microns"), 1.0)
+UM_PER_UNIT |= dict(nm=1e-3, mm=1e3, cm=1e4, inch=25400.0)
+
+
+def read_pixel_size(path: Path) -> float:
+    """Micrometres per pixel by a TIFF's OME, ImageJ or resolution tags; 0 without, or not 0.01..10.
+
+    Screens and printers leave 72 or 300 pixels per inch in files, which are 353 and 85 um.
+    """
+    with suppress(Exception), TiffFile(path) as tif:  # of any kind: the image itself is readable
+        sides = [1 / r if r else 0 for r in tif.pages.first.resolution]
+        unit = {2: "inch", 3: "cm"}.get(tif.pages.first.resolutionunit, "")
+        if tif.is_imagej:
+            unit = tif.imagej_metadata.get("unit", "")
+        if tif.is_ome:
+            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', tif.ome_metadata))
+            sides = [float(found[f"PhysicalSize{axis}"]) for axis in "XY"]
+            unit = found.get("PhysicalSizeXUnit", "um")
+        size = sides[0] * UM_PER_UNIT[unit]
+        if 0.01 <= size <= 10 and abs(sides[0] - sides[1]) < 0.01 * sides[0]:
+            return size
+    return 0.0
 
 
 def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> pd.DataFrame:
