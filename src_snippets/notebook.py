@@ -164,7 +164,6 @@ from src_snippets.data.samples import (
 
 # %%
 from src_snippets.data.drawing import (
-    plot_augmentations,
     plot_predictions,
     plot_samples,
     show_figure,
@@ -199,9 +198,10 @@ if trains:
     torch.manual_seed(config.seed)
     fullest = int(samples.counts.sum(1)[train_part.indices].argmax())
     training_set = TrainingSet(train_part, config)
-    variants = [training_set.augmented(fullest) for _ in range(5)]
-    figure = plot_augmentations(train_part[fullest], variants, config.class_names)
-    show_figure(figure, figures / "augmentations.png")
+    variants = [train_part[fullest], *(training_set.augmented(fullest) for _ in range(4))]
+    named = zip(variants, ["original", *(f"variant {k}" for k in range(1, 5))], strict=True)
+    items = [(sample.image.numpy(), ground_truth(sample), name) for sample, name in named]
+    show_figure(plot_samples(items, config.class_names), figures / "augmentations.png")
 
 # %% [markdown]
 # One image as the model sees it in training: flipped, turned, scaled, cut and recoloured, with

@@ -1,7 +1,7 @@
 """Draw images with outlined instances; show and save figures."""
 
 # %%
-# @title Drawing: outlines, and figures of samples, augmentations, predictions
+# @title Drawing: outlines, and figures of samples and predictions
 from pathlib import Path
 
 import IPython
@@ -89,17 +89,6 @@ def plot_samples(items: list[tuple], names: tuple[str, ...]) -> Figure:
         title = f"{image_stem(name)[:12]}  {image.shape[2]} x {image.shape[1]} px"
         drawn = [brighten(image), draw_outlines(image, instances)]
         show_image_row(column, drawn, [title, f"{len(instances)} cells"])
-    add_class_legend(figure, names)
-    return figure
-
-
-def plot_augmentations(sample: CellSample, variants: list[CellSample], names) -> Figure:
-    """Plot a sample and random variants of it, ground truth outlined on all."""
-    figure = Figure(figsize=(9.6, 7), layout="constrained")
-    figure.set_label("An image and random variants of it; the outlines move with the cells")
-    axes = figure.subplots(2, (len(variants) + 2) // 2).flat[: len(variants) + 1]
-    drawn = [draw_outlines(s.image.numpy(), ground_truth(s)) for s in (sample, *variants)]
-    show_image_row(axes, drawn, ["original", *(f"variant {k + 1}" for k in range(len(variants)))])
     add_class_legend(figure, names)
     return figure
 

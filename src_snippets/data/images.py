@@ -17,7 +17,7 @@ import skimage
 from tifffile import TiffFile
 import torch
 
-from src_snippets.data.rle import csv_to_pixels, pixel_indices, run_pixels
+from src_snippets.data.rle import csv_to_pixels, pixel_indices
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.files import BadInput
 
@@ -48,10 +48,8 @@ def require(condition, message: str) -> None:
 def decode(path: Path) -> tuple:
     """Read the one image in a file by its content, whatever its suffix, turned as EXIF says.
 
-    Returns:
-        values (H, W) or (H, W, S) in the file's dtype, photometric ("RGB", "PALETTE", ..), palette
-        (3, K) uint16 or None, whether the last channel is alpha, whether compression is lossy,
-        bits per value.
+    Returns values (H, W) or (H, W, S) in the file's dtype, photometric ("RGB", "PALETTE", ..),
+    palette (3, K) uint16 or None, whether the last channel is alpha and compression is lossy, bits.
     """
     with path.open("rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -114,9 +112,9 @@ def decode_tiff(path: Path) -> tuple:
 def read_image(path: Path) -> np.ndarray:
     """Read an image as (3, H, W) uint8, contiguous, without alpha. Raises BadInput.
 
-    uint8 and palettes stay as they are, grey of 1, 2 or 4 bits spans its range. In all others
-    0.1 and 99.9 % of the pixels' lowest and highest channel (where they are equal: minimum and
-    maximum) become 0 and 255, in every channel alike: 12 bits in 16 and hot pixels do no harm.
+    uint8 and palettes stay as they are, grey of 1, 2 or 4 bits spans its range. In all others 0.1
+    and 99.9 % of the pixels' lowest and highest channel (minimum and maximum where these are equal)
+    become 0 and 255 in every channel: 12 bits in 16 and hot pixels do no harm.
     """
     return read_image_values(path)[1]
 
@@ -250,14 +248,11 @@ def fill_rings(rings: list, height: int, width: int) -> np.ndarray:
 
     Even-odd rule: a ring in another one is a hole, and edges along pixels give back their mask.
     """
-    edges = np.concatenate([np.c_[ring, np.roll(ring, -1, axis=0)] for ring in rings])
-    x1, y1, x2, y2 = edges[edges[:, 1] != edges[:, 3]].T
-    first, stop = np.ceil(np.clip(np.sort([y1, y2], axis=0) - 0.5, 0, height)).astype(int)
-    rows, edge = run_pixels(first, stop), np.repeat(np.arange(len(first)), stop - first)
-    slopes = (x2 - x1) / (y2 - y1)
-    columns = np.ceil(x1[edge] + (rows + 0.5 - y1[edge]) * slopes[edge] - 0.5)
-    bounds = rows * width + np.clip(columns, 0, width).astype(int)
-    return run_pixels(*np.sort(bounds).reshape(-1, 2).T)
+    size = height, width
+    corners = [np.asarray(ring).T[::-1] - 0.5 for ring in rings]  # from the image's edge to centres
+    inside = [np.ravel_multi_index(skimage.draw.polygon(*ring, size), size) for ring in corners]
+    pixels, counts = np.unique(np.concatenate(inside), return_counts=True)
+    return pixels[counts % 2 == 1]
 
 
 def shape_pixels(shape, height: int, width: int) -> np.ndarray:

@@ -525,10 +525,8 @@ def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
     paths = image_files(folder)
     if table.is_file():
         paths = list(match_images([folder], read_table(table, {"id"})["id"], table).values())
-    outputs = {path for path in paths if OUTPUT_END.search(path.stem)}
-    names = {path.stem.removesuffix("_img") for path in paths if path not in outputs}
-    outputs = {path for path in outputs if OUTPUT_END.sub("", path.stem) in names}
-    paths = [path for path in paths if path not in outputs]
+    names = {path.stem.removesuffix("_img") for path in paths}  # those of outputs are left out
+    paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
     return [ImageRecord(p, k, *read_image(p).shape[1:]) for k, p in enumerate(paths, start=1)]
 
 

@@ -136,8 +136,8 @@ def coco_dataset(instances, images: Iterable[tuple], categories: Mapping[int, st
     keys = ("file_name", "id", "height", "width")
     named = [dict(id=key, name=name) for key, name in categories.items()]
     records = [dict(zip(keys, image, strict=True)) for image in images]
-    rows = coco_annotations(instances, categories)
-    return dict(images=records, annotations=rows, categories=named)
+    annotations = coco_annotations(instances, categories)
+    return dict(images=records, annotations=annotations, categories=named)
 
 
 def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, str]) -> dict:

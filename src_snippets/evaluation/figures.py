@@ -70,8 +70,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         axes[1].plot(*dots, "o", label=f"{name}, mean error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
     ticks = [t for t in (0, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= max(axes[1].get_xlim()[1], 2)]
-    axes[1].set_xscale("symlog", linthresh=10)  # by ratio from 10 on
-    axes[1].set_yscale("symlog", linthresh=10)
+    axes[1].set(xscale="symlog", yscale="symlog")
     axes[1].set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
     axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
     known = table[table.target >= 0].sort_values("target_area")

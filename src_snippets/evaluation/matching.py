@@ -53,11 +53,10 @@ def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
 def match_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     """Match detections with the ground truth of B images, where a label below 0 is a crowd.
 
-    Returns:
-        One row per detection and per missed instance, best score first: image 0 .. B - 1, detection
-        and target (indices, -1: none), score, label and target_label (0: none), target_area (px),
-        iou of this match (0.5 or more, of any classes), tp50: true positive of AP50. A detection
-        that is none and lies half or more in a crowd of its class has no row.
+    Returns one row per detection and per missed instance, best score first: image 0 .. B - 1,
+    detection and target (indices, -1: none), score, label and target_label (0: none), target_area
+    (px), iou of this match (0.5 or more, of any classes), tp50: true positive of AP50. A detection
+    that is none and lies half or more in a crowd of its class has no row.
     """
     parts = []
     for image, (found, truth) in enumerate(zip(predictions, ground_truths, strict=True)):

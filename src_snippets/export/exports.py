@@ -36,8 +36,6 @@ REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_min
 REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")
 MEASURE_NAMES = ("cell", "area_px", "centroid_y_px", "centroid_x_px", "major_axis_px")
 MEASURE_NAMES += ("minor_axis_px", "eccentricity", "solidity", "top", "left", "bottom", "right")
-
-
 UM_PER_UNIT = dict.fromkeys(("um", "µm", "\u03bcm", "\\u00B5m", "micron", "microns"), 1.0)
 UM_PER_UNIT |= dict(nm=1e-3, mm=1e3, cm=1e4, inch=25400.0)
 
@@ -65,9 +63,8 @@ def read_pixel_size(path: Path) -> float:
 def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> pd.DataFrame:
     """Measure each cell of a label image (H, W) ints and its image (S, H, W), a row each.
 
-    Lengths in pixels, also in um unless `um_per_px` is 0; mean intensities by channel as they are
-    in the file. Stains, of uint8 images in colour, are optical densities to base 10. Source:
-    Ruifrok and Johnston 2001, the vectors of scikit-image.
+    Lengths in pixels, and in um unless `um_per_px` is 0; intensities as in the file. Stains, of
+    uint8 in colour, are optical densities to base 10 by the vectors of Ruifrok and Johnston 2001.
     """
     values = values[:1] if (values == values[0]).all() else values  # grey has one channel
     names = [*MEASURE_NAMES, *(f"intensity_{k}" for k in range(1, len(values) + 1))]

@@ -11,7 +11,7 @@
 # such a detection too, so that fused scores are lower.
 
 # %%
-# @title Paste masks, separate instances
+# @title Paste masks, separate instances; views of an image and their boxes fused
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -64,8 +64,6 @@ def without_overlaps(instances: Instances) -> Instances:
     return replace(instances, boxes=boxes.numpy(), rles=rles).select(areas.numpy() > 0)
 
 
-# %%
-# @title Views of an image; boxes of several views and models fused
 class View(NamedTuple):
     """How a model sees an image: scaled, turned by quarters to the left, then mirrored."""
 

@@ -7,7 +7,7 @@
 # compared block by block. Neither ever makes an array of N image-size masks.
 
 # %%
-# @title Mask targets and matcher
+# @title Mask targets, matcher, RoI heads
 import torch
 from torch import Tensor
 import torch.nn.functional as F
@@ -39,8 +39,8 @@ def sample_mask_targets(target, boxes: Tensor, matched: Tensor, size: int, point
 class BlockMatcher(detection._utils.Matcher):
     """torchvision's `Matcher` without its table of N x A overlaps, gigabytes on a dense image.
 
-    Neighbouring anchors form a block, which is compared only with the instances that touch it.
-    Equal to torchvision's but for an instance that overlaps no anchor: here it matches none.
+    Blocks of anchors are compared with the instances that touch them. Equal to torchvision's, but
+    an instance that overlaps no anchor matches none.
     """
 
     def __call__(self, pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -70,8 +70,6 @@ class BlockMatcher(detection._utils.Matcher):
         return matches
 
 
-# %%
-# @title RoI heads
 class CellRoIHeads(detection.roi_heads.RoIHeads):
     """torchvision's RoI heads, with mask targets of `training_target` and bounded memory.
 

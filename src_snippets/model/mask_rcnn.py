@@ -107,8 +107,7 @@ def with_model_settings(config: Config, changes: Mapping) -> Config:
     saved = {k: saved[k] for k in MODEL_SETTINGS if k in saved and k not in changes}
     taken = {k: value for k, value in saved.items() if value != getattr(config, k)}
     if taken:
-        pairs = ", ".join(f"{k}={value!r}" for k, value in taken.items())
-        print(f"Settings of the model in {config.weights}: {pairs}")
+        print(f"Settings of the model in {config.weights}: {taken}")
     return replace(config, **taken)
 
 
@@ -134,8 +133,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
 def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
-    load_initial: False leaves random weights, for a checkpoint that is loaded next. Raises
-    FileNotFoundError; ValueError for weights that do not fit or over 200 M trainable parameters.
+    `load_initial=False`: random weights, for a checkpoint to load. Raises FileNotFoundError;
+    ValueError for weights that do not fit or over 200 M trainable parameters.
     """
     torch.manual_seed(config.seed)
     state = whole_model_state(config) if load_initial else None

@@ -17,10 +17,9 @@ from src_snippets.model.backbone import STRIDES
 
 
 def axis_samples(low: Tensor, high: Tensor, bins: int, limit: int) -> tuple[Tensor, Tensor]:
-    """The pixels that bins are interpolated from along one axis: two samples of two pixels each.
+    """Pixels, int64, and weights (R, bins, 4) of bins along one axis: two samples of two pixels.
 
-    low, high: (R,) edges of boxes, pixels of the features; limit: H or W of the features. Returns
-    pixels (R, bins, 4) int64 and their weights (R, bins, 4).
+    low, high: (R,) edges of boxes, pixels of the features; limit: H or W of the features.
     """
     length = (high - low).clamp(min=1)[:, None, None] / bins  # of a bin
     start = low[:, None, None] + torch.arange(bins, device=low.device)[:, None] * length
@@ -38,8 +37,7 @@ def roi_align_cpu(features: Tensor, rois: Tensor, bins: int, scale: float) -> Te
     """torchvision's `roi_align(.., sampling_ratio=2)`, equal to rounding and many times as fast.
 
     features: (B, channels, H, W); rois: (R, 5), index of the image and XYXY in network pixels;
-    scale: pixels of the features per network pixel. Returns (R, channels, bins, bins) in the type
-    of the features; sums are at least float32.
+    scale: pixels of the features per network pixel. Returns (R, channels, bins, bins).
     """
     _, channels, height, width = features.shape
     dtype = torch.promote_types(features.dtype, torch.float32)

@@ -10,8 +10,7 @@
 # %%
 # @title Average precision
 from contextlib import redirect_stdout
-from importlib import import_module
-from importlib.util import find_spec
+import importlib.util
 
 import numpy as np
 
@@ -20,10 +19,11 @@ from src_snippets.data.structures import coco_annotations, Instances
 
 def coco_classes() -> tuple[type, type]:
     """COCO and COCOeval of faster-coco-eval (the same values, sooner), else of pycocotools."""
-    if find_spec("faster_coco_eval"):
-        faster = import_module("faster_coco_eval")
+    load = importlib.import_module
+    if importlib.util.find_spec("faster_coco_eval"):
+        faster = load("faster_coco_eval")
         return faster.COCO, faster.COCOeval_faster
-    return import_module("pycocotools.coco").COCO, import_module("pycocotools.cocoeval").COCOeval
+    return load("pycocotools.coco").COCO, load("pycocotools.cocoeval").COCOeval
 
 
 def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndarray:

@@ -9,7 +9,6 @@
 
 # %%
 # @title Session, optimizer, learning rate, batches
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -61,8 +60,7 @@ from src_snippets.training.metrics import average_precision
 class Session:
     """When training has to stop: in time to predict before the session ends, or at SIGTERM.
 
-    max_hours: since this process began, 0: no end, below 0: 8.8 on Kaggle, whose limit is 9, else
-    no end; evaluations: time to predict, in these.
+    max_hours: since this process began, see `Config`; evaluations: time to predict, in these.
     """
 
     def __init__(self, max_hours: float, evaluations: float = 0.0):
@@ -109,10 +107,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> float:
-    """What learning rates are multiplied with at a step out of `total`, 0..1.
+    """The factor 0..1 of learning rates at a step out of `total`: linear warm-up, then `schedule`.
 
-    A linear warm-up over at most a fifth of the steps, then `schedule`: constant, half a cosine
-    down to 0, or a tenth after each 3 evaluations in a row without a lower validation loss.
+    plateau: a tenth after each 3 evaluations in a row without a lower validation loss.
     """
     warmup = min(config.warmup_steps, total // 5)
     if step < warmup:
@@ -223,8 +220,8 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     row = {name: scores[name] for name in ("AP", "AP50", "AP75")}
     if config.best_by == "loss" or config.schedule == "plateau":
         row["val_loss"] = validation_loss(model, samples, config)
-    counts = Counter(a["image_id"] for a in ground_truth["annotations"])
-    index = max(counts, key=counts.get, default=1) - 1
+    owners = [a["image_id"] for a in ground_truth["annotations"]] or [1]
+    index = int(np.bincount(owners).argmax()) - 1
     return row, (samples[index], predictions[index].above(config.export_score_threshold))
 
 
@@ -304,15 +301,11 @@ class TrainingState:
 # %%
 # @title Trainer: step, epoch, fit; train, which launch runs in each process
 class Trainer(TrainingState):
-    """Trains a model, or continues the run in `folder`.
+    """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
 
-    Args:
-        train_samples, val_samples: `CellSample`s; without the latter the last epoch is the best.
-        folder: gets `best.pt`, `last.pt` and `history.csv`.
-        session: its end stops training; the same call continues it later.
-        callback: called in the main process with (history, example, is_last), after each epoch and
-            at the end; example: a validation sample and its predictions, or None.
-        resume: False removes what is in `folder` and trains anew.
+    Without `val_samples` the last epoch is the best. At the end of `session` training stops; the
+    same call continues it later. callback: called in the main process with (history, example,
+    is_last) after each epoch and at the end; example: a validation sample and its predictions.
     """
 
     def __init__(
