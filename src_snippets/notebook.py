@@ -135,7 +135,6 @@ is_demo = data_root is None
 if is_demo:
     data_root = make_synthetic(output / ".synthetic-dataset")
     changes = {"class_names": SYNTHETIC_NAMES} | changes
-    print("=" * 78)
     print("DEMO: the images below are synthetic; the scores say nothing about real cells.")
     print("For your own data set DATA to a folder with train/, then run from the settings cell on.")
 config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)

@@ -267,8 +267,7 @@ def shape_pixels(shape, height: int, width: int) -> np.ndarray:
 def read_cell_folder(folder: Path, num_classes: int, overlaps=True, name="") -> CellSample:
     """Read `image.tif` and `class1.tif` .. of a folder; ids may restart in each and have gaps.
 
-    Without `overlaps` a pixel that two classes claim belongs to the first. name: of the folder in
-    the sample. Raises BadInput where a file is missing, unknown or broken, or sizes differ.
+    Without `overlaps` a pixel that two classes claim belongs to the first. Raises BadInput.
     """
     known = {f"class{k}.tif": k for k in range(1, num_classes + 1)}
     with name_file(folder):

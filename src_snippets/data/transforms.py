@@ -73,8 +73,7 @@ MAX_COVERED = 0.2  # fraction of a pasted instance that may lie on others
 def paste_instances(sample: CellSample, donor: CellSample, probabilities: Tensor) -> CellSample:
     """Lay instances of a donor over a sample, where few instances are; labels follow the sample's.
 
-    probabilities: (C + 1,) float32, of pasting an instance of each class; 0 is not used.
-    Source: copy-paste without blending, which gains nothing there, arXiv:2012.07177.
+    probabilities: (C + 1,) float32, of each class, [0] is not used. Source: arXiv:2012.07177.
     """
     labels = F.pad(donor.labels.clamp(min=0), (1, 0))  # by id; 0 for background and crowds
     pixels = donor.image, donor.layers.long()
@@ -138,8 +137,7 @@ class TrainingSet(torch.utils.data.Dataset):
     def crop(self, index: int) -> CellSample:
         """A random crop, a fraction `class_crops` of them around an instance of a random class.
 
-        Where the image does not fill it, crops of others are laid beside it, none made smaller than
-        it is. Only a batch of one needs no equal sizes: there the crop may be smaller.
+        Others are laid beside it, none made smaller, until it is full, but for a batch of one.
         """
         config, side, contains = self.config, self.config.crop, None
         if torch.rand(()) < config.class_crops and self.counts.any():

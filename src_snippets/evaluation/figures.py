@@ -105,8 +105,8 @@ WINNER_STYLE = PREDICTION_STYLE | dict(color="#d62728", label="prediction that h
 def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
     """List mistakes, worst first: kind, rank, image, detections and targets (lists of indices).
 
-    A merge has most of several instances in it, one of them missed; a split instance has most of
-    several detections in it, one without a match. After a duplicate comes the better detection.
+    A merge has most of several instances in it, one of them missed; a split instance most of
+    several detections, one without a match. After a duplicate comes the better detection.
     """
     rows = []
     for image, own in table.groupby("image"):

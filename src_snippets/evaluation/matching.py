@@ -182,8 +182,8 @@ def quality_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
 def score_table(samples, predictions, config: Config) -> pd.DataFrame:
     """AP and the measures of `quality_table` (0..1, NaN: not defined), of all and by class.
 
-    predictions: one per sample. AP (of all: mean of the classes) is of those from `score_threshold`
-    on; the others are of what is exported, see `visible_instances`.
+    AP (of all: mean of the classes) is of predictions from `score_threshold` on, the others are of
+    what is exported, see `visible_instances`.
     """
     categories = dict(enumerate(config.class_names, start=1))
     results = {k: p.above(config.score_threshold) for k, p in enumerate(predictions, start=1)}

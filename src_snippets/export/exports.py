@@ -154,12 +154,9 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
 def write_exports(predictions, images, sources, folder, categories, um_per_px=0.0) -> pd.DataFrame:
     """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
-    Args:
-        predictions: `Instances` by image id; see `visible_instances` for what is left of overlaps.
-        images: `ImageRecord`s, at least one; sources: the file of each by image id.
-        folder: its path; ImageJ's ROIs are in it where roifile is installed.
-        categories: names of the classes 1..C by the dataset's own ids.
-        um_per_px: of all images; 0: see `read_pixel_size`. Where unknown nothing is in um or mm.
+    predictions: `Instances` by image id, of which `visible_instances` count; images:
+    `ImageRecord`s, at least one; sources: the file of each by image id; categories: names of the
+    classes 1..C by the dataset's own ids; um_per_px: of all images, 0: see `read_pixel_size`.
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]

@@ -20,11 +20,11 @@ import pandas as pd
 from src_snippets.setup.files import atomic_write
 
 CAPTIONS = {  # by file name, in the order of the report: heading, what to see
-    "evaluation": "Evaluation: A precision curve ends early: cells are never detected; starts low: "
-    "confident mistakes. Off the diagonal classes are confused.",
-    "mistakes": "Worst mistakes: Ground truth solid, predictions dashed; some are gaps in the truth.",
+    "evaluation": "Evaluation: A precision curve that ends early means cells that are never "
+    "detected, one that starts low confident mistakes. Off the diagonal classes are confused.",
+    "mistakes": "Worst mistakes: Truth solid, predictions dashed. Either may be what is wrong.",
     "predictions": "Predictions: Look for missed, merged and split cells, and for other colours.",
-    "history": "Training: A score that falls at the end: too many epochs; that still rises: too few.",
+    "history": "Training: A score that falls means too many epochs, one that still rises too few.",
     "samples": "Training images: If outlines and cells are apart, image and masks do not match.",
     "augmentations": "Augmentation: If colours look unlike any slide, lower color_jitter.",
     "anchors": "Anchors: Many cells without an anchor ask for other anchor_sizes or scale.",

@@ -94,8 +94,7 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     """Predict test images by all checkpoints together; return `Instances` by image id.
 
     checkpoints: trained with `config`; extra_checkpoints: of any recipe; images: `ImageRecord`s;
-    folder: takes a file per image, from which an ended session goes on. Raises BadInput, which
-    names the file, for an image that cannot be read.
+    folder: takes a file per image, from which an ended session goes on. Raises BadInput.
     """
     members = [load_trained(path, config) for path in checkpoints]
     members += [load_trained(path, config, same=False) for path in extra_checkpoints]

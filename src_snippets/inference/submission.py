@@ -90,8 +90,7 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
 def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) -> list[Path]:
     """Write `submission.csv` (id, predicted) and `submission-idx.csv` (idx, id, annotation).
 
-    ids are file names without suffix; an image without detections has "" or -1. No pixel belongs
-    to two instances. Scores are lost: leave weak detections out before.
+    ids are file names without suffix; without detections "" or -1; no pixel is in two instances.
     """
     rows = []
     for image in images:

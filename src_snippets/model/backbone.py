@@ -105,8 +105,8 @@ def backbone_stages(body: nn.Module) -> list[list[nn.Module]]:
 class Backbone(nn.Module):
     """A timm backbone, attention and the FPN; ResNets have torchvision's parameter names.
 
-    Images (B, 3, H, W) -> features "0".."3", "pool", (B, out_channels, H / stride, W / stride)
-    with strides 4 to 64. `mean` and `std` are those of the images it was trained on.
+    Images (B, 3, H, W) -> "0".."3", "pool", (B, out_channels, H / stride, W / stride), strides 4 to
+    64. `mean` and `std` are those of the images it was trained on.
     """
 
     def __init__(self, body: nn.Module, config: Config):

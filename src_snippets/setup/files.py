@@ -37,10 +37,7 @@ def show_table(table: pd.DataFrame) -> None:
 
 @contextmanager
 def atomic_write(path: Path):
-    """Yield a partial path beside `path`; after the block it is flushed to disk and renamed.
-
-    If the block raises, `path` stays as it was and the partial file is removed.
-    """
+    """Yield a partial path, flushed to disk and renamed to `path` unless the block raises."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

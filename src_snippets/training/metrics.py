@@ -52,9 +52,8 @@ def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndar
 def average_precision(ground_truth: dict, predictions: dict[int, Instances]) -> dict:
     """AP, AP50 and AP75 of predictions by the image ids of a COCO `ground_truth`.
 
-    Returns:
-        `AP`, `AP50`, `AP75`, `instances`; `AP_100`, .. of the best 100 per image and class;
-        `classes`: these four by category id. 0..1; None where there is no ground truth.
+    Returns `AP`, `AP50`, `AP75`, `instances`; `AP_100`, .. of the best 100 per image and class;
+    `classes`: these four by category id. 0..1; None where there is no ground truth.
     """
     largest = max([101, *(len(instances) for instances in predictions.values())])
     table = np.ma.masked_less(precision_table(ground_truth, predictions, [100, largest]), 0)
