@@ -124,7 +124,7 @@ from src_snippets.data.structures import coco_ground_truth, ground_truth, Instan
 from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
 
 # %%
-from src_snippets.data.images import read_image_values, read_pixel_size
+from src_snippets.data.images import read_image_values
 
 # %%
 from src_snippets.data.layouts import find_dataset, open_dataset

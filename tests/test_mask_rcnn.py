@@ -162,7 +162,7 @@ def test_fine_tuning_takes_over_the_settings_of_the_model(tmp_path, capsys):
     for name, value in vars(config).items():  # but what the user set, and what is no model
         own = {"backbone", "fpn_channels", "box_features", "mask_convs", "anchor_sizes"}
         assert value == (light if name in own else demo)[name]
-    assert "anchor_sizes=(4, 8, 16, 32, 64)" in capsys.readouterr().out
+    assert "'anchor_sizes': (4, 8, 16, 32, 64)" in capsys.readouterr().out
     for weights in ("none", "imagenet", str(tmp_path / "no.pt")):
         config = make_config("demo", weights=weights)
         assert with_model_settings(config, {}) is config

@@ -110,9 +110,10 @@ def test_ids_stay_exact_up_to_int32():
 
 def test_scales_are_drawn_evenly_on_a_log_scale(monkeypatch):
     drawn = []
-    crop = transforms.resized_crop
+    functional = transforms.v2.functional
+    crop = functional.resized_crop
     monkeypatch.setattr(
-        transforms, "resized_crop", lambda x, *w, **k: drawn.append(w) or crop(x, *w, **k)
+        functional, "resized_crop", lambda x, *w, **k: drawn.append(w) or crop(x, *w, **k)
     )
     sample = make_sample([np.ones((400, 400), int)], [1])
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 import numpy as np
 from scipy import ndimage
 
-from src_snippets.data.rle import draw_masks
+from src_snippets.data.rle import draw_masks, mask_areas
 from src_snippets.data.samples import image_stem
 from src_snippets.data.structures import CellSample, ground_truth, Instances
 
@@ -88,7 +88,8 @@ def plot_samples(items: list[tuple], names: tuple[str, ...]) -> Figure:
     for column, (image, instances, name) in zip(axes.T, items, strict=True):
         title = f"{image_stem(name)[:12]}  {image.shape[2]} x {image.shape[1]} px"
         drawn = [brighten(image), draw_outlines(image, instances)]
-        show_image_row(column, drawn, [title, f"{len(instances)} cells"])
+        count = np.count_nonzero(mask_areas(instances.rles))  # crops have others outside
+        show_image_row(column, drawn, [title, f"{count} cells"])
     add_class_legend(figure, names)
     return figure
 

@@ -24,7 +24,7 @@ from torch import nn
 from src_snippets.model.mask_rcnn import build_model, load_model_state
 from src_snippets.setup.config import change_config, Config
 from src_snippets.setup.devices import broadcast, default_device
-from src_snippets.setup.files import atomic_write, BadInput, clear_folder
+from src_snippets.setup.files import atomic_write, BadInput
 
 PREDICTION_SETTINGS = (
     *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "fold"),
@@ -97,10 +97,10 @@ def load_checkpoint(path: Path) -> dict:
 
 def open_run(folder: Path, resume: bool) -> dict | None:
     """`last.pt` of a run, None where there is none; `resume=False` removes all checkpoints."""
-    if not resume:
-        clear_folder(folder, ".pt")
-    last = folder / "last.pt"
-    return load_checkpoint(last) if last.exists() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in () if resume else folder.glob("*.pt"):
+        path.unlink()
+    return load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, names=None) -> None:
