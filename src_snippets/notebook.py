@@ -55,7 +55,7 @@ from src_snippets.setup.config import (
 # | `CHECKPOINTS` | paths of `best.pt` files of other runs, which join the ensemble on the test images |
 # | `RECIPE` | empty: `baseline`, or `demo` without a dataset |
 # | `EPOCHS` | 1 to 10,000 passes over the training images; more while the validation curve rises |
-# | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, whatever `EPOCHS` says |
+# | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
 # | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (of 12: set 11.8) |
 # | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
 # | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
@@ -250,15 +250,21 @@ if trains:
 
 # %% [markdown]
 # ## Training
-# One step: losses of a batch, backward, clip the gradients, update. The state is saved every five
-# minutes, at evaluations and at the end, so that a stopped session goes on from there; the epoch
+# One step: losses of a batch, backward, clip the gradients, update. The state is saved after an
+# epoch, five minutes apart, at evaluations and at the end, so that a stopped session goes on from there; the epoch
 # with the best validation score is kept as `best.pt`.
 
 # %%
 from src_snippets.training.metrics import average_precision
 
 # %%
-from src_snippets.training.checkpoints import code_digest, load_trained, run_folder, saved_config
+from src_snippets.training.checkpoints import (
+    check_same_settings,
+    code_digest,
+    load_checkpoint,
+    run_folder,
+    saved_config,
+)
 
 # %%
 from src_snippets.training.history import LiveHistory
@@ -279,7 +285,8 @@ if not trains:
     dataset = open_dataset(data_root, config)
     print(f"nothing to train; settings of {CHECKPOINTS[0]}")
 for path in CHECKPOINTS:
-    load_trained(path, config, same=False)  # what does not fit shows now, not after training
+    saved = load_checkpoint(path)["config"]  # what does not fit shows now, not after training
+    check_same_settings(saved, config, path, ["num_classes"])
 code = code_digest(TrainingSet, build_model, Trainer)
 val_count = sum(len(split["val"]) for split in splits.values())
 count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
@@ -357,7 +364,7 @@ print("" if archive else "No test images of a dataset: there is nothing to submi
 # %% [markdown]
 # ## Evaluation
 # All on the validation images. The best epoch was chosen on them, so the numbers lean a little to
-# the high side. The submission is written; an error below is shown and costs nothing else. DICE,
+# the high side. The submission is written; an error in a figure costs nothing else. DICE,
 # AJI, DQ (detection), SQ (segmentation), PQ = DQ x SQ and F1 (centroids within 12 px) are those of
 # HoVer-Net, for comparison with publications: of all cells whatever their class, then by class.
 
@@ -388,7 +395,7 @@ if val_samples:
     print("Validation images, the worst first, scores from export_score_threshold on:")
     show_table(by_image.head(8))
     if interval := ap_interval(matches):
-        notes += ["AP50, 95% confidence interval over images: {:.3f} to {:.3f}".format(*interval)]
+        notes += ["AP50 from 0.05 on, 95% CI over images: {:.3f} to {:.3f}".format(*interval)]
 print(*notes, sep="\n")
 
 # %%
@@ -404,7 +411,7 @@ if val_samples:
 
 # %% [markdown]
 # Left the image, then ground truth, then prediction. Crosses mark cells that were missed and
-# predictions without a cell of their class at IoU 0.5: merged, split, of another class, or nothing.
+# false positives at IoU 0.5: merged, split, duplicate, of another class, or nothing.
 
 # %%
 if val_samples:
@@ -415,7 +422,7 @@ if val_samples:
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident
 # mistakes. AP50 that rises at the left end of the threshold curve asks for a lower
-# `score_threshold`. Off the diagonal of the confusion matrix, two classes are taken for one another.
+# `score_threshold`. Off the diagonal of the confusion matrix cells are confused, missed or invented.
 
 # %%
 if val_samples:
@@ -489,7 +496,5 @@ if is_demo:
     print("DEMO: these cells are synthetic. Do not submit them.")
 if scores is not None:
     print(f"validation AP50 {scores['AP50'].iloc[0]:.3f} on {len(val_samples)} images")
-total, exported = (sum(map(len, group.values())) for group in (predictions, above))
-print(f"{len(predictions)} test images: {total} detections, {exported} of them exported")
 if archive:
     offer_download(output / "submission.csv" if dataset.layout == "csv" else archive)

@@ -233,7 +233,7 @@ def test_the_preview_shows_the_price_of_the_threshold():
     table, advice = predict.submission_preview([sample], predictions, config)
     assert table.index.tolist() == ["as submitted", "from 0.05 on"]
     assert table.AP50.tolist() == pytest.approx([51 / 101, 1.0])
-    assert "costs 0.495 AP50: set CHANGES = dict(score_threshold=0.05)" in advice
+    assert "costs 0.495 AP50: add score_threshold=0.05 to CHANGES" in advice
     low = replace(config, score_threshold=0.01)
     assert "costs no AP50" in predict.submission_preview([sample], predictions, low)[1]
     empty, advice = predict.submission_preview([], [], config)

@@ -73,7 +73,7 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
         return table, "No validation images: nothing can be said about the score."
     price, advice = table.AP50.diff().iloc[1], "no AP50."
     if price >= 0.0005:
-        advice = f"{price:.3f} AP50: set CHANGES = dict(score_threshold=0.05) in the settings cell "
+        advice = f"{price:.3f} AP50: add score_threshold=0.05 to CHANGES in the settings cell "
         advice += "and run on from there; nothing is trained."
     return table, f"score_threshold={config.score_threshold} costs {advice}"
 

@@ -3,8 +3,8 @@
 # %% [markdown]
 # ### Write and check the submission
 # Predictions by image id go out as COCO results in `test-results.json`, in a zip with just that
-# file, and for CSV datasets as Kaggle's tables. Every entry is checked before a file gets its name:
-# one that lies in the results folder is valid. The trap: category ids are the dataset's own.
+# file, and for CSV datasets as Kaggle's tables. Every COCO entry is checked before a file gets its
+# name; a table is written as it is. The trap: category ids are the dataset's own.
 
 # %%
 # @title Checked results, CSV submissions, download

@@ -165,7 +165,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     transform = InputTransform(config, backbone.mean, backbone.std)
     convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     depthwise7 = any(m.kernel_size[0] > 5 for m in convolutions)
-    if depthwise7 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if depthwise7 and torch.cuda.is_initialized() and torch.cuda.get_device_capability() < (8, 0):
         transform.layout = torch.contiguous_format  # in channels_last slow or failing in cuDNN
     model = detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, transform)
     model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model

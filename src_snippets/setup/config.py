@@ -88,7 +88,7 @@ class Config:
     score_threshold: float = within(0.05, 0.0, 1.0)  # minimum score in test-results.json
     mask_threshold: float = within(0.5, 0.0, 1.0)  # minimum probability of a mask pixel
     box_nms: float = within(0.5, 0.0, 1.0)  # IoU threshold of NMS on boxes, by class
-    overlaps: bool = True  # False: each pixel belongs to one instance
+    overlaps: bool = True  # False: one instance per pixel, in the ground truth too
     detections: int = within(300, 1, 20_000)  # maximum per image, and per tile
     tile: int = within(0, 0, 8192)  # px, side of tiles with half overlap; 0: whole images
     tta: str = one_of("none", "flips", "d4")  # test-time augmentation: 1, 3 or 8 views

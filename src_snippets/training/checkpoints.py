@@ -125,6 +125,7 @@ def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Modu
 
     Its training settings are `config`'s, or with `same=False` any with as many classes.
     """
+    torch.zeros(1, device=default_device())  # a model is built for the GPU that is in use by now
     state = broadcast(load_checkpoint, path)
     check_same_settings(state["config"], config, path, () if same else ("num_classes",))
     names = PREDICTION_SETTINGS if same else (*PREDICTION_SETTINGS, "precision")

@@ -1,11 +1,11 @@
 """Training: one step, the loop over epochs, checkpoints, exact resume."""
 
 # %% [markdown]
-# ### Train
+# ### The training loop
 # A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
-# precision and several GPUs. The whole state goes to `last.pt` every five minutes and at
+# precision and several GPUs. The whole state goes to `last.pt` five minutes apart and at
 # evaluations, the weights of the best epoch to `best.pt`. A stopped run continues from there with
-# the same numbers, since each epoch's random draws depend on the seed and its number alone.
+# the same draws, since those of each epoch depend on the seed and its number alone.
 
 # %%
 # @title Session, optimizer, learning rate, batches
