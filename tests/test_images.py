@@ -209,6 +209,21 @@ def test_stacks_are_refused_with_their_count(tmp_path, count, joined):
         read_image(path)
 
 
+def test_pages_in_a_circle_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as tif:
+        for value in range(2):
+            tif.write(np.full((8, 9), value, np.uint8), contiguous=False, metadata=None)
+    with tifffile.TiffFile(path) as tif:
+        first, second = (page.offset for page in tif.pages)
+    content = bytearray(path.read_bytes())
+    next_page = second + 2 + 12 * int.from_bytes(content[second : second + 2], "little")
+    content[next_page : next_page + 4] = first.to_bytes(4, "little")  # of the last page
+    path.write_bytes(content)
+    with refused("cannot be read", path):
+        read_image(path)
+
+
 def test_previews_beside_the_image_are_passed_over(tmp_path):
     for name, first, second, options in (
         ("sub", RGB, RGB[::2, ::2], dict(subifds=1)),

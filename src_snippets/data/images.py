@@ -75,7 +75,7 @@ def decode(path: Path) -> tuple:
 def decode_tiff(path: Path) -> tuple:
     """Read the largest plane of a TIFF, of which others are previews; as `decode`, orientation."""
     with TiffFile(path) as tif:
-        pages = [page for top in tif.pages for page in (top, *(top.pages or ()))]
+        pages = [p for top in tif.pages[:] for p in (top, *(top.pages or ())[:])]  # [:]: or endless
         page = max(pages, key=lambda page: page.imagelength * page.imagewidth)
         areas = [p.imagelength * p.imagewidth for p in pages if p is page or not p.is_reduced]
         series = max(tif.series, key=lambda s: prod(s.shape))
