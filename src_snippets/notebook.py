@@ -251,8 +251,8 @@ if trains:
 # %% [markdown]
 # ## Training
 # One step: losses of a batch, backward, clip the gradients, update. The state is saved after an
-# epoch, five minutes apart, at evaluations and at the end, so that a stopped session goes on from there; the epoch
-# with the best validation score is kept as `best.pt`.
+# epoch, five minutes apart, at evaluations and at the end, so that a stopped session goes on from
+# there; the epoch with the best validation score is kept as `best.pt`.
 
 # %%
 from src_snippets.training.metrics import average_precision

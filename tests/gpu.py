@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchvision
 
 from src_snippets.model.detect import detect
-from src_snippets.model.mask_rcnn import build_model
+from src_snippets.model.mask_rcnn import build_model, to_device
 from src_snippets.setup.config import change_config, Config, make_config
 from src_snippets.setup.devices import default_device, free_memory, is_out_of_memory
 from src_snippets.training.trainer import Session, train
@@ -182,7 +182,7 @@ def prediction(samples, names, times: int, **changes) -> Iterator[tuple]:
     """Images per second, from pixels to RLEs."""
     for name in names:
         config = recipe_config(name, **changes)
-        model = build_model(config).to(default_device())
+        model = to_device(build_model(config))
         spent = seconds(
             lambda m=model, c=config: detect([m], samples[0].image, c), default_device(), times
         )
@@ -200,7 +200,7 @@ def scarce_memory(samples, fraction: float, **changes) -> Iterator[tuple]:
             config = recipe_config("baseline", batch_size=16, **changes | dict(epochs=1))
             history = train(config, samples * 8, [], Path(folder))
             yield f"training with {fraction:.0%} of the memory", f"loss {history[-1]['loss']:.3f}"
-        model = build_model(config).to(default_device())
+        model = to_device(build_model(config))
         found = detect(
             [model], samples[0].image.repeat(1, 4, 4), change_config(config, dict(tile=0))
         )

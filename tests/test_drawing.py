@@ -1,3 +1,4 @@
+from dataclasses import replace
 import io
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from src_snippets.data.drawing import (
     plot_samples,
     show_figure,
 )
+from src_snippets.data.rle import encode_masks
 from src_snippets.data.structures import ground_truth
 from tests.conftest import empty_sample, make_sample
 
@@ -102,6 +104,11 @@ def test_figures_say_what_they_show(sample):
     figure = plot_samples([(sample.image.numpy(), known, "0123456789abcdef/image.tif")] * 2, NAMES)
     assert titles(figure) == ["0123456789ab  60 x 40 px"] * 2 + ["2 cells"] * 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == NAMES
+    hidden = replace(
+        known, rles=[known.rles[0], encode_masks(np.zeros((1, 1, 1)), [0], [0], 40, 60)[0]]
+    )
+    figure = plot_samples([(sample.image.numpy(), hidden, "a")], NAMES)  # a crop has cells outside
+    assert titles(figure)[1] == "1 cells"
     wrong = ([1], [0, 1]), ([0, 1], [])
     figure = plot_predictions([sample, sample], [known, known.select([])], wrong, NAMES)
     assert titles(figure)[1:3] == [

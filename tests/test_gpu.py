@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from src_snippets.inference.predict import predict_image
+from src_snippets.model.mask_rcnn import build_model, to_device
 from src_snippets.setup.config import make_config
 from src_snippets.training.checkpoints import load_checkpoint, load_trained
 from src_snippets.training.trainer import Session, train
@@ -55,6 +56,20 @@ def test_a_pretended_gpu_refuses_what_a_gpu_would():
         (weights * there).sum().backward()
         assert weights.grad.device.type == "cuda"
     assert not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("backbone", "is_last"), [("convnext_tiny", False), ("resnet10", True)])
+def test_wide_depthwise_convolutions_are_not_channels_last_on_older_gpus(backbone, is_last):
+    config = make_config("demo", backbone=backbone, weights="none", fpn_channels=8)
+    model = build_model(config)
+    assert not torch.cuda.is_initialized()
+    assert model.transform.layout is torch.channels_last
+    with pretended_gpu():
+        layout = to_device(model).transform.layout
+        assert layout is (torch.channels_last if is_last else torch.contiguous_format)
+        stem = next(p for p in model.backbone.parameters() if p.ndim == 4 and p.shape[1] > 1)
+        assert stem.device.type == "cuda"
+        assert stem.held.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("name", CHOICES)

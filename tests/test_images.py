@@ -361,7 +361,7 @@ def test_absent_and_empty_classes(tmp_path):
 
 def test_folders_that_are_refused(tmp_path):
     folder = write_folder(tmp_path / "a", {1: np.zeros((12, 15))})
-    with refused(r"\(12, 15\) \(H, W\); expected \(12, 16\) as of image", folder / "class1.tif"):
+    with refused(r"\(12, 15\) \(H, W\); expected \(12, 16\) as of the", folder / "class1.tif"):
         read_cell_folder(folder, 4)
     names = (
         "class5.tif class0.tif classA.tif class1.tiff class01.tif Class1.tif mask.tif other.TIFF"

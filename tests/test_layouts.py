@@ -2,6 +2,7 @@ from collections import Counter
 import json
 import math
 from pathlib import Path
+import pickle
 from unicodedata import normalize
 
 from hypothesis import given, settings, strategies
@@ -126,6 +127,7 @@ def make_mapping(root: Path, entries, folders: str = "f") -> Path:
 def test_folders_and_their_mapping(tmp_path, capsys):
     root = make_mapping(tmp_path, [ENTRY], "ba")
     dataset = open_dataset(root, make_config("demo", class_names=["tumour", "other"]))
+    dataset = pickle.loads(pickle.dumps(dataset))  # as workers get it
     assert (dataset.layout, dataset.names) == ("folders", ["a", "b"])
     assert dataset.categories == {1: "tumour", 2: "other"}
     assert dataset.test_images == [(root / "test_release" / "a.tif", 3, 10, 14)]
@@ -384,13 +386,12 @@ def test_no_real_cells_are_refused_for_their_axes_and_mirrored_ones_are():
         parts = [np.flatnonzero((maps == owner).any(axis=0)) for owner in owners]
         height, width = sample.size
         down = [np.sort(pixels % width * height + pixels // width) for pixels in parts]
-        grey = image.mean(axis=0)
-        check_axes(grey, parts, is_down=False)
-        check_axes(grey, parts, is_down=True)
+        check_axes(image, parts, is_down=False)
+        check_axes(image, parts, is_down=True)
         if height != width or len(parts) >= 10:
             refusals["all"] += 1
             try:
-                check_axes(grey, down, is_down=False)
+                check_axes(image, down, is_down=False)
             except BadInput:
                 refusals["refused"] += 1
     assert refusals["all"] > 20
@@ -866,6 +867,23 @@ IDS = np.zeros((10, 14), np.uint16)
 IDS[1:4, 1:4], IDS[5:8, 5:9] = 3, 7
 
 
+def save_images(root: Path, image: str, test: str) -> Path:
+    """Writes an image to train from, one alone beside it, one to predict."""
+    for path in (image, test, Path(image).with_name("alone.png")):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RGB).save(root / path)
+    return root
+
+
+def open_pair(root: Path, image: str):
+    """Opens the one pair, and checks what kind of dataset it is."""
+    assert find_dataset(str(root.parent)) == root
+    dataset = open_dataset(root, make_config("demo", class_names=["x", "y"]))
+    assert (dataset.layout, dataset.categories) == ("pairs", {1: "cell"})
+    assert [Path(name).name for name in dataset.names] == [Path(image).name]
+    return dataset
+
+
 @pytest.mark.parametrize(
     ("image", "labels"),
     [
@@ -879,19 +897,12 @@ IDS[1:4, 1:4], IDS[5:8, 5:9] = 3, 7
     ],
 )
 def test_pairs_of_cellpose_and_stardist(tmp_path, image, labels):
-    root = tmp_path / "data"
-    for path in (image, labels, "test/images/t.png"):
+    root = save_images(tmp_path / "data", image, "test/images/t.png")
+    for path in (labels, "test/masks/none"):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(RGB).save(root / image)
-    Image.fromarray(RGB).save(root / "test/images/t.png")
     Image.fromarray(IDS).save(root / labels)
-    Image.fromarray(RGB).save((root / image).with_name("alone.png"))
-    (root / "test/masks").mkdir()
-    assert find_dataset(str(tmp_path)) == root
-    dataset = open_dataset(root, make_config("demo", class_names=["x", "y"]))
-    assert (dataset.layout, dataset.categories) == ("pairs", {1: "cell"})
-    assert [Path(name).name for name in dataset.names] == [Path(image).name]
-    sample = dataset.read(dataset.names[0])
+    dataset = open_pair(root, image)
+    sample = pickle.loads(pickle.dumps(dataset.read))(dataset.names[0])  # as workers get it
     assert sample.labels.tolist() == [1, 1]
     assert sample.layers[0].tolist() == np.where(IDS == 3, 1, np.where(IDS == 7, 2, 0)).tolist()
     assert [path.name for path, *_ in dataset.test_images] == ["t.png"]
@@ -960,16 +971,9 @@ def block(top, left, bottom, right) -> list[int]:
     ],
 )
 def test_pairs_of_qupath(tmp_path, image, outlines):
-    root = tmp_path / "data"
-    for path in (image, outlines, "test/t.png"):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-    for path in (image, "test/t.png", str(Path(image).with_name("alone.png"))):
-        Image.fromarray(RGB).save(root / path)
+    root = save_images(tmp_path / "data", image, "test/t.png")
     write_geojson(root / outlines, [outline(ring(1, 2, 4, 6)), outline(ring(5, 0, 7, 3))])
-    assert find_dataset(str(tmp_path)) == root
-    dataset = open_dataset(root, make_config("demo", class_names=["x", "y"]))
-    assert (dataset.layout, dataset.categories) == ("pairs", {1: "cell"})
-    assert [Path(name).name for name in dataset.names] == [Path(image).name]
+    dataset = open_pair(root, image)
     sample = dataset.read(dataset.names[0])
     assert sample.labels.tolist() == [1, 1]
     assert pixels_of(sample) == [block(1, 2, 4, 6), block(5, 0, 7, 3)]
@@ -1013,6 +1017,16 @@ def test_outlines_are_filled_by_the_even_odd_rule():
     assert fill_rings([far], 5, 6).tolist() == list(range(30))
     for nothing in (ring(3, 3, 3, 9), ring(0, 7, 5, 9), ring(1.1, 1.1, 1.4, 9)):
         assert fill_rings([nothing], 5, 6).tolist() == []
+
+
+def test_a_large_outline_of_many_points_is_filled():
+    # Point by point it would take minutes
+    angles = np.linspace(0, 2 * np.pi, 20_000, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1) * 2000 + 2100
+    y, x = np.divmod(fill_rings([circle, circle / 2 + 1050], 4200, 4200), 4200)
+    distance = np.hypot(x - 2099.5, y - 2099.5)
+    assert (distance.min(), distance.max()) == pytest.approx((1000, 2000), abs=1)
+    assert len(x) == pytest.approx(np.pi * (2000**2 - 1000**2), rel=1e-4)
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,7 +2,6 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 import re
-from types import SimpleNamespace
 
 from hypothesis import given, settings, strategies
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from src_snippets.data import samples as module
 from src_snippets.data.layouts import CellDataset, open_dataset
 from src_snippets.data.samples import (
+    available_memory,
     CellSamples,
     dataset_table,
     dataset_warnings,
@@ -75,13 +75,13 @@ def test_the_budget_bounds_the_cache(tmp_path, monkeypatch, capsys):
     assert len(samples.cache) == 2
     text = capsys.readouterr().out
     assert re.search(r"images +read +3 *\ninstances +read +3 *\n$", text)
-    free = SimpleNamespace(available=4 * one)  # half of it counts
-    monkeypatch.setattr(module, "virtual_memory", lambda: free)
+    monkeypatch.setattr(module, "available_memory", lambda: 4 * one)  # half of it counts
     assert len(CellSamples(dataset, cache_gb=1.0).cache) == 2
     monkeypatch.setattr(module, "world_size", lambda: 2)  # as many processes share the machine
     assert len(CellSamples(dataset, cache_gb=1.0).cache) == 1
     monkeypatch.undo()
     assert len(CellSamples(dataset, cache_gb=1.0).cache) == 3
+    assert 1e8 < available_memory() < 1e13
 
 
 def drawn(names, read, **files) -> CellSamples:

@@ -62,5 +62,4 @@ def group_by_appearance(features: np.ndarray, borders: Sequence, size: int = 8) 
     scaled = (features - features.mean(0)) / features.std(0).clip(1e-6)
     means = [scaled[picture == index].mean(0) for index in range(count)]
     groups = min(-(-len(borders) // size), count)
-    tree = cluster.hierarchy.ward(np.array(means))
-    return cluster.hierarchy.fcluster(tree, groups, "maxclust")[picture]
+    return cluster.hierarchy.fclusterdata(means, groups, "maxclust", method="ward")[picture]

@@ -17,7 +17,7 @@ import skimage
 from tifffile import TiffFile
 import torch
 
-from src_snippets.data.rle import csv_to_pixels, pixel_indices
+from src_snippets.data.rle import csv_to_pixels, pixel_indices, run_pixels
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.files import BadInput
 
@@ -209,7 +209,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> Instan
         found = f"shape {values.shape}, {values.dtype}"
         known = values.ndim == 2 and values.dtype.kind in "buif"
         require(known, f"{found}; expected (H, W) with one instance id per pixel.")
-        expected = f"expected {size} as of image beside it"
+        expected = f"expected {size} as of the image beside it"
         require(size in (None, values.shape), f"{values.shape} (H, W); {expected}.")
         pixels = np.flatnonzero(values)  # NaN is one of them
         ids = values.ravel()[pixels]
@@ -248,11 +248,13 @@ def fill_rings(rings: list, height: int, width: int) -> np.ndarray:
 
     Even-odd rule: a ring in another one is a hole, and edges along pixels give back their mask.
     """
-    size = height, width
-    corners = [np.asarray(ring).T[::-1] - 0.5 for ring in rings]  # from the image's edge to centres
-    inside = [np.ravel_multi_index(skimage.draw.polygon(*ring, size), size) for ring in corners]
-    pixels, counts = np.unique(np.concatenate(inside), return_counts=True)
-    return pixels[counts % 2 == 1]
+    edges = np.concatenate([np.c_[ring, np.roll(ring, -1, axis=0)] for ring in rings])
+    x1, y1, x2, y2 = edges[edges[:, 1] != edges[:, 3]].T
+    first, stop = np.ceil(np.clip(np.sort([y1, y2], axis=0) - 0.5, 0, height)).astype(int)
+    rows, edge = run_pixels(first, stop), np.repeat(np.arange(len(first)), stop - first)
+    columns = np.ceil(x1[edge] + (rows + 0.5 - y1[edge]) * ((x2 - x1) / (y2 - y1))[edge] - 0.5)
+    bounds = rows * width + np.clip(columns, 0, width).astype(int)
+    return run_pixels(*np.sort(bounds).reshape(-1, 2).T)
 
 
 def shape_pixels(shape, height: int, width: int) -> np.ndarray:

@@ -459,28 +459,29 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
     return rows
 
 
-def check_axes(grey: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) -> None:
+def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) -> None:
     """Raise BadInput where rows and columns of instances are exchanged.
 
     They are stripes then, with runs as far apart as the image's other side is long. In a square
     image they are mirrored at its diagonal and fit its brightness less than if mirrored back.
-    grey: (H, W); parts: row-major offsets; is_down: their RLEs go down the columns.
+    image: (3, H, W); parts: row-major offsets; is_down: their RLEs go down the columns.
     """
-    height, width = grey.shape
+    height, width = image.shape[1:]
     if is_down:
         parts = [np.sort(pixels % width * height + pixels // width) for pixels in parts]
-        grey, height, width = grey.T, width, height
-    steps = np.concatenate([np.diff(run[np.diff(run, prepend=-2) != 1]) for run in parts])
-    step = np.median(steps) if len(steps) >= 20 else width
+        image, height, width = image.transpose(0, 2, 1), width, height
+    pixels = np.concatenate(parts)
+    steps = np.diff(pixels[np.diff(pixels, prepend=-2) != 1])  # between starts of runs
+    step = np.median(steps[steps > 0]) if len(steps) >= 20 else width
     found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
     help_text = "CSV counts row by row, COCO column by column: transpose the masks."
     require(abs(step - height) >= abs(step - width) / 4, f"{found}. {help_text}")
     if height == width and len(parts) >= 10:
-        inside, contrast = np.zeros(grey.shape), grey - grey.mean()
-        inside.flat[np.concatenate(parts)] = 1
-        inside -= inside.mean()
-        fit, mirrored = (abs((contrast * mask).sum()) for mask in (inside, inside.T))
-        limit = grey.std() * (inside**2).sum()  # one standard deviation brighter than the rest
+        inside, contrast = np.zeros((height, width), bool), image.mean(axis=0) - image.mean()
+        inside.flat[pixels] = True
+        fit, mirrored = (abs(side[inside].sum()) for side in (contrast, contrast.T))
+        # One standard deviation brighter than the rest
+        limit = contrast.std() * inside.sum() * (1 - inside.mean())
         found = "cells fit the image only if mirrored at its diagonal"
         require(mirrored <= max(3 * fit, limit), f"{found}. {help_text}")
 
@@ -506,12 +507,17 @@ def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> Ce
         require(not wrong, f"{len(wrong)} of {len(rows[name])} rows: {'; '.join(wrong[:3])}")
         if parts and source.suffix in (".csv", ".json"):
             masks, is_down = [pixels for pixels, *_ in parts], source.suffix == ".json"
-            check_axes(image.mean(axis=0), masks, is_down)
+            check_axes(image, masks, is_down)
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
     packed = pack_layers(parts, image.shape[1:], overlaps)
     file_name = Path(name).with_name(records[name].path.name).as_posix()
     image, path = torch.from_numpy(image), records[name].path
     return CellSample(image, *packed, file_name, left_out, path)
+
+
+def read_named_folder(folders: Mapping[str, Path], config: Config, name: str) -> CellSample:
+    """Read one of the training folders by its name. Raises BadInput."""
+    return read_cell_folder(folders[name], config.num_classes, config.overlaps, name)
 
 
 def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
@@ -557,10 +563,7 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
         short = name.removesuffix(path.suffix) if layout == "csv" else name
         files[name if short in files else short] = path
     names = {path: name for name, path in files.items()}
-
-    def read(name):
-        return read_cell_folder(files[name], config.num_classes, config.overlaps, name)
-
+    read = partial(read_named_folder, files, config)
     if opener:
         records = {name: records[path] for name, path in files.items()}
         rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))

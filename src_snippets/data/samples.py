@@ -21,6 +21,15 @@ from src_snippets.setup.devices import is_main, world_size
 from src_snippets.setup.files import BadInput, show_table
 
 
+def available_memory() -> int:
+    """Free bytes of the machine, or of the container that this runs in."""
+    free = virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
 class CellSamples(Sequence):
     """The training images of a dataset, all read once; BadInput: a broken one, or no instances.
 
@@ -35,7 +44,7 @@ class CellSamples(Sequence):
         self.positions = {name: index for index, name in enumerate(self.names)}
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
         self.features, self.borders, self.pixels = [], [], []  # for `groups`, of each image
-        left = min(cache_gb * 1e9, virtual_memory().available / 2) / world_size()
+        left = min(cache_gb * 1e9, available_memory() / 2) / world_size()
         digest, lost = sha256(), []
         for index, name in enumerate(tqdm(self.names, "reading", disable=not is_main())):
             sample = dataset.read(name)

@@ -9,7 +9,8 @@
 # %%
 # @title plot_evaluation: six panels
 from matplotlib.figure import Figure
-import matplotlib.patheffects
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -27,9 +28,7 @@ def draw_scores(axes, table: pd.DataFrame, config: Config, names: tuple[str, ...
     """Draw precision over recall, F1 and AP50 over the score threshold, and scores: 3 axes."""
     labels, recall = range(1, len(names) + 1), np.linspace(0, 1, 101)
     curves = pd.DataFrame([precision_curve(table, label) for label in labels]).T
-    casing = [
-        matplotlib.patheffects.withStroke(linewidth=3, foreground="#777777")
-    ]  # yellow on white
+    casing = [withStroke(linewidth=3, foreground="#777777")]  # yellow on white
     axes[0].set_prop_cycle(color=[class_color(label) for label in labels])
     axes[0].plot(recall, curves, label=list(names), path_effects=casing)
     axes[0].plot(recall, curves.mean(axis=1), "k", label=f"mean, AP50 {ap50(table):.3f}")
@@ -180,9 +179,7 @@ def plot_mistakes(samples, predictions, table: pd.DataFrame, config: Config, col
         for axis, mistake in zip(row, group.itertuples(), strict=False):
             sides = truths[mistake.image], predictions[mistake.image]
             draw_mistake(axis, mistake, samples[mistake.image].image.numpy(), *sides, names)
-    handles = [
-        matplotlib.lines.Line2D([], [], **style) for style in (PREDICTION_STYLE, WINNER_STYLE)
-    ]
+    handles = [Line2D([], [], **style) for style in (PREDICTION_STYLE, WINNER_STYLE)]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     add_class_legend(figure, [f"true {name}" for name in names])
     return figure

@@ -25,6 +25,7 @@ from src_snippets.model.backbone import build_backbone, find_weights_file, read_
 from src_snippets.model.heads import BlockMatcher, CellRoIHeads
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config
+from src_snippets.setup.devices import default_device
 
 # Layers that initial weights may lack; attention starts as the identity
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
@@ -58,8 +59,9 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
         new = [max(round(side * scale), 1) for side in old]
         image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
         if target is not None:
-            boxes = detection.transform.resize_boxes(target["boxes"], old, new)
-            target = target | dict(boxes=boxes)
+            target = target | dict(
+                boxes=detection.transform.resize_boxes(target["boxes"], old, new)
+            )
         return image, target
 
     def batch_images(self, images, size_divisible=32):
@@ -163,10 +165,6 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.forward
     transform = InputTransform(config, backbone.mean, backbone.std)
-    convolutions = [m for m in backbone.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-    depthwise7 = any(m.kernel_size[0] > 5 for m in convolutions)
-    if depthwise7 and torch.cuda.is_initialized() and torch.cuda.get_device_capability() < (8, 0):
-        transform.layout = torch.contiguous_format  # in channels_last slow or failing in cuDNN
     model = detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, transform)
     model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
     if state is not None:
@@ -175,6 +173,15 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
         message = f"{trainable:.1f} M trainable parameters; at most 200 M are allowed."
         raise ValueError(f"{message} Take a smaller backbone, or lower trainable_stages.")
     return model.to(memory_format=transform.layout)
+
+
+def to_device(model: nn.Module) -> nn.Module:
+    """Moves a model to the device, in the layout of its memory that is quick there."""
+    device, convs = default_device(), [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depthwise7 = any(conv.groups > 1 and conv.kernel_size[0] > 5 for conv in convs)
+    if depthwise7 and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        model.transform.layout = torch.contiguous_format  # cuDNN is slow or fails in channels_last
+    return model.to(device, memory_format=model.transform.layout)
 
 
 # %%

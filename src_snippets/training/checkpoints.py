@@ -21,9 +21,9 @@ import re
 import torch
 from torch import nn
 
-from src_snippets.model.mask_rcnn import build_model, load_model_state
+from src_snippets.model.mask_rcnn import build_model, load_model_state, to_device
 from src_snippets.setup.config import change_config, Config
-from src_snippets.setup.devices import broadcast, default_device
+from src_snippets.setup.devices import broadcast
 from src_snippets.setup.files import atomic_write, BadInput
 
 PREDICTION_SETTINGS = (
@@ -125,11 +125,10 @@ def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Modu
 
     Its training settings are `config`'s, or with `same=False` any with as many classes.
     """
-    torch.zeros(1, device=default_device())  # a model is built for the GPU that is in use by now
     state = broadcast(load_checkpoint, path)
     check_same_settings(state["config"], config, path, () if same else ("num_classes",))
     names = PREDICTION_SETTINGS if same else (*PREDICTION_SETTINGS, "precision")
     own = replace(state["config"], **{name: getattr(config, name) for name in names})
     model = build_model(own, load_initial=False)
     load_model_state(model, state["model"])
-    return model.to(default_device()).eval(), own
+    return to_device(model).eval(), own

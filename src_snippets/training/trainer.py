@@ -32,7 +32,7 @@ from src_snippets.data.structures import CellSample, coco_ground_truth
 from src_snippets.data.transforms import collate, training_target, TrainingSet
 from src_snippets.model.backbone import backbone_stages
 from src_snippets.model.detect import detect
-from src_snippets.model.mask_rcnn import build_model
+from src_snippets.model.mask_rcnn import build_model, to_device
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import (
     all_max,
@@ -248,8 +248,7 @@ class TrainingState:
             kwargs_handlers=[accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         state = broadcast(open_run, self.folder, resume)
-        self.model = build_model(config, load_initial=state is None and is_main())
-        self.model.to(self.accelerator.device)
+        self.model = to_device(build_model(config, state is None and is_main()))
         optimizer = build_optimizer(self.model, config)
         self.parts, self.best_model = dict(model=self.model, optimizer=optimizer), self.model
         if config.ema:  # with a warm-up, by which the first weights are soon forgotten

@@ -44,7 +44,7 @@ from src_snippets.data.transforms import build_augmentation, collate, training_t
 from src_snippets.inference.predict import predict_image
 from src_snippets.model.detect import paste_masks
 from src_snippets.model.heads import BlockMatcher, sample_mask_targets
-from src_snippets.model.mask_rcnn import build_model, InputTransform
+from src_snippets.model.mask_rcnn import build_model, InputTransform, to_device
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config, make_config
 from src_snippets.setup.devices import choose_precision
@@ -489,7 +489,7 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
     """Reads every `step`-th image of the test set, predicts it and writes the JSON."""
     records, path = synthetic_test_set(step), new_folder() / "results.json"
     config = benchmark_config(device, detections=detections)
-    build = baseline_model if side == "baseline" else lambda *_: build_model(config).to(device)
+    build = baseline_model if side == "baseline" else lambda *_: to_device(build_model(config))
     model = build(config, device).eval()
 
     def work():
@@ -521,7 +521,7 @@ def step_layout(side: str, device: str) -> Callable:
     for target in targets:
         del target["name"]
     images, targets = send_to_device((images, targets), device)
-    model = build_model(config).to(device)
+    model = to_device(build_model(config))
     optimizer = build_optimizer(model, config)
     if side == "baseline":
         model = model.to(memory_format=torch.contiguous_format)

@@ -22,7 +22,7 @@ from src_snippets.data.layouts import open_dataset
 from src_snippets.data.samples import CellSamples
 from src_snippets.data.synthetic import draw_field, make_synthetic
 from src_snippets.model.detect import detect
-from src_snippets.model.mask_rcnn import build_model, count_parameters
+from src_snippets.model.mask_rcnn import build_model, count_parameters, to_device
 from src_snippets.setup.config import make_config, RECIPES
 from tests.benchmarks.cases import new_trainer
 
@@ -44,7 +44,7 @@ def measure(name: str, device: torch.device, root: Path, settings: dict) -> list
     config = make_config(name, **dict(weights="none", accumulate=1, workers=0) | settings)
     pixels = draw_field(np.random.default_rng(0), 500, 500, 60)[0]
     image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    model = build_model(config).to(device)
+    model = to_device(build_model(config))
     millions = count_parameters(model) / 1e6
     per_image = seconds(lambda: detect([model], image, config), device)
     samples = CellSamples(open_dataset(root, config), 1.0)
