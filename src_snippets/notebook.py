@@ -124,7 +124,7 @@ from src_snippets.data.structures import coco_ground_truth, ground_truth, Instan
 from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
 
 # %%
-from src_snippets.data.images import read_image_values
+from src_snippets.data.images import read_image
 
 # %%
 from src_snippets.data.layouts import find_dataset, open_dataset
@@ -284,9 +284,8 @@ if not trains:
     config = saved_config(CHECKPOINTS[0], changes)
     dataset = open_dataset(data_root, config)
     print(f"nothing to train; settings of {CHECKPOINTS[0]}")
-for path in CHECKPOINTS:
-    saved = load_checkpoint(path)["config"]  # what does not fit shows now, not after training
-    check_same_settings(saved, config, path, ["num_classes"])
+for path in CHECKPOINTS:  # what does not fit shows now, not after training
+    check_same_settings(load_checkpoint(path)["config"], config, path, ["num_classes"])
 code = code_digest(TrainingSet, build_model, Trainer)
 val_count = sum(len(split["val"]) for split in splits.values())
 count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
@@ -422,7 +421,7 @@ if val_samples:
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident
 # mistakes. AP50 that rises at the left end of the threshold curve asks for a lower
-# `score_threshold`. Off the diagonal of the confusion matrix cells are confused, missed or invented.
+# `score_threshold`. Off the diagonal of the confusion matrix are confusions, misses, false positives.
 
 # %%
 if val_samples:
@@ -460,13 +459,12 @@ counts = None
 # %%
 with keep_going("the exports"):
     if records:
-        where = (output / "exports", names, config.um_per_px)
-        counts = write_exports(to_export, records, sources, *where)
+        counts = write_exports(to_export, records, sources, output / "exports", names, config)
 
 # %%
 with keep_going("the figure of test images"):
     shown = records[:: -(-len(records) // 4) or 1]
-    images = [read_image_values(sources[record.image_id])[1] for record in shown]
+    images = [read_image(sources[record.image_id], config.channels) for record in shown]
     items = [(i, to_export[r.image_id], r.path.stem) for i, r in zip(images, shown, strict=True)]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")

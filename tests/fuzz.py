@@ -8,6 +8,7 @@ a `BadInput` that names it: no other error, no more than ten seconds, no more th
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 import io
 import json
 from pathlib import Path
@@ -59,6 +60,8 @@ def pictures() -> dict[str, tuple[str, bytes, Callable]]:
     write = tifffile.imwrite
     deep, palette = Image.fromarray(rgb[..., 0].astype(np.uint16) * 200), image.quantize(9)
     first = dict(format="mpo", save_all=True, append_images=[image.resize((32, 24))])
+    stack = np.moveaxis(rgb, 2, 0).astype(np.uint16) * 200
+    read_channels = partial(read_image, channels=(2, 1))
     preview = dict(format="tiff", save_all=True, append_images=[image.resize((32, 24))])
     return {
         "LZW TIFF": ("a.tif", as_bytes(write, rgba, **options, predictor=True), read_image),
@@ -72,6 +75,7 @@ def pictures() -> dict[str, tuple[str, bytes, Callable]]:
         "palette TIFF": ("a.tif", as_bytes(palette.save, format="tiff"), read_image),
         "TIFF with preview": ("a.tif", as_bytes(image.save, **preview), read_image),
         "16-bit PNG": ("a.png", as_bytes(deep.save, format="png"), read_image),
+        "planes of a TIFF": ("a.tif", as_bytes(write, stack, imagej=True), read_channels),
         "MPO": ("a.jpg", as_bytes(image.save, **first), read_image),
         "PNG": ("a.png", as_bytes(image.save, format="png"), read_image),
         "palette PNG": ("a.png", as_bytes(image.quantize(9).save, format="png"), read_image),

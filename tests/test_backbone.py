@@ -10,12 +10,11 @@ from torchvision.models import mobilenet_v2, resnet18, resnet50
 
 from src_snippets.model.backbone import (
     ALIASES,
+    Attention,
     backbone_stages,
     build_backbone,
-    CBAMAttention,
     find_weights_file,
     read_state_dict,
-    SEAttention,
 )
 from src_snippets.model.mask_rcnn import build_model, count_parameters
 from src_snippets.setup.config import make_config, RECIPES
@@ -233,7 +232,7 @@ def test_attention_acts_between_stages_where_timm_names_them(name, inside):
     model = build_backbone(small(name, attention="se")).eval()
     with torch.inference_mode():
         before = model.body(torch.ones(1, 3, 64, 64))
-        model.attention[0].mlp[2].bias.fill_(-100.0)  # closes the first stage
+        model.attention[0].gates.fc2.bias.fill_(-100.0)  # closes the first stage
         after = model.body(torch.ones(1, 3, 64, 64))
         assert torch.equal(before[-1], after[-1]) != inside
         closed = model.attention[0](before[0])
@@ -247,34 +246,39 @@ def test_a_copy_has_its_own_attention():
     copy, image = deepcopy(model), torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         before = copy(image)["3"]
-        model.attention[0].mlp[2].bias.fill_(-100.0)
+        model.attention[0].gates.fc2.bias.fill_(-100.0)
         assert torch.equal(copy(image)["3"], before)
-        copy.attention[0].mlp[2].bias.fill_(-100.0)
+        copy.attention[0].gates.fc2.bias.fill_(-100.0)
         assert not torch.equal(copy(image)["3"], before)
 
 
 def test_attention_by_hand():
-    block, x = SEAttention(2), torch.full((1, 2, 3, 3), 4.0)
-    block.mlp[2].bias.data[:] = torch.tensor([100.0, -100.0])
+    block, x = Attention("se", 2), torch.full((1, 2, 3, 3), 4.0)
+    block.gates.fc2.bias.data[:] = torch.tensor([100.0, -100.0])
     assert block(x)[0, :, 0, 0].tolist() == pytest.approx([8.0, 0.0])
-    block = CBAMAttention(1)
-    block.spatial.weight.data[0, 0, 3, 3] = 1.0  # of the mean over channels, at the pixel itself
+    block = Attention("cbam", 1).eval()
+    block.gates.spatial.conv.conv.weight.data.zero_()[0, 0, 3, 3] = 1.0  # of the pixel's mean
+    block.gates.spatial.conv.bn.weight.data.fill_(1.0)
     x = torch.tensor([[[[0.0, 100.0], [-100.0, 0.0]]]])
     assert block(x)[0, 0].flatten().tolist() == pytest.approx([0.0, 200.0, 0.0, 0.0])
-    block = CBAMAttention(1)
-    for layer in (block.mlp[0], block.mlp[2]):
+    block = Attention("cbam", 1).eval()
+    for layer in (block.gates.channel.fc1, block.gates.channel.fc2):
         layer.weight.data.fill_(0.5)
-        layer.bias.data.zero_()
-    # Mean 1 and maximum 3 go through the same MLP: four hidden units, 0.5 * 0.5 each.
+    # Mean 1 and maximum 3 go through the same MLP: one hidden unit, 0.5 * 0.5.
     x = torch.tensor([[[[3.0, -1.0]]]])
-    wanted = 2 / (1 + torch.tensor(-4.0).exp()) * torch.tensor([3.0, -1.0])
+    wanted = 2 / (1 + torch.tensor(-1.0).exp()) * torch.tensor([3.0, -1.0])
     assert torch.allclose(block(x)[0, 0, 0], wanted)
 
 
-def test_attention_learns():
-    model = build_backbone(small(attention="cbam"))
+@pytest.mark.parametrize("kind", ["se", "cbam"])
+def test_attention_learns(kind):
+    model = build_backbone(small(attention=kind))
     sum(level.square().mean() for level in model(torch.rand(2, 3, 64, 64)).values()).backward()
-    assert all(part.mlp[2].bias.grad.abs().sum() > 0 for part in model.attention)
+    for part in model.attention:
+        last = part.gates.fc2 if kind == "se" else part.gates.channel.fc2
+        assert last.weight.grad.abs().sum() > 0
+    if kind == "cbam":
+        assert all(p.gates.spatial.conv.bn.weight.grad.abs() > 0 for p in model.attention)
 
 
 # Frozen stages, norms

@@ -65,6 +65,12 @@ def test_every_default_is_within_its_own_limits(name):
         ),
         ({"anchor_ratios": []}, "anchor_ratios"),
         (
+            {"channels": [1, 2, 3, 4]},
+            "channels=[1, 2, 3, 4]: expected int as in the default (), from 1 to 64, 3 at most",
+        ),
+        ({"channels": [0]}, "from 1 to 64"),
+        ({"channels": [1.5]}, "channels=[1.5]: expected int"),
+        (
             {"scale_jitter": [2.0]},
             "scale_jitter=[2.0]: expected float as in the default (0.8, 1.25), from 0.1",
         ),
@@ -93,6 +99,8 @@ def test_renamed_settings_point_to_settings_that_are_there():
 
 
 def test_json_values_take_the_fields_types():
+    assert make_config("demo", channels=[2, 1]).channels == (2, 1)
+    assert make_config("demo", channels=[]).channels == ()
     config = make_config("demo", scale_jitter=[1, 2], anchor_ratios=[1], lr=1)
     assert config == replace(config, scale_jitter=(1.0, 2.0), anchor_ratios=(1.0,), lr=1.0)
     assert isinstance(config.lr, float)

@@ -16,7 +16,7 @@ from tests.test_matching import FOUR, instances, NOTHING, truth_of
 
 NAMES = ("round", "flat", "dark")
 CONFIG = make_config("demo", class_names=NAMES)
-KINDS = ("missed", "invented", "wrong class", "merged or split", "duplicate")
+KINDS = ("missed", "false positive", "wrong class", "merged or split", "duplicate")
 
 
 def axis_texts(axis):
@@ -165,7 +165,7 @@ def test_mistakes_worked_by_hand():
     second = instances([(20, 0, 10, 9, 2, 0.5), (20, 0, 10, 10, 2, 0.9)])  # instance 2 twice
     assert mistakes_of((first, FOUR), (second, FOUR)) == {
         "missed": [[1, [], [3]], [1, [], [0]], [1, [], [1]]],  # by area
-        "invented": [[0, [4], []]],
+        "false positive": [[0, [4], []]],
         "wrong class": [[0, [1], [2]]],
         "merged or split": [[0, [0], [0, 1]], [0, [2, 3], [3]]],
         "duplicate": [[1, [0, 1], [2]]],  # then the one that has the instance
@@ -173,7 +173,7 @@ def test_mistakes_worked_by_hand():
     # What is not exported is no mistake, but its instances are missed.
     assert mistakes_of((first, FOUR), min_score=0.85) == {
         "missed": [[0, [], [3]], [0, [], [0]], [0, [], [1]], [0, [], [2]]],
-        "invented": [[0, [2], []]],
+        "false positive": [[0, [2], []]],
     }
     assert mistakes_of((FOUR, FOUR), (NOTHING, NOTHING)) == {}
 
@@ -183,7 +183,7 @@ def test_a_merge_has_most_of_several_instances_one_of_them_missed():
     both = truth_of((0, 0, 10, 10, 1), (0, 20, 10, 10, 1))
     assert "merged or split" not in mistakes_of((little, both))
     each = [(0, 0, 10, 30, 1, 0.9), (0, 0, 10, 10, 1, 0.8), (0, 20, 10, 10, 1, 0.7)]
-    assert mistakes_of((instances(each), both)) == {"invented": [[0, [0], []]]}
+    assert mistakes_of((instances(each), both)) == {"false positive": [[0, [0], []]]}
     # Found, and swallows its neighbour.
     truth = truth_of((0, 0, 20, 20, 1), (0, 20, 20, 4, 2))
     found = instances([(0, 0, 20, 24, 1, 0.9)])
@@ -200,7 +200,7 @@ def test_a_split_instance_has_most_of_several_detections():
     truth = truth_of((20, 40, 10, 20, 3))
     assert mistakes_of((uneven, truth)) == {"merged or split": [[0, [0, 1], [0]]]}
     beside = instances([(20, 40, 10, 15, 3, 0.9), (20, 55, 20, 5, 3, 0.8)])  # half of it outside
-    assert mistakes_of((beside, truth)) == {"invented": [[0, [1], []]]}
+    assert mistakes_of((beside, truth)) == {"false positive": [[0, [1], []]]}
 
 
 # The gallery

@@ -6,6 +6,7 @@ import tifffile
 from src_snippets.data.images import (
     read_cell_folder,
     read_image,
+    read_image_values,
     read_instance_map,
 )
 from tests.conftest import real_data, refused, save, write_folder
@@ -207,6 +208,51 @@ def test_stacks_are_refused_with_their_count(tmp_path, count, joined):
     tifffile.imwrite(path, pages, imagej=True, metadata={"axes": "CYX" if count < 5 else "ZYX"})
     with refused(f"{count} pages of similar size; expected one image. .*Type > RGB Color", path):
         read_image(path)
+
+
+PLANES = np.stack([np.roll(GREY, k) * np.uint16(9 + 50 * k) for k in range(4)])
+STACKS = {
+    "imagej": dict(imagej=True),
+    "ome": dict(ome=True, metadata=dict(axes="CYX")),
+    "pages": dict(metadata=None),
+    "samples": dict(planarconfig="contig", extrasamples=["unspecified"] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_chosen_channels_become_red_green_and_blue(tmp_path, kind):
+    pixels = np.moveaxis(PLANES, 0, 2) if kind == "samples" else PLANES
+    path = save(tmp_path / "a.tif", pixels, photometric="minisblack", **STACKS[kind])
+    with refused("4 channels of uint16" if kind == "samples" else "4 pages .*set channels", path):
+        read_image(path)
+    rolled = [np.roll(GREY, k) for k in range(4)]  # each from 0 to 255 again
+    values, image = read_image_values(path, (3, 1))
+    assert np.array_equal(values, PLANES)
+    assert np.array_equal(image, [rolled[2], rolled[0], 0 * GREY])
+    assert np.array_equal(read_image(path, (2,)), [rolled[1]] * 3)
+    assert np.array_equal(read_image(path, (4, 2, 1)), [rolled[k] for k in (3, 1, 0)])
+    with refused(r"4 channels, but channels=\(5, 1\) set", path):
+        read_image(path, (5, 1))
+
+
+def test_channels_of_colour_images(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    expected = [RGB[..., 1], RGB[..., 0], 0 * GREY]
+    assert np.array_equal(read_image(tmp_path / "a.png", (2, 1)), expected)
+    path = save(tmp_path / "b.tif", np.zeros((65, 8, 9), np.uint8), metadata=None)
+    with refused("65 pages of similar size", path):
+        read_image(path, (1,))
+
+
+@pytest.mark.parametrize("kind", ["imagej", "ome", "pages"])
+def test_a_list_of_pages_that_is_cut_off_is_refused(tmp_path, kind):
+    path = save(tmp_path / "a.tif", PLANES, photometric="minisblack", **STACKS[kind])
+    with tifffile.TiffFile(path) as tif:
+        second = tif.pages[1].offset
+    path.write_bytes(path.read_bytes()[:second])
+    for channels in ((), (1,)):
+        with refused("cut short|pages of similar size|cannot be read", path):
+            read_image(path, channels)
 
 
 def test_pages_in_a_circle_are_refused(tmp_path):
@@ -430,6 +476,10 @@ SEMANTIC = (discs() > 0) * (1 + discs() % 4)
         (smooth(MASK), "blurred by resizing"),
         (smooth(discs() * 10), "blurred by resizing"),
         (np.where(WRAPPED, (WRAPPED - 1) % 255 + 1, 0), "255 ids in 280 pieces, 25 ids far apart"),
+        (
+            np.where(discs(3, 86), (discs(3, 86) - 1) % 255 + 1, 0),
+            "255 ids in 258 pieces, 3 ids far",
+        ),
         (255 - MASK, "id 255 is around 20 pieces: the background"),
         (discs() + 1, "id 1 is around 20 pieces"),
         (np.where(discs(), discs(), 65535), "id 65535 is around 20 pieces"),
@@ -452,6 +502,7 @@ BANDS = np.where(np.indices((60, 80))[0] // 10 % 2, 7.0, 0) * (np.indices((60, 8
         discs(),
         discs() * 1000 + 17 * (discs() > 0),  # gaps
         discs(radius=12),  # cells that touch
+        discs(3, 85),  # 255 of them
         smooth(discs(), (96, 120)),  # of the same size: unchanged
         discs(1, 1),
         np.ones((40, 50)),  # a cell that fills the tile

@@ -14,7 +14,7 @@ import pycocotools.mask
 import pytest
 import torch
 
-from src_snippets.data.images import fill_rings
+from src_snippets.data.images import fill_rings, read_image
 from src_snippets.data.layouts import (
     check_axes,
     dataset_roots,
@@ -140,7 +140,7 @@ def test_folders_and_their_mapping(tmp_path, capsys):
     assert open_dataset(root, CONFIG).names == ["a", "b"]
     (root / "train" / "a" / "slide.czi").touch()
     assert open_dataset(root, CONFIG).left_out == {
-        "images without ground truth, or not listed": [root / "train" / "loose.png"],
+        "images without ground truth, not listed or not readable": [root / "train" / "loose.png"],
         "files of another kind": [root / "train" / "a" / "slide.czi"],
     }
 
@@ -688,7 +688,7 @@ def test_brush_masks_of_cvat_are_cells(tmp_path, capsys):
     make_coco(tmp_path, coco_content(annotations=rows))
     sample = open_dataset(tmp_path, CONFIG).read("a.png")
     assert sample.labels.tolist() == [1, 1, 1, 1, -1, -1, -1]
-    assert "2 of 7 annotations have iscrowd 1 but are in one" in capsys.readouterr().out
+    assert "2 crowds of a cell's size" in capsys.readouterr().out
     rows = [brush(k, k, k + 1) for k in range(5)]  # all of them
     (tmp_path / "train.json").write_text(json.dumps(coco_content(annotations=rows)))
     assert open_dataset(tmp_path, CONFIG).read("a.png").labels.tolist() == [1] * 5
@@ -720,7 +720,7 @@ def test_coordinates_in_percent_are_told(tmp_path, capsys, places, size, is_told
     rows = [square_row(k, shift=place - 1) for k, place in enumerate(places)]
     make_coco(tmp_path, coco_content(images=images, annotations=rows))
     dataset = open_dataset(tmp_path, CONFIG)
-    assert ("in percent, as Label Studio" in capsys.readouterr().out) == is_told
+    assert ("in percent? Export pixels" in capsys.readouterr().out) == is_told
     Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "train" / "a.png")
     assert len(dataset.read("a.png").labels) == len(places)  # read as they are
 
@@ -781,7 +781,7 @@ def test_validation_images_of_the_dataset(tmp_path):
     (root / "valid" / "_annotations.coco.json").unlink()
     dataset = open_dataset(root, CONFIG)
     assert (dataset.names, dataset.validation) == (["a.png", "deep/b.png"], [])
-    assert len(dataset.left_out["images without ground truth, or not listed"]) == 1
+    assert len(dataset.left_out["images without ground truth, not listed or not readable"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -1057,7 +1057,7 @@ def test_our_own_export_for_qupath_is_read_back(tmp_path):
     path = tmp_path / "images" / "a.png"
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(path)
     images = [ImageRecord(path, 5, 40, 50)]
-    write_exports({5: found}, images, {5: path}, tmp_path, {3: "T", 7: "B µ"})
+    write_exports({5: found}, images, {5: path}, tmp_path, {3: "T", 7: "B µ"}, CONFIG)
     dataset = open_dataset(tmp_path, CONFIG)
     assert (dataset.names, dataset.categories) == (["images/a.png"], {1: "B µ", 2: "T"})
     sample = dataset.read("images/a.png")
@@ -1175,7 +1175,7 @@ def test_validation_folders_of_class_files(tmp_path):
         path.unlink()
     dataset = open_dataset(root, CONFIG)  # images without ground truth
     assert (dataset.names, dataset.validation) == (["a", "b"], [])
-    assert len(dataset.left_out["images without ground truth, or not listed"]) == 3
+    assert len(dataset.left_out["images without ground truth, not listed or not readable"]) == 3
 
 
 @pytest.mark.parametrize(("train", "val"), [("train", "val"), ("train", "images/val"), ("", "val")])
@@ -1235,8 +1235,72 @@ def test_label_images_beside_images_are_left_out(tmp_path):
     assert dataset.left_out == {
         "label images and outputs of Cellpose or StarDist": [tmp_path / name for name in outputs],
         "files of another kind": [tmp_path / name for name in others],
-        "images without ground truth, or not listed": [tmp_path / "sub" / "g.png"],
+        "images without ground truth, not listed or not readable": [tmp_path / "sub" / "g.png"],
     }
+
+
+def test_an_odd_file_among_pictures_is_left_out(tmp_path, capsys):
+    for name in ("a.png", "c.png"):
+        Image.fromarray(RGB).save(tmp_path / name)
+    (tmp_path / "b.png").write_text("no picture")
+    (tmp_path / "d.png").symlink_to(tmp_path / "nowhere")
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert [record[:2] for record in dataset.test_images] == [
+        (tmp_path / "a.png", 1),
+        (tmp_path / "c.png", 2),
+    ]
+    printed = capsys.readouterr().out
+    assert f"WARNING: left out, 2 of 4 images: {tmp_path / 'b.png'}: cannot be read" in printed
+    (paths,) = dataset.left_out.values()
+    assert paths == [tmp_path / "b.png"]
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).unlink()
+    with refused("2 of 2 images: .*b.png: cannot be read"):
+        open_dataset(tmp_path, CONFIG)
+
+
+def test_a_listed_image_that_cannot_be_read_is_refused(tmp_path):
+    root = make_csv(tmp_path, "id,annotation\na,1 2\n")
+    (root / "test").mkdir(exist_ok=True)
+    (root / "test" / "t.png").write_text("no picture")
+    (root / "sample_submission.csv").write_text("id,predicted\nt,\n")
+    with refused("1 of 1 images: .*t.png: cannot be read"):
+        open_dataset(root, CONFIG)
+
+
+@pytest.mark.parametrize("layout", ["folders", "csv", "coco", "pairs", "images"])
+def test_all_layouts_read_the_chosen_channels(tmp_path, layout):
+    planes = np.stack([RGB[..., 0], RGB[..., 1]]) * np.uint16(50)
+    name = "train/a/image.tif" if layout == "folders" else "train/a.tif"
+    for path in (name, "test/t.tif", "test_release/t.tif"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / path, planes, photometric="minisblack")
+    if layout == "folders":
+        save(tmp_path / "train/a/class1.tif", IDS)
+    elif layout == "csv":
+        (tmp_path / "train.csv").write_text("id,annotation\na,16 3\n")
+    elif layout == "coco":
+        images = [dict(id=1, file_name="a.tif", height=10, width=14)]
+        rows = [dict(id=1, image_id=1, category_id=1, segmentation=[[1, 1, 4, 1, 4, 3]])]
+        content = dict(images=images, annotations=rows, categories=[dict(id=1, name="x")])
+        write_json(content, tmp_path / "train.json")
+    elif layout == "pairs":
+        save(tmp_path / "train/a_masks.tif", IDS)
+    else:
+        tmp_path = tmp_path / "test"
+    config = make_config("demo", channels=(2, 1), class_names=["x"])
+    dataset = open_dataset(tmp_path, config)
+    assert dataset.layout == layout
+    assert [image[2:] for image in dataset.test_images] == [(10, 14)]
+    for name in dataset.names:
+        image = dataset.read(name).image.numpy()
+        assert np.array_equal(image, read_image(tmp_path / "test/t.tif", (2, 1)))
+        assert np.corrcoef(image[0].ravel(), RGB[..., 1].ravel())[0, 1] > 0.99
+        assert np.corrcoef(image[1].ravel(), RGB[..., 0].ravel())[0, 1] > 0.99
+    assert len(dataset.names) == (layout != "images")
+    with refused("2 pages of similar size"):
+        plain = open_dataset(tmp_path, CONFIG)
+        plain.read(plain.names[0])
 
 
 def test_the_real_mapping_without_its_images_is_refused():

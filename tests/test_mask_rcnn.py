@@ -11,11 +11,10 @@ from torchvision.ops import box_iou
 from src_snippets.data.transforms import training_target
 from src_snippets.model.heads import sample_mask_targets
 from src_snippets.model.mask_rcnn import (
-    anchor_shapes,
+    anchor_fits,
     build_model,
     CLASS_LAYERS,
     count_parameters,
-    has_anchor,
     InputTransform,
     load_model_state,
     plot_anchors,
@@ -119,7 +118,7 @@ def test_coco_weights_load_with_new_class_layers(both, tmp_path, monkeypatch, ca
     changes = dict(weights="coco", attention="se", trainable_stages=3)
     model = build_model(replace(PARITY, **changes))
     printed = capsys.readouterr().out
-    assert "left as built: backbone.attention.0.mlp.0.bias" in printed
+    assert "left as built: backbone.attention.0.gates.fc1.bias" in printed
     wanted, found = source.state_dict(), model.state_dict()
     same = [key for key in wanted if not key.startswith(CLASS_LAYERS) and key in found]
     assert len(same) > 350
@@ -177,7 +176,7 @@ def test_checkpoints_must_fit_exactly(tiny_config, tiny_model):
     for changes in (dict(class_names=("a",)), dict(attention="se"), dict(mask_convs=2)):
         with pytest.raises(ValueError, match="weights do not fit the model"):
             load_model_state(build_model(replace(tiny_config, **changes)), state)
-    with pytest.raises(ValueError, match="1 parameters are missing, unknown"):
+    with pytest.raises(ValueError, match=r"1 parameters, such as \['more'\], are missing"):
         load_model_state(tiny_model, state | {"more": torch.zeros(1)})
     frozen = build_model(replace(tiny_config, norm="frozen"))  # without counts of batches
     load_model_state(frozen, state)
@@ -284,13 +283,14 @@ def test_anchors_and_the_boxes_that_they_fit():
     config = make_config(
         "baseline", anchor_sizes=(8, 16, 32, 64, 128), anchor_ratios=(1.0, 4.0), scale=2.0
     )
-    assert anchor_shapes(config)[:4].tolist() == [[8, 8], [4, 16], [16, 16], [8, 32]]
     # IoU of 22 x 22 with 16 x 16 is 256 / 484, of 23 x 23 is 256 / 529, with 32 x 32 529 / 1024.
     sides = np.array([[8, 8], [22, 22], [23, 23], [182, 182], [4, 16], [16, 4]])
-    assert has_anchor(sides, config).tolist() == [True, True, True, False, True, False]
-    assert has_anchor(sides[:0], config).tolist() == []
+    fits, anchors = anchor_fits(sides, config)
+    assert anchors[:4].tolist() == [[8, 8], [4, 16], [16, 16], [8, 32]]
+    assert fits.tolist() == [True, True, True, False, True, False]
+    assert anchor_fits(sides[:0], config)[0].tolist() == []
     exact = np.array([[16.0, 8.0]])  # IoU 0.5 with 16 x 16
-    assert has_anchor(exact, config).tolist() == [True]
+    assert anchor_fits(exact, config)[0].tolist() == [True]
 
 
 @pytest.mark.parametrize("count", [0, 50])

@@ -197,7 +197,7 @@ def test_groups_are_never_split_by_folds():
         assert own[0].isdisjoint(own[1])
     assert make_splits(counted(names[::-1], groups), three) == folds
     assert make_splits(counted(names, groups), replace(three, fold=2)) == {2: folds[2]}
-    with pytest.raises(ValueError, match=r"of 6 groups .*, but 7 parts: lower folds \(now 7\)"):
+    with pytest.raises(ValueError, match=r"of 6 groups .*, but 7 parts: lower folds \(7\)"):
         make_splits(counted(names, groups), replace(CONFIG, folds=7))
 
 

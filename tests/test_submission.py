@@ -80,7 +80,7 @@ def test_no_detections_at_all_is_a_valid_file(predictions, tmp_path):
 def test_wrong_predictions_leave_the_earlier_file(predictions, tmp_path):
     results, archive = write_results(predictions, IMAGES, tmp_path, [1, 2])
     before = results.read_bytes(), archive.read_bytes()
-    with pytest.raises(BadInput, match="No prediction for 1 images, such as id 9"):
+    with pytest.raises(BadInput, match=r"No prediction for 1 images, such as ids \[9\]"):
         write_results({5: predictions[5]}, IMAGES, tmp_path, [1, 2])
     with pytest.raises(BadInput, match="entry 0: category_id None; expected one of"):
         write_results(predictions, IMAGES, tmp_path, [1])
@@ -153,7 +153,8 @@ def test_csv_submissions_in_both_forms(tmp_path):
     both = Instances(boxes, scores, labels, rles, (6, 8))
     images = [ImageRecord(Path(f"{name}.png"), k, 6, 8) for k, name in enumerate("ab", start=1)]
     predictions = {1: both, 2: both.select([])}
-    plain, indexed = write_csv_submissions(predictions, images, tmp_path)
+    write_csv_submissions(predictions, images, tmp_path)
+    plain, indexed = tmp_path / "submission.csv", tmp_path / "submission-idx.csv"
     assert plain.read_text() == "id,predicted\na,1 2\na,9 4\nb,\n"
     assert indexed.read_text() == "idx,id,annotation\n0,a,1 2\n1,a,9 4\n2,b,-1\n"
     write_csv_submissions({k: p.above(0.5) for k, p in predictions.items()}, images, tmp_path)
@@ -172,8 +173,8 @@ def test_predictions_are_read_back_by_others(seed, count):
     with tempfile.TemporaryDirectory() as folder:
         results, _ = write_results({5: instances}, IMAGES[:1], Path(folder), range(1, 5))
         rows = json.loads(results.read_text())
-        plain, _ = write_csv_submissions({5: instances}, IMAGES[:1], Path(folder))
-        with plain.open(newline="") as file:
+        write_csv_submissions({5: instances}, IMAGES[:1], Path(folder))
+        with Path(folder, "submission.csv").open(newline="") as file:
             table = list(csv.DictReader(file))
     assert [row["category_id"] for row in rows] == labels.tolist()
     assert np.allclose([row["score"] for row in rows], scores)

@@ -826,7 +826,7 @@ def test_two_processes_learn_as_one_from_two_batches(two, plain, tmp_path, monke
     samples = [field_of_cells(seed, 64) for seed in range(4)]
     val = [field_of_cells(seed, 64) for seed in range(4, 7)]
     one = learned(replace(plain, batch_size=2, accumulate=2), samples, val, tmp_path / "one")
-    config, folder = replace(plain, batch_size=2, scale_lr=False), tmp_path / "two"
+    config, folder = replace(plain, batch_size=2, lr=plain.lr / 2**0.5), tmp_path / "two"
     both = launch(config, learned, config, samples, val, folder)
     ((gradient,), (of_both,)) = one[0], both[0]
     assert float((gradient - of_both).norm() / gradient.norm()) < 1e-5

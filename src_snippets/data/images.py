@@ -3,6 +3,7 @@
 # %%
 # @title Read images: tifffile for TIFF, Pillow for the others
 from collections import namedtuple
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 import json
 from math import prod
@@ -19,7 +20,7 @@ import torch
 
 from src_snippets.data.rle import csv_to_pixels, pixel_indices, run_pixels
 from src_snippets.data.structures import CellSample, pack_layers
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.files import BadInput, require
 
 MAX_VALUES = 10**9  # of an image, all channels: RGB of 18,000 x 18,000 px
 
@@ -39,14 +40,8 @@ def name_file(path: Path):
         raise BadInput(f"{path}: cannot be read ({error}). Copy or export it again.") from error
 
 
-def require(condition, message: str) -> None:
-    """Raise BadInput where a condition does not hold; `name_file` around it adds the file."""
-    if not condition:
-        raise BadInput(message)
-
-
-def decode(path: Path) -> tuple:
-    """Read the one image in a file by its content, whatever its suffix, turned as EXIF says.
+def decode(path: Path, stacked: bool = False) -> tuple:
+    """Read the one image in a file, or its planes where `stacked`, by content, as EXIF turns it.
 
     Returns values (H, W) or (H, W, S) in the file's dtype, photometric ("RGB", "PALETTE", ..),
     palette (3, K) uint16 or None, whether the last channel is alpha and compression is lossy, bits.
@@ -54,7 +49,7 @@ def decode(path: Path) -> tuple:
     with path.open("rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     if is_tiff:
-        values, *found, orientation = decode_tiff(path)
+        values, *found, orientation = decode_tiff(path, stacked)
     else:
         with Image.open(path) as image:  # a phone's MPO has previews behind the first picture
             single = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
@@ -72,27 +67,35 @@ def decode(path: Path) -> tuple:
     return values[::-1] if orientation in (3, 4, 7, 8) else values, *found
 
 
-def decode_tiff(path: Path) -> tuple:
+def decode_tiff(path: Path, stacked: bool) -> tuple:
     """Read the largest plane of a TIFF, of which others are previews; as `decode`, orientation."""
     with TiffFile(path) as tif:
         pages = [p for top in tif.pages[:] for p in (top, *(top.pages or ())[:])]  # [:]: or endless
+        tif.filehandle.seek(tif.pages.next_page_offset)
+        is_whole = not any(tif.filehandle.read(tif.tiff.offsetsize))
+        require(is_whole, "cut short, its list of pages goes on after its end. Copy it again.")
         page = max(pages, key=lambda page: page.imagelength * page.imagewidth)
-        areas = [p.imagelength * p.imagewidth for p in pages if p is page or not p.is_reduced]
+        half = page.imagelength * page.imagewidth / 2
+        full = [p for p in pages if p.imagelength * p.imagewidth > half and not p.is_reduced]
+        planes = full if stacked and 1 < len(full) <= 64 and page.axes == "YX" else [page]
         series = max(tif.series, key=lambda s: prod(s.shape))
-        count = max(sum(2 * area > max(areas) for area in areas), series.size // page.size)
+        count = max(len(full), series.size // page.size)
         found = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
-        single = count == 1 and page.axes in ("YX", "YXS", "SYX")
-        help_text = "Save one plane or a projection, channels as RGB (Fiji: Type > RGB Color)."
-        require(single, f"{found} one image. {help_text}")
-        require(prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
-        needed = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)))
+        help_text = (
+            "Save one plane or RGB (Fiji: Type > RGB Color), or for images set channels, as (1, 2)."
+        )
+        known = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
+        require(known, f"{found} one image. {help_text}")
+        require(count * prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
+        ends = (zip(p.dataoffsets, p.databytecounts, strict=False) for p in planes)
+        needed = max(sum(end) for part in ends for end in part)
         file_size = path.stat().st_size
         require(needed <= file_size, f"cut short, {file_size} of {needed} bytes. Copy it again.")
         kind = "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK"
         kind = page.photometric.name if 262 in page.tags else kind
         orientation = page.tags.valueof(274, 1)
         try:
-            values = page.asarray()
+            values = np.dstack([p.asarray() for p in planes]) if count > 1 else page.asarray()
             values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
         except (ValueError, ImportError) as error:
             if "imagecodecs" not in str(error):
@@ -109,30 +112,36 @@ def decode_tiff(path: Path) -> tuple:
         return values, kind, palette, alpha, lossy, page.bitspersample, orientation
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, channels: Sequence[int] = ()) -> np.ndarray:
     """Read an image as (3, H, W) uint8, contiguous, without alpha. Raises BadInput.
 
     uint8 and palettes stay as they are, grey of 1, 2 or 4 bits spans its range. In all others 0.1
     and 99.9 % of the pixels' lowest and highest channel (minimum and maximum where these are equal)
-    become 0 and 255 in every channel: 12 bits in 16 and hot pixels do no harm.
+    become 0 and 255 in every channel: 12 bits in 16 and hot pixels do no harm. channels: those of
+    the file, from 1 on, that become red, green and blue, each scaled alone; one is grey.
     """
-    return read_image_values(path)[1]
+    return read_image_values(path, channels)[1]
 
 
-def read_image_values(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read the values (1 or 3, H, W) of an image as in its file, and what `read_image` gives."""
+def read_image_values(path: Path, channels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Read the values (S, H, W) of an image as in its file, and what `read_image` gives."""
     with name_file(path):
-        pixels, kind, palette, alpha, _, bits = decode(path)
+        pixels, kind, palette, alpha, _, bits = decode(path, stacked=bool(channels))
         if kind == "PALETTE" and palette is not None and pixels.ndim == 2:
             palette = (palette >> (8 if palette.max() > 255 else 0)).astype(np.uint8)  # or 8 bits
             pixels, kind, bits = np.moveaxis(palette[:, pixels.astype(int)], 0, 2), "RGB", 8
-        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-        rgb = kind in ("RGB", "YCBCR") and pixels.shape[2] in (3, 4)
-        grey = kind in ("MINISBLACK", "MINISWHITE") and pixels.shape[2] == 1 + alpha
-        found = f"colour model {kind}, {pixels.shape[2]} channels of {pixels.dtype}"
+        pixels = np.moveaxis(np.atleast_3d(pixels), 2, 0)
+        if channels:
+            require(max(channels) <= len(pixels), f"{len(pixels)} channels, but {channels=} set.")
+            planes = [scale_brightness(pixels[[k - 1]], bits) for k in channels]
+            others = planes * 2 if len(planes) == 1 else [planes[0] * 0] * (3 - len(planes))
+            return pixels, np.concatenate(planes + others)
+        rgb = kind in ("RGB", "YCBCR") and len(pixels) in (3, 4)
+        grey = kind in ("MINISBLACK", "MINISWHITE") and len(pixels) == 1 + alpha
+        found = f"colour model {kind}, {len(pixels)} channels of {pixels.dtype}"
         known = pixels.dtype.kind in "buif" and (rgb or grey)
         require(known, f"{found}; expected RGB or grey numbers. Export it as RGB.")
-        values = pixels = np.moveaxis(pixels[:, :, : 3 if rgb else 1], 2, 0)
+        values = pixels = pixels[: 3 if rgb else 1]
         if pixels.dtype != np.uint8 or bits < 8:
             pixels = scale_brightness(pixels, bits)
         pixels = 255 - pixels if kind == "MINISWHITE" else pixels
@@ -184,16 +193,17 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     numbers = np.zeros(values.shape, np.int64)
     numbers.flat[pixels] = owners + 1
     pieces = skimage.measure.label(numbers, connectivity=2).flat[pixels]
-    table = pd.DataFrame(dict(id=owners, piece=pieces, distance=distances))
-    facts = dict(id=("id", "first"), size=("id", "size"), far=("distance", "max"))
-    parts = table.groupby("piece").agg(**facts)
+    index, first, sizes = np.unique(pieces, return_index=True, return_counts=True)
+    far = ndimage.maximum(distances, pieces, index)
+    parts = pd.DataFrame(dict(id=owners[first], size=sizes, far=far), index=index)
     small = 10 * parts["size"] < parts.groupby("id")["size"].transform("max")
     large = parts[~small].groupby("id")["far"].agg(["size", "max"])
     # a cell that others cover in part may be little and far, but no farther than a whole cell
     apart = (large["size"] > 1) & (large["max"] > np.maximum(areas, np.percentile(areas, 90)))
     total = len(parts) if count > 5 else large["size"].sum()
     found = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
-    instances = total <= 3 * count and apart.sum() <= min(count / 2, max(2, count / 20))
+    limit = min(count / 2, max(2, count / 20)) * (count != 255 or unique[-1] != 255)  # of uint8
+    instances = total <= 3 * count and apart.sum() <= limit
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
     require(instances, f"{found} Is it {causes} {help_text}")
@@ -266,7 +276,7 @@ def shape_pixels(shape, height: int, width: int) -> np.ndarray:
     return csv_to_pixels(shape, height * width)
 
 
-def read_cell_folder(folder: Path, num_classes: int, overlaps=True, name="") -> CellSample:
+def read_cell_folder(folder: Path, num_classes, overlaps=True, name="", channels=()) -> CellSample:
     """Read `image.tif` and `class1.tif` .. of a folder; ids may restart in each and have gaps.
 
     Without `overlaps` a pixel that two classes claim belongs to the first. Raises BadInput.
@@ -280,7 +290,7 @@ def read_cell_folder(folder: Path, num_classes: int, overlaps=True, name="") -> 
         expected = f"expected class1.tif .. class{num_classes}.tif: rename it or set class_names"
         require(not unknown, f"{unknown} is no known class; {expected}.")
     path = folder / "image.tif"
-    image, there = read_image(path), [name for name in known if name in names]
+    image, there = read_image(path, channels), [name for name in known if name in names]
     maps = {known[name]: read_instance_map(folder / name, image.shape[1:]) for name in there}
     parts = [(found.pixels, found.ids, label) for label, found in maps.items()]
     packed = pack_layers(parts, image.shape[1:], overlaps)

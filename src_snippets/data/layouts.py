@@ -36,13 +36,12 @@ from src_snippets.data.images import (
     read_geojson,
     read_image,
     read_instance_map,
-    require,
     shape_pixels,
 )
 from src_snippets.data.rle import crop_mask, decode_runs, mask_areas
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import Config
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.files import BadInput, require
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
@@ -162,7 +161,7 @@ def list_left_out(root: Path, folders: Iterable[Path], used: set[Path]) -> dict[
     left_out = defaultdict(list)
     for path in sorted({path for folder in folders for path in folder.rglob("*.*")} - used):
         suffix, is_hidden = path.suffix.lower(), "/." in f"/{path.relative_to(root).as_posix()}"
-        reason = "images without ground truth, or not listed"
+        reason = "images without ground truth, not listed or not readable"
         if suffix not in IMAGE_SUFFIXES:
             reason = "files of another kind"
         elif OUTPUT_END.search(path.stem):
@@ -248,9 +247,9 @@ def read_image_list(path: Path, folder: Path) -> tuple[dict, list[ImageRecord]]:
     return content, [ImageRecord(paths[name], *row) for name, row in rows]
 
 
-def read_listed(record: ImageRecord, source: Path) -> np.ndarray:
+def read_listed(record: ImageRecord, source: Path, channels: Sequence[int]) -> np.ndarray:
     """Read a listed image, (3, H, W) uint8. Raises BadInput, also for another size."""
-    image, stated = read_image(record.path), (record.height, record.width)
+    image, stated = read_image(record.path, channels), (record.height, record.width)
     with name_file(source):
         found = f"{record.path}: {image.shape[1:]} (H, W), but stated as {stated}."
         require(stated in (image.shape[1:], (0, 0)), found)
@@ -403,8 +402,7 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
     table[["shape", "reason"]] = pd.DataFrame(outlines, table.index, ["shape", "reason"], object)
     if len(cells := find_brush_masks(table)):
         table.loc[cells, "crowd"] = False
-        print(f"{source}: {len(cells)} of {len(table)} annotations have iscrowd 1 but are in one")
-        print("piece of a cell's size, as CVAT writes brush masks: they are read as cells")
+        print(f"{source}: {len(cells)} crowds of a cell's size (brush masks of CVAT) are cells")
     rles = [rle for rle in table["shape"] if rle]
     left, top, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
     boxes = int((mask_areas(rles) == width * height).sum())
@@ -413,8 +411,7 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
     is_large = min((min(rle["size"]) for rle in rles), default=0) >= 200
     is_percent = is_large and max(*(left + width), *(top + height)) <= 100
     if len(rles) >= 20 and is_percent and table["segmentation"].map(type).eq(list).all():
-        print(f"WARNING: {source}: all polygons are within 100 px of the images' first corner. Are")
-        print("they in percent, as Label Studio writes them? Export pixels.")
+        print(f"WARNING: {source}: all polygons within 100 px, in percent? Export pixels.")
     groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)
@@ -477,18 +474,18 @@ def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) ->
     help_text = "CSV counts row by row, COCO column by column: transpose the masks."
     require(abs(step - height) >= abs(step - width) / 4, f"{found}. {help_text}")
     if height == width and len(parts) >= 10:
-        inside, contrast = np.zeros((height, width), bool), image.mean(axis=0) - image.mean()
+        inside, grey = np.zeros((height, width), bool), image.sum(axis=0, dtype=np.float32)
         inside.flat[pixels] = True
-        fit, mirrored = (abs(side[inside].sum()) for side in (contrast, contrast.T))
+        fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         # One standard deviation brighter than the rest
-        limit = contrast.std() * inside.sum() * (1 - inside.mean())
+        limit = grey.std() * inside.sum() * (1 - inside.mean())
         found = "cells fit the image only if mirrored at its diagonal"
         require(mirrored <= max(3 * fit, limit), f"{found}. {help_text}")
 
 
-def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> CellSample:
+def read_annotated(source: Path, records, rows, config: Config, name: str) -> CellSample:
     """Read an image and its annotations, see `rows_by_name`. Raises BadInput."""
-    image, parts, wrong = read_listed(records[name], source), [], []
+    image, parts, wrong = read_listed(records[name], source, config.channels), [], []
     left_out = Counter(reason for *_, reason in rows[name] if reason)
     for label, shape, number, _ in [row for row in rows[name] if row[1]]:
         try:
@@ -509,7 +506,7 @@ def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> Ce
             masks, is_down = [pixels for pixels, *_ in parts], source.suffix == ".json"
             check_axes(image, masks, is_down)
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
-    packed = pack_layers(parts, image.shape[1:], overlaps)
+    packed = pack_layers(parts, image.shape[1:], config.overlaps)
     file_name = Path(name).with_name(records[name].path.name).as_posix()
     image, path = torch.from_numpy(image), records[name].path
     return CellSample(image, *packed, file_name, left_out, path)
@@ -517,23 +514,34 @@ def read_annotated(source: Path, records, rows, overlaps: bool, name: str) -> Ce
 
 def read_named_folder(folders: Mapping[str, Path], config: Config, name: str) -> CellSample:
     """Read one of the training folders by its name. Raises BadInput."""
-    return read_cell_folder(folders[name], config.num_classes, config.overlaps, name)
+    options = config.num_classes, config.overlaps, name, config.channels
+    return read_cell_folder(folders[name], *options)
 
 
-def list_test_images(root: Path, folder: Path) -> list[ImageRecord]:
+def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[ImageRecord]:
     """The images of the mapping, a COCO file or `sample_submission.csv`, else all in `folder`."""
     mapping, table = root / MAPPING_NAME, root / "sample_submission.csv"
     if source := mapping if mapping.is_file() else find_part(root, "test", COCO_FILES):
         images = read_image_list(source, folder)[1]
         for image in images:
-            read_listed(image, source)
+            read_listed(image, source, channels)
         return images
     paths = image_files(folder)
     if table.is_file():
         paths = list(match_images([folder], read_table(table, {"id"})["id"], table).values())
     names = {path.stem.removesuffix("_img") for path in paths}  # those of outputs are left out
     paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
-    return [ImageRecord(p, k, *read_image(p).shape[1:]) for k, p in enumerate(paths, start=1)]
+    images, errors = [], []
+    for path in paths:
+        try:
+            images.append(ImageRecord(path, len(images) + 1, *read_image(path, channels).shape[1:]))
+        except (BadInput, FileNotFoundError) as error:
+            errors.append(str(error))
+    found = f"{len(errors)} of {len(paths)} images: {'; '.join(errors[:3])}"
+    require(not errors or (images and not table.is_file()), found)
+    if errors:
+        print(f"WARNING: left out, {found}")
+    return images
 
 
 def open_dataset(root: Path, config: Config) -> CellDataset:
@@ -567,10 +575,10 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     if opener:
         records = {name: records[path] for name, path in files.items()}
         rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
-        read = partial(read_annotated, source, records, rows, config.overlaps)
+        read = partial(read_annotated, source, records, rows, config)
     test = find_part(root, "test", ("{}/images", *IMAGE_FOLDERS)) or root / "test"
     test = root if layout == "images" else root / "test_release" if is_mapped else test
-    test_images = list_test_images(root, test)
+    test_images = list_test_images(root, test, config.channels)
     used = {*paths, *used, *(image.path for image in test_images)}
     left_out = list_left_out(root, filter(None, {train, test, val}), used)
     groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*files])

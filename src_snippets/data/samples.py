@@ -18,7 +18,7 @@ from src_snippets.data.layouts import CellDataset, ImageRecord
 from src_snippets.data.structures import CellSample
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import is_main, world_size
-from src_snippets.setup.files import BadInput, show_table
+from src_snippets.setup.files import require, show_table
 
 
 def available_memory() -> int:
@@ -66,9 +66,8 @@ class CellSamples(Sequence):
         columns = ["of", "reason", "count", "example"]
         table = pd.DataFrame(lost, columns=columns).groupby(columns[:2], sort=False)
         self.summary = table.agg({"count": "sum", "example": "first"})
-        if self.names and not total:
-            found = f"{dataset.root}: no instances in any training image; expected some."
-            raise BadInput(f"{found}\n{self.summary.to_string()}")
+        found = f"{dataset.root}: no instances in any training image; expected some."
+        require(total or not self.names, f"{found}\n{self.summary.to_string()}")
         show_table(self.summary)
 
     def __len__(self):
@@ -117,11 +116,9 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]
     fractions = np.array(single if config.folds == 1 else [1 / config.folds] * config.folds)
-    if len(unique) < len(fractions):
-        raise ValueError(
-            f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts: lower "
-            f"folds (now {config.folds}), correct groups.csv, or without it set split_by='image'."
-        )
+    found = f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts"
+    help_text = f"lower folds ({config.folds}), correct groups.csv, or set split_by='image'."
+    require(len(unique) >= len(fractions), f"{found}: {help_text}")
     counts = samples.counts[[samples.positions[name] for name in names]]
     counts[:, 0] = 1  # images are shared out like the instances of a class
     shares = pd.DataFrame(counts / counts.sum(0).clip(1)).groupby(codes).sum().to_numpy()
@@ -188,10 +185,8 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
             lines.append(f"WARNING: {copies} training images are copies of these, or of one group.")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
-        lines.append(
-            f"WARNING: {crowded} images have more instances than can be detected ({limit}): raise "
-            f"detections (now {config.detections}) and proposals (now {config.proposals})."
-        )
+        lines.append(f"WARNING: {crowded} images have more instances than can be found, {limit}:")
+        lines.append(f"raise detections ({config.detections}) and proposals ({config.proposals}).")
     return "\n".join(lines) or "each class has instances, none has more than can be detected"
 
 

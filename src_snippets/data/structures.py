@@ -140,8 +140,6 @@ def coco_dataset(instances, images: Iterable[tuple], categories: Mapping[int, st
 
 def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, str]) -> dict:
     """The ground truth of samples as a `coco_dataset`; image ids are 1, 2, .. in their order."""
-    images, truths = [], {}
-    for image_id, sample in enumerate(samples, start=1):
-        images.append((sample.name, image_id, *sample.size))
-        truths[image_id] = ground_truth(sample, crowds=True)
+    images = [(sample.name, key, *sample.size) for key, sample in enumerate(samples, start=1)]
+    truths = {key: ground_truth(sample, crowds=True) for key, sample in enumerate(samples, start=1)}
     return coco_dataset(truths, images, categories)

@@ -96,7 +96,7 @@ def plot_evaluation(table: pd.DataFrame, config: Config, class_names: tuple[str,
 
 # %%
 # @title plot_mistakes: a gallery, the worst first
-MISTAKES = ("missed", "invented", "wrong class", "merged or split", "duplicate")
+MISTAKES = ("missed", "false positive", "wrong class", "merged or split", "duplicate")
 PREDICTION_STYLE = dict(color="black", gapcolor="white", ls=(0, (3, 2)), lw=2, label="prediction")
 WINNER_STYLE = PREDICTION_STYLE | dict(color="#d62728", label="prediction that has the instance")
 
@@ -110,25 +110,25 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for image, own in table.groupby("image"):
         scores, known = predictions[image].scores, own.set_index("target")
-        invented, missed = {*own.detection[own.target < 0]}, {*own.target[own.detection < 0]}
+        extra, missed = {*own.detection[own.target < 0]}, {*own.target[own.detection < 0]}
         pairs = mask_pairs(predictions[image], truths[image])
         pairs = pairs[pairs.detection.isin(own.detection) & pairs.target.isin(own.target)]
-        again = pairs[(pairs.iou >= 0.5) & pairs.detection.isin(invented)]
+        again = pairs[(pairs.iou >= 0.5) & pairs.detection.isin(extra)]
         for d, t in zip(again.detection, again.target, strict=True):
             rows.append(("duplicate", scores[d], image, [d, known.detection[t]], [t]))
-        invented -= {*again.detection}
+        extra -= {*again.detection}
         for d, group in pairs[2 * pairs.shared > pairs.target_area].groupby("detection").target:
             if len(group) > 1 and missed & {*group}:
                 rows.append(("merged or split", len(group), image, [d], list(group)))
-                invented, missed = invented - {d}, missed - {*group}
+                extra, missed = extra - {d}, missed - {*group}
         for t, group in pairs[2 * pairs.shared > pairs.area].groupby("target").detection:
-            if len(group) > 1 and invented & {*group}:
+            if len(group) > 1 and extra & {*group}:
                 rows.append(("merged or split", len(group), image, list(group), [t]))
-                invented, missed = invented - {*group}, missed - {t}
+                extra, missed = extra - {*group}, missed - {t}
         wrong = own.query("label > 0 and target_label > 0 and label != target_label").itertuples()
         rows += [("wrong class", row.score, image, [row.detection], [row.target]) for row in wrong]
         rows += [("missed", known.target_area[t], image, [], [t]) for t in sorted(missed)]
-        rows += [("invented", scores[d], image, [d], []) for d in sorted(invented)]
+        rows += [("false positive", scores[d], image, [d], []) for d in sorted(extra)]
     mistakes = pd.DataFrame(rows, columns=["kind", "rank", "image", "detections", "targets"])
     return mistakes.sort_values("rank", ascending=False, kind="stable")
 

@@ -17,6 +17,7 @@ from src_snippets.data.rle import draw_masks, mask_areas
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
 from src_snippets.model.detect import without_overlaps
 from src_snippets.setup.config import Config
+from src_snippets.setup.files import require
 from src_snippets.training.metrics import average_precision
 
 MATCH_DTYPES = dict(image=int, detection=int, label=int, target=int, target_label=int)
@@ -60,8 +61,8 @@ def match_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     """
     parts = []
     for image, (found, truth) in enumerate(zip(predictions, ground_truths, strict=True)):
-        if max(label := np.r_[found.labels, truth.labels, 0]) > num_classes:
-            raise ValueError(f"Image {image}: label {max(label)}, expected up to {num_classes}.")
+        last = max([0, *found.labels, *truth.labels])
+        require(last <= num_classes, f"Image {image}: label {last}, expected up to {num_classes}.")
         rows = pd.DataFrame(dict(score=found.scores, label=found.labels))
         rows = rows.reset_index(names="detection")
         targets = pd.DataFrame(dict(target_label=truth.labels, target_area=mask_areas(truth.rles)))

@@ -26,11 +26,11 @@ from tifffile import imwrite, TiffFile
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color, draw_outlines
-from src_snippets.data.images import name_file, read_image_values, require
+from src_snippets.data.images import name_file, read_image_values
 from src_snippets.data.rle import crop_mask, draw_masks
 from src_snippets.data.structures import coco_dataset
 from src_snippets.evaluation.matching import visible_instances
-from src_snippets.setup.files import atomic_write, clear_folder, write_json
+from src_snippets.setup.files import atomic_write, clear_folder, require, write_json
 
 REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
 REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")
@@ -64,11 +64,11 @@ def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> 
     """Measure each cell of a label image (H, W) ints and its image (S, H, W), a row each.
 
     Lengths in pixels, and in um unless `um_per_px` is 0; intensities as in the file. Stains, of
-    uint8 in colour, are optical densities to base 10 by the vectors of Ruifrok and Johnston 2001.
+    bright uint8 in colour: optical densities to base 10 by Ruifrok and Johnston's vectors, 2001.
     """
     values = values[:1] if (values == values[0]).all() else values  # grey has one channel
     names = [*MEASURE_NAMES, *(f"intensity_{k}" for k in range(1, len(values) + 1))]
-    if len(values) == 3 and values.dtype == np.uint8:
+    if len(values) == 3 and values.dtype == np.uint8 and values.mean() > 64:  # no fluorescence
         density = -np.log10(np.maximum(values, 1) / 255)
         stains = np.tensordot(skimage.color.hed_from_rgb[:, :2].T, density, 1)
         values, names = np.concatenate([values, stains]), [*names, "hematoxylin_od", "eosin_od"]
@@ -143,20 +143,22 @@ def save_label_image(numbers: np.ndarray, path: Path, um_per_px: float) -> None:
 
 
 def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndarray, folder: Path):
-    """Write image.tif and class1.tif .. of a label image (H, W) and the classes (N,) of its ids."""
+    """Write image.tif (S, H, W) and class1.tif .. of a label image (H, W), classes (N,) by id."""
     folder.mkdir(parents=True)
-    imwrite(folder / "image.tif", np.moveaxis(image, 0, 2), compression="zlib", photometric="rgb")
+    is_rgb = image.dtype == np.uint8 and len(image) == 3
+    image, kind = (np.moveaxis(image, 0, 2), "rgb") if is_rgb else (image, "minisblack")
+    imwrite(folder / "image.tif", image, compression="zlib", photometric=kind)
     for label in np.unique(labels):
         own = np.where(np.append(0, labels)[numbers] == label, numbers, 0)
         save_label_image(own, folder / f"class{label}.tif", 0)
 
 
-def write_exports(predictions, images, sources, folder, categories, um_per_px=0.0) -> pd.DataFrame:
+def write_exports(predictions, images, sources, folder, categories, config) -> pd.DataFrame:
     """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
     predictions: `Instances` by image id, of which `visible_instances` count; images:
     `ImageRecord`s, at least one; sources: the file of each by image id; categories: names of the
-    classes 1..C by the dataset's own ids; um_per_px: of all images, 0: see `read_pixel_size`.
+    classes 1..C by the dataset's own ids. Of the settings `um_per_px` and `channels` count.
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
@@ -170,14 +172,15 @@ def write_exports(predictions, images, sources, folder, categories, um_per_px=0.
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
         paths = {part: folder / part / f"{name}{end}" for part, end in PARTS_OF_EXPORTS.items()}
         source = sources[image.image_id]
-        values, pixels = read_image_values(source)
+        values, pixels = read_image_values(source, config.channels)
         with name_file(source):
             require(pixels.shape[1:] == instances.size, f"{pixels.shape}, not as predicted.")
-        um = um_per_px or read_pixel_size(source)
+        um = config.um_per_px or read_pixel_size(source)
         ums |= {um} - {0.0}
         numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
         save_label_image(numbers, paths["labels"], um)
-        save_training_folder(numbers, instances.labels, pixels, folder / "training" / name)
+        shown = values if config.channels else pixels
+        save_training_folder(numbers, instances.labels, shown, folder / "training" / name)
         with atomic_write(paths["overlays"]) as partial:
             Image.fromarray(draw_outlines(pixels, instances)).save(partial, "PNG")
         table = measure_cells(numbers, values, um)
@@ -209,6 +212,4 @@ def write_exports(predictions, images, sources, folder, categories, um_per_px=0.
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"
     print(f"um per pixel, by the setting or the files: {sizes}")
-    if not importlib.util.find_spec("roifile"):
-        print("No ROIs for ImageJ: they need the package roifile (pip install roifile).")
     return counts

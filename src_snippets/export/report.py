@@ -20,8 +20,7 @@ import pandas as pd
 from src_snippets.setup.files import atomic_write
 
 CAPTIONS = {  # by file name, in the order of the report: heading, what to see
-    "evaluation": "Evaluation: A precision curve that ends early means cells that are never "
-    "detected, one that starts low confident mistakes. Off the diagonal classes are confused.",
+    "evaluation": "Evaluation: Curves that end early miss cells; off the diagonal are confusions.",
     "mistakes": "Worst mistakes: Truth solid, predictions dashed. Either may be what is wrong.",
     "predictions": "Predictions: Look for missed, merged and split cells, and for other colours.",
     "history": "Training: A score that falls means too many epochs, one that still rises too few.",
@@ -46,8 +45,7 @@ def environment_table(gpu: str) -> pd.DataFrame:
     """Python, system, cores, GPU, and the versions of packages that shape results."""
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pycocotools", "tifffile")
     machine = {"system": platform.platform(), "CPU cores": os.cpu_count(), "GPU": gpu or "none"}
-    versions = {package.name: package.version for package in distributions()}
-    versions = {name: versions.get(name, "missing") for name in names}
+    versions = {item.name: item.version for item in distributions() if item.name in names}
     return pd.DataFrame({"value": {"Python": platform.python_version()} | machine | versions})
 
 

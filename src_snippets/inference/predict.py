@@ -80,8 +80,7 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
 
 def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:
     """Make a folder for predictions of these models, images and settings; the images not in it."""
-    stats = [image.path.stat() for image in images]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    stamps = [(s.st_size, s.st_mtime_ns) for s in (image.path.stat() for image in images)]
     digest = sha256(repr((config, images, stamps)).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())
@@ -104,16 +103,15 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
         print(f"{folder}: {count} of {len(images)} images are predicted already.")
     remaining.sort(key=lambda image: image.height * image.width, reverse=True)  # dealt evenly
     for i in tqdm(rank_indices(len(remaining)), desc="test images", disable=not is_main()):
-        pixels = torch.from_numpy(read_image(remaining[i].path))
+        pixels = torch.from_numpy(read_image(remaining[i].path, config.channels))
         found = vars(predict_image(members, pixels, config))
         with atomic_write(folder / f"{remaining[i].image_id}.json") as partial:
             partial.write_text(json.dumps(found, default=np.ndarray.tolist))
     gather([])  # until all processes have written theirs
     predictions = {}
-    for image in images:
-        saved = json.loads((folder / f"{image.image_id}.json").read_text())
+    for key in (image.image_id for image in images):
+        saved = json.loads((folder / f"{key}.json").read_text())
         boxes = np.array(saved["boxes"], np.float32).reshape(-1, 4)
         scores, labels = np.array(saved["scores"], np.float32), np.array(saved["labels"], np.int64)
-        own = Instances(boxes, scores, labels, saved["rles"], tuple(saved["size"]))
-        predictions[image.image_id] = own
+        predictions[key] = Instances(boxes, scores, labels, saved["rles"], tuple(saved["size"]))
     return predictions

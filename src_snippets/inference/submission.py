@@ -18,12 +18,11 @@ import IPython
 import pandas as pd
 import pycocotools.mask
 
-from src_snippets.data.images import require
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import decode_runs, rle_to_csv
 from src_snippets.data.structures import coco_annotations
 from src_snippets.model.detect import without_overlaps
-from src_snippets.setup.files import atomic_write, BadInput
+from src_snippets.setup.files import atomic_write, BadInput, require
 
 ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
 
@@ -71,8 +70,8 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
     predictions: `Instances` by id of every image; category_ids: ids of classes 1..C. Raises
     BadInput where an image has no prediction or an entry breaks a rule; earlier files stay.
     """
-    if missing := sorted({image.image_id for image in images} - set(predictions)):
-        raise BadInput(f"No prediction for {len(missing)} images, such as id {missing[0]}.")
+    missing = sorted({image.image_id for image in images} - set(predictions))
+    require(not missing, f"No prediction for {len(missing)} images, such as ids {missing[:3]}.")
     results, archive = folder / "test-results.json", folder / "test-results.zip"
     rows = [{k: row[k] for k in ENTRY_KEYS} for row in coco_annotations(predictions, category_ids)]
     with atomic_write(results) as partial:
@@ -87,7 +86,7 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
     return results, archive
 
 
-def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) -> list[Path]:
+def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) -> None:
     """Write `submission.csv` (id, predicted) and `submission-idx.csv` (idx, id, annotation).
 
     ids are file names without suffix; without detections "" or -1; no pixel is in two instances.
@@ -103,7 +102,6 @@ def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) 
     with atomic_write(folder / "submission-idx.csv") as partial:
         table.to_csv(partial, index_label="idx")
     print(f"{folder / 'submission.csv'}: {len(table)} rows for {len(images)} images, no overlaps.")
-    return [folder / "submission.csv", folder / "submission-idx.csv"]
 
 
 def offer_download(path: Path) -> None:

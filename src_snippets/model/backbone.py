@@ -9,52 +9,34 @@
 
 # %%
 # @title Attention: SE and CBAM
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import timm
-import torch
 from torch import nn, Tensor
 from torchvision import ops
 
 from src_snippets.setup.config import Config
+from src_snippets.setup.files import require
 
 
-class SEAttention(nn.Module):
-    """Weighs channels by the whole image (arXiv:1709.01507, equations 2 to 4).
+class Attention(nn.Module):
+    """timm's SE or CBAM (arXiv:1709.01507, arXiv:1807.06521), the identity at the start."""
 
-    Twice the sigmoid with zeros in the last layer: the identity at the start of training.
-    """
-
-    def __init__(self, channels: int):
+    def __init__(self, kind: str, channels: int):
         super().__init__()
-        hidden = max(channels // 16, 4)
-        layers = nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
-        self.mlp = nn.Sequential(*layers)
-        nn.init.zeros_(self.mlp[2].weight)
-        nn.init.zeros_(self.mlp[2].bias)
+        self.gates = dict(se=timm.layers.SEModule, cbam=timm.layers.cbam.CbamModule)[kind](channels)
+        self.factor = dict(se=2, cbam=4)[kind]  # since zeros leave each gate half open
+        for last in (p for name, p in self.named_parameters() if "fc2" in name or "bn" in name):
+            nn.init.zeros_(last)
 
     def forward(self, x):
-        return x * 2 * self.mlp(x.mean((2, 3), keepdim=True)).sigmoid()
+        return self.factor * self.gates(x)
 
     def replace_output(self, stage, inputs, output):
         """A forward hook of a stage, so that the names of pretrained parameters stay."""
         return self(output)
-
-
-class CBAMAttention(SEAttention):
-    """Weighs channels, then pixels (arXiv:1807.06521, equations 2 and 3); starts as identity."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels)
-        self.spatial = nn.Conv2d(2, 1, 7, padding=3)
-        nn.init.zeros_(self.spatial.weight)
-        nn.init.zeros_(self.spatial.bias)
-
-    def forward(self, x):
-        x = x * 2 * sum(self.mlp(pool((2, 3), keepdim=True)) for pool in (x.mean, x.amax)).sigmoid()
-        maps = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-        return x * 2 * self.spatial(maps).sigmoid()
 
 
 # %%
@@ -67,7 +49,6 @@ ALIASES = {  # short names for models of timm
     **{f"resnet{depth}": f"resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101)},
     **{f"convnext_{size}": f"convnext_{size}.fb_in1k" for size in ("tiny", "small", "base")},
 }
-ATTENTION = {"none": nn.Identity, "se": SEAttention, "cbam": CBAMAttention}
 
 
 def find_weights_file(names, folders=("/kaggle/input",)) -> Path | None:
@@ -113,7 +94,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.body, self.out_channels = body, config.fpn_channels
         channels = body.feature_info.channels()
-        self.attention = nn.ModuleList(ATTENTION[config.attention](width) for width in channels)
+        attend = {"none": nn.Identity}.get(config.attention, partial(Attention, config.attention))
+        self.attention = nn.ModuleList(attend(width) for width in channels)
         norm = nn.BatchNorm2d if config.head_norm == "batch" else None
         top = ops.feature_pyramid_network.LastLevelMaxPool()
         self.fpn = ops.FeaturePyramidNetwork(channels, self.out_channels, top, norm)
@@ -173,8 +155,8 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     if config.norm == "frozen":
         body = timm.layers.freeze_batch_norm_2d(body)
     stages, frozen = backbone_stages(body), 5 - config.trainable_stages
-    if len(stages) == 1 and 0 < frozen < 5:
-        raise ValueError(f"trainable_stages: timm names no stages of {name}; expected 0 or 5.")
+    known = len(stages) > 1 or frozen in (0, 5)
+    require(known, f"trainable_stages: timm names no stages of {name}; expected 0 or 5.")
     if modules := [module for stage in stages[:frozen] for module in stage]:
         timm.utils.freeze(body, [key for key, module in body.named_modules() if module in modules])
     return Backbone(body, config)

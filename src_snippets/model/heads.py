@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torchvision import ops
 from torchvision.models import detection
 
+from src_snippets.setup.files import require
+
 
 @torch.no_grad()
 def sample_mask_targets(target, boxes: Tensor, matched: Tensor, size: int, points=4) -> Tensor:
@@ -77,8 +79,8 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     """
 
     def check_targets(self, targets):
-        if any("layer_index" not in target for target in targets or [{}]):
-            raise ValueError("A target without layer_index; expected those of training_target.")
+        known = all("layer_index" in target for target in targets or [{}])
+        require(known, "A target without layer_index; expected those of training_target.")
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
         """Instance and class (R,) int64 of each proposal by image; 0 for the background."""

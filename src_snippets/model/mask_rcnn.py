@@ -7,7 +7,7 @@
 # 28 x 28 inside their boxes. Anchors need sizes like those of the cells: see the figure.
 
 # %%
-# @title Model and initial weights
+# @title InputTransform, and initial weights
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from src_snippets.model.heads import BlockMatcher, CellRoIHeads
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import default_device
+from src_snippets.setup.files import require
 
 # Layers that initial weights may lack; attention starts as the identity
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
@@ -121,17 +122,17 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
     own, new = ({k: v.shape for k, v in side.items()} for side in (model.state_dict(), state))
     # Frozen norms do not count batches
     differ = sorted({k for k, _ in own.items() ^ new.items() if "num_batches" not in k})
-    if wrong := [name for name in differ if not (new_classes and name.startswith(CLASS_LAYERS))]:
-        raise ValueError(
-            f"The weights do not fit the model: {len(wrong)} parameters are missing, unknown or of "
-            f"another shape, such as {', '.join(wrong[:3])}. Set backbone, fpn_channels and heads "
-            "as they were when the weights were made."
-        )
+    wrong = [name for name in differ if not (new_classes and name.startswith(CLASS_LAYERS))]
+    found = f"The weights do not fit the model: {len(wrong)} parameters, such as {wrong[:3]}, are"
+    help_text = "Set backbone, fpn_channels and heads as they were when the weights were made."
+    require(not wrong, f"{found} missing, unknown or of another shape. {help_text}")
     model.load_state_dict({k: v for k, v in state.items() if k not in differ}, strict=False)
     if differ:
         print(f"Not in these weights, so left as built: {', '.join(differ)}")
 
 
+# %%
+# @title build_model: torchvision's parts put together; to_device
 def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
@@ -169,9 +170,8 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
     if state is not None:
         load_model_state(model, state, new_classes=True)
-    if (trainable := count_parameters(model) / 1e6) > 200:
-        message = f"{trainable:.1f} M trainable parameters; at most 200 M are allowed."
-        raise ValueError(f"{message} Take a smaller backbone, or lower trainable_stages.")
+    found, help_text = count_parameters(model) / 1e6, "smaller backbone, or lower trainable_stages"
+    require(found <= 200, f"{found:.1f} M trainable parameters; at most 200 M: {help_text}.")
     return model.to(memory_format=transform.layout)
 
 
@@ -186,28 +186,26 @@ def to_device(model: nn.Module) -> nn.Module:
 
 # %%
 # @title Anchors and the boxes that they fit
-def anchor_shapes(config: Config) -> np.ndarray:
-    """(A, 2) float64, width and height of all anchors in network pixels."""
+def anchor_fits(sides: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Which sides (N, 2) an anchor fits, IoU 0.5 centre on centre: (N,) bool; anchors (A, 2).
+
+    Width and height in network pixels.
+    """
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
-    return np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
-
-
-def has_anchor(sides: np.ndarray, config: Config) -> np.ndarray:
-    """(N,) bool: which sides (N, 2), network pixels, an anchor fits: IoU 0.5 centre on centre."""
-    shapes = anchor_shapes(config)
-    overlap = np.minimum(sides[:, None], shapes).prod(-1)
-    union = sides.prod(-1)[:, None] + shapes.prod(-1) - overlap
-    return (overlap / union).max(1) >= 0.5
+    anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
+    overlap = np.minimum(sides[:, None], anchors).prod(-1)
+    union = sides.prod(-1)[:, None] + anchors.prod(-1) - overlap
+    return (overlap / union).max(1) >= 0.5, anchors
 
 
 def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
     """Width and height of boxes (N, 2) and of the anchors, in network pixels."""
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
-    axes, fits, shapes = figure.subplots(), has_anchor(sides, config), anchor_shapes(config)
+    axes, (fits, anchors) = figure.subplots(), anchor_fits(sides, config)
     for chosen, color, label in ((fits, "0.5", "box"), (~fits, "tab:red", "box without anchor")):
         label = f"{label} ({chosen.sum():,})"
         axes.scatter(*sides[chosen].T, s=3, alpha=0.3, color=color, label=label)
-    axes.scatter(*shapes.T, s=60, marker="+", color="tab:blue", label=f"anchor ({len(shapes)})")
+    axes.scatter(*anchors.T, s=60, marker="+", color="tab:blue", label=f"anchor ({len(anchors)})")
     axes.set(xscale="log", yscale="log", xlabel="width, px", ylabel="height, px")
     axes.set_title("Box sizes and anchors, network px", fontsize=10)
     axes.legend(frameon=False, fontsize=8)

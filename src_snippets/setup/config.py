@@ -29,6 +29,7 @@ class Config:
     # Data
     class_names: tuple[str, ...] = ("class1", "class2", "class3", "class4")  # of class1.tif, ..
     um_per_px: float = within(0.0, 0.0, 1000.0)  # micrometres per pixel, for tables; 0: unknown
+    channels: tuple[int, ...] = within((), 1, 64)  # of a file: its red, green, blue; one: grey
     val_fraction: float = within(0.2, 0.0, 0.9)  # fraction of the images for validation
     folds: int = within(1, 1, 100)  # k: cross-validation with k models; 1: one split
     fold: int = within(0, 0, 100)  # train this fold only, from 1 on; 0: all of them
@@ -71,8 +72,7 @@ class Config:
     batch_size: int = within(2, 1, 256)  # crops per step and GPU
     accumulate: int = within(1, 1, 256)  # batches per optimiser step
     optimizer: str = one_of("adamw", "adam", "sgd")  # sgd: momentum 0.9, needs 50 times the lr
-    lr: float = within(1e-4, 1e-7, 1.0)  # peak learning rate
-    scale_lr: bool = True  # lr times the root of the number of GPUs, whose steps are fewer
+    lr: float = within(1e-4, 1e-7, 1.0)  # peak learning rate; times the root of the GPUs' number
     lr_factors: tuple[float, ...] = within((1.0,) * 4, 0.0, 10.0)  # stem, backbone, FPN, heads
     layer_decay: float = within(1.0, 0.1, 1.0)  # lr factor per backbone stage, from the top down
     weight_decay: float = within(0.01, 0.0, 1.0)  # not for norms and biases
@@ -165,23 +165,24 @@ RENAMED = dict(
     test_scales="tta_scales", num_classes="class_names",
 )
 # fmt: on
-FREE_LENGTH = ("class_names", "anchor_ratios", "tta_scales")  # tuples of any number of values
+FREE_LENGTH = dict(class_names=255, anchor_ratios=32, tta_scales=32, channels=3)  # at most
 
 
 def check_setting(item, value):
     """A field's value, of JSON too (lists, whole numbers); ValueError says what is valid."""
     default, limits, is_tuple = item.default, item.metadata, isinstance(item.default, tuple)
-    kind, count = type(default[0]) if is_tuple else type(default), len(default) if is_tuple else 1
+    kind, count = item.type.__args__[0] if is_tuple else item.type, len(default) if is_tuple else 1
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if kind is float and type(v) is int else v for v in values)
-    valid = len(values) == count or (item.name in FREE_LENGTH and len(values) > 0)
+    most = FREE_LENGTH.get(item.name, 0)
+    valid = len(values) == count or 0 < len(values) <= most
     valid = valid and all(type(v) is kind for v in values)
     expected = f"{kind.__name__} as in the default {default!r}"
     if "choices" in limits:
         expected = f"one of {', '.join(limits['choices'])}"
         valid = value in limits["choices"]
     elif limits:
-        expected += f", from {limits['low']} to {limits['high']}"
+        expected += f", from {limits['low']} to {limits['high']}" + f", {most} at most" * (most > 0)
         valid = valid and all(limits["low"] <= v <= limits["high"] for v in values)
     if not valid:
         raise ValueError(f"Setting {item.name}={value!r}: expected {expected}.")
@@ -198,7 +199,7 @@ def change_config(config: Config, changes: Mapping) -> Config:
         raise ValueError(f"There is no setting {name}.{hint} There are: {', '.join(known)}.")
     config = replace(config, **{k: check_setting(known[k], v) for k, v in changes.items()})
     names, (low, high) = config.class_names, config.scale_jitter
-    if "" in names or len(set(names)) < len(names) or len(names) > 255:
+    if "" in names or len(set(names)) < len(names):
         raise ValueError(f"Setting class_names={names}: expected one name per class, each once.")
     if low > high:
         raise ValueError(f"Setting scale_jitter={(low, high)}: expected from <= to.")
@@ -219,10 +220,8 @@ def with_class_names(config: Config, names: Sequence[str]) -> Config:
     if config.class_names == Config.class_names:
         return replace(config, class_names=tuple(names))
     if len(config.class_names) != len(names):
-        raise ValueError(
-            f"Setting class_names={config.class_names}: expected {len(names)} names, for the "
-            f"classes {', '.join(names)} of the dataset."
-        )
+        expected = f"{len(names)} names, for the classes {', '.join(names)} of the dataset"
+        raise ValueError(f"Setting class_names={config.class_names}: expected {expected}.")
     return config
 
 

@@ -44,9 +44,8 @@ def autocast_for(config: Config, device: torch.device) -> torch.autocast:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS have their own."""
-    texts = ("out of memory", "unable to find an engine", "_STATUS_ALLOC_FAILED")
-    known = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    return known or isinstance(error, torch.OutOfMemoryError)
+    texts = ("OutOfMemory", "out of memory", "unable to find an engine", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in repr(error) for text in texts)
 
 
 free_memory = accelerate.utils.release_memory  # that nothing uses, of the GPU's cache too

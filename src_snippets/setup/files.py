@@ -18,6 +18,12 @@ class BadInput(ValueError):
     """A file or folder is not what it should be; the message names it and says what to do."""
 
 
+def require(condition, message: str) -> None:
+    """Raise BadInput where a condition does not hold."""
+    if not condition:
+        raise BadInput(message)
+
+
 @contextmanager
 def keep_going(part: str):
     """Show an error of an optional part, and go on after it."""

@@ -24,10 +24,10 @@ from torch import nn
 from src_snippets.model.mask_rcnn import build_model, load_model_state, to_device
 from src_snippets.setup.config import change_config, Config
 from src_snippets.setup.devices import broadcast
-from src_snippets.setup.files import atomic_write, BadInput
+from src_snippets.setup.files import atomic_write, BadInput, require
 
 PREDICTION_SETTINGS = (
-    *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "fold"),
+    *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "channels", "fold"),
     *("score_threshold", "mask_threshold", "box_nms", "detections", "overlaps", "fusion_iou"),
     *("tile", "tta", "tta_scales", "export_score_threshold"),
 )
@@ -89,10 +89,9 @@ def load_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state | dict(model=state["model"], config=Config(**state["config"]))
     except Exception as error:  # of many types; each means a file that cannot be used
-        raise BadInput(
-            f"{path}: expected a best.pt of this version of the notebook, found none or a damaged "
-            f"one ({error!r}). Correct the path; remove it from the folder of a run to train anew."
-        ) from error
+        found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
+        help_text = "Correct the path; remove it from the folder of a run to train anew."
+        raise BadInput(f"{found}. {help_text}") from error
 
 
 def open_run(folder: Path, resume: bool) -> dict | None:
@@ -113,9 +112,8 @@ def check_same_settings(saved: Config, config: Config, path: Path, names=None) -
 
 def saved_config(path: Path, changes: Mapping) -> Config:
     """The settings of a checkpoint with changes of prediction settings; ValueError for others."""
-    if shaping := sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"}):
-        known = ", ".join(PREDICTION_SETTINGS)
-        raise ValueError(f"Setting {shaping[0]}: without training only these can change: {known}.")
+    shaping = sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"})
+    require(not shaping, f"Settings {shaping}: without training only {PREDICTION_SETTINGS} change.")
     config = broadcast(load_checkpoint, path)["config"]
     return change_config(replace(config, precision="auto"), changes)
 

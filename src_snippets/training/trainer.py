@@ -87,7 +87,7 @@ class Session:
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer, with `lr_factors` and `layer_decay`; norms and biases do not decay."""
     stem, body, fpn, heads = config.lr_factors
-    lr = config.lr * (sqrt(world_size()) if config.scale_lr else 1.0)
+    lr = config.lr * sqrt(world_size())
     parts = [(fpn, [model.backbone.attention, model.backbone.fpn])]
     parts.append((heads, [model.rpn, model.roi_heads]))
     stages = backbone_stages(model.backbone.body)
