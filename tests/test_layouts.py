@@ -918,6 +918,22 @@ def test_pairs_of_cellpose_and_stardist(tmp_path, image, labels):
         dataset.read(dataset.names[0])
 
 
+def test_sub_folders_of_pairs_are_classes(tmp_path):
+    for path in ("train/round/a", "train/long/images/a", "val/round/b", "test/images/t"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RGB).save(tmp_path / f"{path}.png")
+    (tmp_path / "train/long/masks").mkdir()
+    for path in ("train/round/a_masks.tif", "train/long/masks/a.tif", "val/round/b_masks.tif"):
+        Image.fromarray(IDS).save(tmp_path / path)
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert (dataset.layout, dataset.categories) == ("pairs", {1: "long", 2: "round"})
+    assert dataset.names == ["long/images/a.png", "round/a.png", "val/round/b.png"]
+    labels = [dataset.read(name).labels.tolist() for name in dataset.names]
+    assert labels == [[1, 1], [2, 2], [2, 2]]
+    assert (dataset.validation, dataset.left_out) == (["val/round/b.png"], {})
+    assert [image.path.name for image in dataset.test_images] == ["t.png"]
+
+
 # Pairs of an image and outlines of QuPath
 
 

@@ -94,8 +94,8 @@ def find_part(root: Path, part: str, patterns: Sequence[str]) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def find_pairs(folder: Path) -> dict[Path, Path]:
-    """The GeoJSON of QuPath, else the label image of Cellpose or StarDist, by image."""
+def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
+    """GeoJSON of QuPath, else label image, by image; `deep`: else those of the folders in it."""
     images = image_files(folder / "images") or image_files(folder)
     apart = image_files(folder / "masks") or image_files(folder / "labels")
     beside = [path for path in images if LABEL_END.search(path.stem)]
@@ -104,7 +104,9 @@ def find_pairs(folder: Path) -> dict[Path, Path]:
     labels |= {path.stem: path for path in next(filter(None, places), [])}
     images = [path for path in images if path not in beside]
     named = {name: p for p in images for name in (p.name, p.stem, p.stem.removesuffix("_img"))}
-    return {path: labels[name] for name, path in named.items() if name in labels}
+    found = {path: labels[name] for name, path in named.items() if name in labels}
+    below = [path for path in sorted(folder.glob("[!.]*")) if deep and path.is_dir()]
+    return found or {k: v for path in below for k, v in find_pairs(path, deep=False).items()}
 
 
 def find_layout(root: Path) -> str:
@@ -120,7 +122,7 @@ def find_layout(root: Path) -> str:
         return "coco"
     if any(train.glob("*/class*.tif")):
         return "folders"
-    apart = (root / "images").is_dir() and find_pairs(root)
+    apart = (root / "images").is_dir() and find_pairs(root, deep=False)
     return "pairs" if find_pairs(train) or apart else "images"
 
 
@@ -423,11 +425,12 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
 
 
 def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
-    """Open images with a label image, all of class "cell", or GeoJSON each; see `open_csv`."""
+    """Open images with a label image, its class that of its folder, or GeoJSON; see `open_csv`."""
     pairs, rows = find_pairs(train) | (find_pairs(val) if val else {}), []
     for image, path in pairs.items():
-        is_json = path.suffix == ".geojson"
-        found = read_geojson(path) if is_json else [("cell", path, 1, "")]
+        folder = image.parent.parent if image.parent.name == "images" else image.parent
+        kind = "cell" if folder in (train, val) else folder.name
+        found = read_geojson(path) if path.suffix == ".geojson" else [(kind, path, 1, "")]
         rows += [(image, *row) for row in found]
     table = pd.DataFrame(rows, columns=["path", "kind", "shape", "number", "reason"])
     records = {image: ImageRecord(image, 0, 0, 0) for image in pairs}

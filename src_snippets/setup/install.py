@@ -42,10 +42,8 @@ def install_missing(packages=PACKAGES) -> None:
             if failed and without:
                 print(f"{requirement} is missing: {without}.")
             elif failed:
-                raise ModuleNotFoundError(
-                    f"{requirement} is missing and cannot be installed. Turn the internet on "
-                    "(Kaggle: right panel, Session options), or pip install its wheel from a file."
-                )
+                help_text = "Turn the internet on (Kaggle: Session options), or pip install a file."
+                raise ModuleNotFoundError(f"{requirement} is missing, not installable. {help_text}")
     invalidate_caches()
 
 

@@ -90,8 +90,7 @@ def load_checkpoint(path: Path) -> dict:
         return state | dict(model=state["model"], config=Config(**state["config"]))
     except Exception as error:  # of many types; each means a file that cannot be used
         found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
-        help_text = "Correct the path; remove it from the folder of a run to train anew."
-        raise BadInput(f"{found}. {help_text}") from error
+        raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error
 
 
 def open_run(folder: Path, resume: bool) -> dict | None:
