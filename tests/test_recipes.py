@@ -126,7 +126,8 @@ def test_recipe_trains_resumes_predicts_and_submits(
     assert archive.is_file()
     assert {row["image_id"] for row in json.loads(results.read_text())} <= set(predictions)
     if dataset.layout == "csv":
-        plain, _ = write_csv_submissions(predictions, images, tmp_path)
+        write_csv_submissions(predictions, images, tmp_path)
+        plain = tmp_path / "submission.csv"
         names = {line.split(",")[0] for line in plain.read_text().splitlines()[1:]}
         assert names == {image.path.stem for image in images}
 
