@@ -177,7 +177,7 @@ config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
 notes = dataset_warnings(samples, splits, config) * trains
-print(f"{len(dataset.test_images)} test images; {notes}")
+print(f"{len(dataset.test_images)} test images. {notes}")
 show_table(dataset_table(samples, splits, config.class_names))
 if trains:
     train_part = subset(samples, next(iter(splits.values()))["train"])
