@@ -1,6 +1,9 @@
 import json
 from pathlib import Path
 
+import IPython
+import numpy as np
+import pandas as pd
 import pytest
 
 from src_snippets.setup import files
@@ -9,6 +12,7 @@ from src_snippets.setup.files import (
     clear_folder,
     keep_going,
     output_folder,
+    show_table,
     write_json,
 )
 
@@ -64,3 +68,17 @@ def test_an_optional_part_that_fails_is_shown_and_the_rest_goes_on(capsys):
     assert "ZeroDivisionError: no cells" in out
     with pytest.raises(KeyboardInterrupt), keep_going("the figure"):
         raise KeyboardInterrupt
+
+
+def test_tables_are_printed_or_displayed_as_they_are(monkeypatch, capsys):
+    table = pd.DataFrame({"$a_1$": [0.12345, np.nan]})
+    show_table(table)
+    assert capsys.readouterr().out.split() == ["$a_1$", "0", "0.123", "1", "-"]
+    shown = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    show_table(table)
+    html = shown[0].to_html()
+    assert "$a_1$" in html
+    assert "0.123<" in html
+    assert 'class="tex2jax_ignore' in html  # a name with dollars is no formula

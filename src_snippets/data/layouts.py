@@ -480,8 +480,7 @@ def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) ->
         inside, grey = np.zeros((height, width), bool), image.sum(axis=0, dtype=np.float32)
         inside.flat[pixels] = True
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
-        # One standard deviation brighter than the rest
-        limit = grey.std() * inside.sum() * (1 - inside.mean())
+        limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
         found = "cells fit the image only if mirrored at its diagonal"
         require(mirrored <= max(3 * fit, limit), f"{found}. {help_text}")
 

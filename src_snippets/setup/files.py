@@ -38,6 +38,7 @@ def show_table(table: pd.DataFrame) -> None:
     if IPython.get_ipython() is None:
         print(table.to_string(na_rep="-", float_format="{:.3f}".format))
     else:
+        pd.set_option("styler.html.mathjax", False)  # "$" in a name begins no formula
         IPython.display.display(table.style.format(precision=3, na_rep="-"))
 
 
