@@ -421,7 +421,8 @@ if val_samples:
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident
 # mistakes. AP50 that rises at the left end of the threshold curve asks for a lower
-# `score_threshold`. Off the diagonal of the confusion matrix are confusions, misses, false positives.
+# `score_threshold`. Off the diagonal of the confusion matrix are confused classes, missed cells and
+# false positives.
 
 # %%
 if val_samples:

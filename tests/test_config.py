@@ -66,7 +66,7 @@ def test_every_default_is_within_its_own_limits(name):
         ({"anchor_ratios": []}, "anchor_ratios"),
         (
             {"channels": [1, 2, 3, 4]},
-            "channels=[1, 2, 3, 4]: expected int as in the default (), from 1 to 64, 3 at most",
+            "channels=[1, 2, 3, 4]: expected int as in the default (), 3 at most, from 1 to 64",
         ),
         ({"channels": [0]}, "from 1 to 64"),
         ({"channels": [1.5]}, "channels=[1.5]: expected int"),
@@ -78,6 +78,7 @@ def test_every_default_is_within_its_own_limits(name):
         ({"fold": 3, "folds": 2}, "fold=3: expected at most folds=2"),
         ({"fold": 1}, "fold=1: expected at most folds=1"),
         ({"class_names": 3}, "class_names=3: expected str as in the default ('class1', "),
+        ({"class_names": [str(k) for k in range(256)]}, "255 at most."),
         ({"class_names": ["a", ""]}, "expected one name per class, each once"),
         ({"class_names": ["a", "a"]}, "expected one name per class, each once"),
     ],

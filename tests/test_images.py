@@ -223,7 +223,9 @@ STACKS = {
 def test_chosen_channels_become_red_green_and_blue(tmp_path, kind):
     pixels = np.moveaxis(PLANES, 0, 2) if kind == "samples" else PLANES
     path = save(tmp_path / "a.tif", pixels, photometric="minisblack", **STACKS[kind])
-    with refused("4 channels of uint16" if kind == "samples" else "4 pages .*set channels", path):
+    with refused(
+        "4 channels of uint16" if kind == "samples" else "4 pages .*or set channels of images", path
+    ):
         read_image(path)
     rolled = [np.roll(GREY, k) for k in range(4)]  # each from 0 to 255 again
     values, image = read_image_values(path, (3, 1))
@@ -251,7 +253,7 @@ def test_a_list_of_pages_that_is_cut_off_is_refused(tmp_path, kind):
         second = tif.pages[1].offset
     path.write_bytes(path.read_bytes()[:second])
     for channels in ((), (1,)):
-        with refused("cut short|pages of similar size|cannot be read", path):
+        with refused("cut short, its list of pages goes on after its end", path):
             read_image(path, channels)
 
 

@@ -185,7 +185,7 @@ def test_checkpoints_must_fit_exactly(tiny_config, tiny_model):
 def test_too_many_trainable_parameters_are_refused(tiny_config, tiny_model, monkeypatch):
     assert count_parameters(tiny_model) == sum(p.numel() for p in tiny_model.parameters())
     monkeypatch.setattr("src_snippets.model.mask_rcnn.count_parameters", lambda _: 200_000_001)
-    with pytest.raises(ValueError, match=r"200.0 M trainable parameters; at most 200 M"):
+    with pytest.raises(ValueError, match=r"200.0 M trainable parameters; at most 200 M. Lower"):
         build_model(tiny_config)
 
 

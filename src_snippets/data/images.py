@@ -81,9 +81,7 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
         series = max(tif.series, key=lambda s: prod(s.shape))
         count = max(len(full), series.size // page.size)
         found = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
-        help_text = (
-            "Save one plane or RGB (Fiji: Type > RGB Color), or for images set channels, as (1, 2)."
-        )
+        help_text = "Save one plane or RGB (Fiji: Type > RGB Color), or set channels of images."
         known = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
         require(known, f"{found} one image. {help_text}")
         require(count * prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
@@ -127,10 +125,10 @@ def read_image_values(path: Path, channels: Sequence[int]) -> tuple[np.ndarray, 
     """Read the values (S, H, W) of an image as in its file, and what `read_image` gives."""
     with name_file(path):
         pixels, kind, palette, alpha, _, bits = decode(path, stacked=bool(channels))
-        if kind == "PALETTE" and palette is not None and pixels.ndim == 2:
-            palette = (palette >> (8 if palette.max() > 255 else 0)).astype(np.uint8)  # or 8 bits
-            pixels, kind, bits = np.moveaxis(palette[:, pixels.astype(int)], 0, 2), "RGB", 8
         pixels = np.moveaxis(np.atleast_3d(pixels), 2, 0)
+        if kind == "PALETTE" and palette is not None and len(pixels) == 1:
+            palette = (palette >> (8 if palette.max() > 255 else 0)).astype(np.uint8)  # or 8 bits
+            pixels, kind, bits = palette[:, pixels[0].astype(int)], "RGB", 8
         if channels:
             require(max(channels) <= len(pixels), f"{len(pixels)} channels, but {channels=} set.")
             planes = [scale_brightness(pixels[[k - 1]], bits) for k in channels]
@@ -194,6 +192,8 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     numbers.flat[pixels] = owners + 1
     pieces = skimage.measure.label(numbers, connectivity=2).flat[pixels]
     index, first, sizes = np.unique(pieces, return_index=True, return_counts=True)
+    if len(index) == count:
+        return pixels, 0
     far = ndimage.maximum(distances, pieces, index)
     parts = pd.DataFrame(dict(id=owners[first], size=sizes, far=far), index=index)
     small = 10 * parts["size"] < parts.groupby("id")["size"].transform("max")

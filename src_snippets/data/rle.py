@@ -122,7 +122,8 @@ def csv_to_pixels(text: str, count: int) -> np.ndarray:
     count: pixels of the image. Raises ValueError for other text, pixels outside or listed twice.
     """
     words = text.split()
-    if len(words) % 2 or not all(word.isdecimal() and len(word) < 19 for word in words):
+    is_whole = f"0{''.join(words)}".isdecimal() and max(map(len, words), default=0) < 19
+    if len(words) % 2 or not is_whole:
         raise ValueError(f"{text[:40]!r}; expected pairs of start and length")
     starts, lengths = np.array(words, np.int64).reshape(-1, 2).T
     if (np.minimum(starts, lengths) < 1).any() or (starts + lengths > count + 1).any():

@@ -61,7 +61,7 @@ def match_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     """
     parts = []
     for image, (found, truth) in enumerate(zip(predictions, ground_truths, strict=True)):
-        last = max([0, *found.labels, *truth.labels])
+        last = np.r_[0, found.labels, truth.labels].max()
         require(last <= num_classes, f"Image {image}: label {last}, expected up to {num_classes}.")
         rows = pd.DataFrame(dict(score=found.scores, label=found.labels))
         rows = rows.reset_index(names="detection")

@@ -9,7 +9,7 @@
 # %%
 # @title write_report: captions and page
 from base64 import b64encode
-from importlib.metadata import distributions
+from importlib.metadata import version
 import os
 from pathlib import Path
 import platform
@@ -45,7 +45,7 @@ def environment_table(gpu: str) -> pd.DataFrame:
     """Python, system, cores, GPU, and the versions of packages that shape results."""
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pycocotools", "tifffile")
     machine = {"system": platform.platform(), "CPU cores": os.cpu_count(), "GPU": gpu or "none"}
-    versions = {item.name: item.version for item in distributions() if item.name in names}
+    versions = {name: version(name) for name in names}
     return pd.DataFrame({"value": {"Python": platform.python_version()} | machine | versions})
 
 

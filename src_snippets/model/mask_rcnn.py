@@ -60,9 +60,8 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
         new = [max(round(side * scale), 1) for side in old]
         image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
         if target is not None:
-            target = target | dict(
-                boxes=detection.transform.resize_boxes(target["boxes"], old, new)
-            )
+            boxes = detection.transform.resize_boxes(target["boxes"], old, new)
+            target = target | dict(boxes=boxes)
         return image, target
 
     def batch_images(self, images, size_divisible=32):
@@ -170,8 +169,8 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
     if state is not None:
         load_model_state(model, state, new_classes=True)
-    found, help_text = count_parameters(model) / 1e6, "smaller backbone, or lower trainable_stages"
-    require(found <= 200, f"{found:.1f} M trainable parameters; at most 200 M: {help_text}.")
+    millions, help_text = count_parameters(model) / 1e6, "Lower trainable_stages, or the backbone."
+    require(millions <= 200, f"{millions:.1f} M trainable parameters; at most 200 M. {help_text}")
     return model.to(memory_format=transform.layout)
 
 

@@ -29,7 +29,7 @@ class Config:
     # Data
     class_names: tuple[str, ...] = ("class1", "class2", "class3", "class4")  # of class1.tif, ..
     um_per_px: float = within(0.0, 0.0, 1000.0)  # micrometres per pixel, for tables; 0: unknown
-    channels: tuple[int, ...] = within((), 1, 64)  # of a file: its red, green, blue; one: grey
+    channels: tuple[int, ...] = within((), 1, 64)  # of a file, for red, green, blue; one: grey
     val_fraction: float = within(0.2, 0.0, 0.9)  # fraction of the images for validation
     folds: int = within(1, 1, 100)  # k: cross-validation with k models; 1: one split
     fold: int = within(0, 0, 100)  # train this fold only, from 1 on; 0: all of them
@@ -175,14 +175,13 @@ def check_setting(item, value):
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if kind is float and type(v) is int else v for v in values)
     most = FREE_LENGTH.get(item.name, 0)
-    valid = len(values) == count or 0 < len(values) <= most
-    valid = valid and all(type(v) is kind for v in values)
-    expected = f"{kind.__name__} as in the default {default!r}"
+    valid = (len(values) == count or 0 < len(values) <= most) and {*map(type, values)} <= {kind}
+    expected = f"{kind.__name__} as in the default {default!r}" + f", {most} at most" * (most > 0)
     if "choices" in limits:
         expected = f"one of {', '.join(limits['choices'])}"
         valid = value in limits["choices"]
     elif limits:
-        expected += f", from {limits['low']} to {limits['high']}" + f", {most} at most" * (most > 0)
+        expected += f", from {limits['low']} to {limits['high']}"
         valid = valid and all(limits["low"] <= v <= limits["high"] for v in values)
     if not valid:
         raise ValueError(f"Setting {item.name}={value!r}: expected {expected}.")

@@ -42,8 +42,8 @@ def install_missing(packages=PACKAGES) -> None:
             if failed and without:
                 print(f"{requirement} is missing: {without}.")
             elif failed:
-                help_text = "Turn the internet on (Kaggle: Session options), or pip install a file."
-                raise ModuleNotFoundError(f"{requirement} is missing, not installable. {help_text}")
+                help_text = "Turn the internet on (Kaggle: Session options), or install its wheel."
+                raise ModuleNotFoundError(f"{requirement} is missing: pip fails. {help_text}")
     invalidate_caches()
 
 
