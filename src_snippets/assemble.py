@@ -220,6 +220,7 @@ def smaller_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
         with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
             picture.convert("RGB").save(buffer, "JPEG", quality=75, optimize=True)
         output["data"]["image/jpeg"] = base64.b64encode(buffer.getvalue()).decode()
+        output["metadata"]["image/jpeg"] = output["metadata"].pop("image/png", {})  # alt text
     return output
 
 

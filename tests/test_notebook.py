@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -334,3 +335,9 @@ def test_the_notebook_becomes_a_script_and_a_page(tmp_path):
     shutil.copy(ROOT / "hw3.ipynb", tmp_path)
     run(["-m", "nbconvert", "--to", "script", "hw3.ipynb"], tmp_path)
     compile((tmp_path / "hw3.py").read_text(), "hw3.py", "exec")
+    # The template "lab" leaves out alternative texts
+    run(["-m", "nbconvert", "--to", "html", "--template", "classic", "hw3.ipynb"], tmp_path)
+    texts = re.findall(r'<img [^>]*?alt="([^"]*)"', (tmp_path / "hw3.html").read_text())
+    assert "Box sizes and anchors" in texts
+    assert len(texts) >= 8
+    assert not [text for text in texts if not text or text.startswith("No description")]
