@@ -52,7 +52,7 @@ from src_snippets.setup.config import (
 # |---|---|
 # | `DATA` | folder with `train/`, or `demo`; empty: search `/kaggle/input`, `/content` and `./data` |
 # | `OUT` | folder for results; empty: `/kaggle/working`, else `./results` |
-# | `CHECKPOINTS` | paths of `best.pt` files of other runs, which join the ensemble on the test images |
+# | `CHECKPOINTS` | paths of `best.pt` files of other runs, which join the ensemble on the test images; alone they predict a folder of images |
 # | `RECIPE` | empty: `baseline`, or `demo` without a dataset |
 # | `EPOCHS` | 1 to 10,000 passes over the training images; more while the validation curve rises |
 # | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
@@ -84,10 +84,12 @@ CHANGES = dict()  # @param {type:"raw"}
 # %%
 from src_snippets.setup.files import (
     atomic_write,
-    BadInput,
     clear_folder,
     keep_going,
+    load_checkpoint,
     output_folder,
+    require,
+    saved_config,
     show_table,
     write_json,
 )
@@ -127,7 +129,7 @@ from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
 from src_snippets.data.images import read_image
 
 # %%
-from src_snippets.data.layouts import find_dataset, open_dataset
+from src_snippets.data.layouts import find_dataset, has_ground_truth, open_dataset
 
 # %%
 data_root = find_dataset(DATA)
@@ -137,7 +139,12 @@ if is_demo:
     changes = {"class_names": SYNTHETIC_NAMES} | changes
     print("DEMO: the images below are synthetic; the scores say nothing about real cells.")
     print("For your own data set DATA to a folder with train/, then run from the settings cell on.")
-config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)
+trains = has_ground_truth(data_root)
+require(trains or CHECKPOINTS, f"{data_root}: no ground truth; set CHECKPOINTS to a best.pt.")
+if trains:
+    config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)
+else:
+    config = saved_config(CHECKPOINTS[0], changes)
 print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}")
 show_table(config_table(config))
 
@@ -170,12 +177,11 @@ from src_snippets.data.drawing import (
 
 # %%
 dataset = open_dataset(data_root, config)
-trains = len(dataset.names) > 0
-if not (trains or CHECKPOINTS):
-    raise BadInput(f"{data_root}: images without ground truth; set CHECKPOINTS to a best.pt.")
 config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
+if trains and not (gpu_name or RECIPE or is_demo):
+    print('Without a GPU training is slow: set RECIPE = "light".')
 notes = dataset_warnings(samples, splits, config) * trains
 print(f"{len(dataset.test_images)} test images. {notes}")
 show_table(dataset_table(samples, splits, config.class_names))
@@ -234,8 +240,8 @@ from src_snippets.model.mask_rcnn import (
 from src_snippets.model.detect import detect
 
 # %%
-config = with_model_settings(config, changes)
 if trains:
+    config = with_model_settings(config, changes)
     model = build_model(config)
     print(f"{config.backbone} from {config.weights} weights:", end=" ")
     print(f"{count_parameters(model) / 1e6:.1f} M trainable parameters")
@@ -261,9 +267,7 @@ from src_snippets.training.metrics import average_precision
 from src_snippets.training.checkpoints import (
     check_same_settings,
     code_digest,
-    load_checkpoint,
     run_folder,
-    saved_config,
 )
 
 # %%
@@ -280,10 +284,6 @@ from src_snippets.training.trainer import Session, train, Trainer
 # at the end, too few.
 
 # %%
-if not trains:
-    config = saved_config(CHECKPOINTS[0], changes)
-    dataset = open_dataset(data_root, config)
-    print(f"nothing to train; settings of {CHECKPOINTS[0]}")
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
     check_same_settings(load_checkpoint(path)["config"], config, path, ["num_classes"])
 code = code_digest(TrainingSet, build_model, Trainer)

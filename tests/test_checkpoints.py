@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from src_snippets.setup.config import Config, make_config
+from src_snippets.setup.files import saved_config
 from src_snippets.training.checkpoints import (
     code_digest,
     load_checkpoint,
@@ -14,7 +15,6 @@ from src_snippets.training.checkpoints import (
     PREDICTION_SETTINGS,
     run_folder,
     save_checkpoint,
-    saved_config,
 )
 from src_snippets.training.trainer import Trainer
 from tests.conftest import ROOT

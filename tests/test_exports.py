@@ -450,7 +450,7 @@ def test_qupath_gets_a_feature_a_cell(predictions, tmp_path, grey):
         [[(1, 5), (2, 5), (2, 6), (1, 6)]],
     ]
     properties = second["properties"]
-    assert (properties["objectType"], properties["name"]) == ("detection", "2")
+    assert (properties["objectType"], properties["name"]) == ("annotation", "2")
     kind = properties["classification"]
     assert kind["name"] == "T cell, CD8+"
     assert "#" + bytes(kind["color"]).hex() == class_color(1)

@@ -198,6 +198,7 @@ def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, de
     shutil.copytree(demo_root / "train", data / "train")
     names = ["round", "dark", "grainy", "spiky"]
     settings = QUICK | {"class_names": names, "um_per_px": 0.25, "score_threshold": 0.0}
+    settings |= {"channels": [1, 2, 3]}
     environ = dict(HW3_RECIPE="demo", HW3_SETTINGS=json.dumps(settings))
     first = tmp_path / "first"
     story = ["-m", "src_snippets.notebook"]
@@ -216,11 +217,16 @@ def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, de
     pictures.mkdir()
     for name, image in zip("abc", sorted(demo_root.glob("test_release/*.tif")), strict=False):
         shutil.copy(image, pictures / f"{name}.tif")
+    (pictures / "broken.tif").write_bytes(b"II*\0")
     second = tmp_path / "second"
     environ = dict(HW3_CHECKPOINTS=str(folder / "best.pt"))
     answer = dict(HW3_DATA=str(pictures), HW3_OUT=str(second))
     said, _ = run(story, ROOT, **answer, **environ, HW3_SETTINGS='{"detections": 5}')
     assert "epoch 1" not in said
+    assert "recipe: demo" in said
+    assert "(1, 2, 3)" in said  # channels, in the table of settings
+    assert said.count("WARNING: left out, 1 of 4 images") == 1
+    assert 'RECIPE = "light"' not in said
     assert not (second / "runs").exists()
     assert len(list((second / "exports" / "labels").iterdir())) == 3
     table = (second / "exports" / "counts.csv").read_text().splitlines()
@@ -246,7 +252,7 @@ def test_images_without_a_checkpoint_are_refused(tmp_path, demo_root):
     environ = dict(HW3_DATA=str(demo_root / "test_release"), HW3_OUT=str(tmp_path))
     command = [sys.executable, "-m", "src_snippets.notebook"]
     done = subprocess.run(command, cwd=ROOT, env=kept | environ, capture_output=True, text=True)
-    assert "images without ground truth; set CHECKPOINTS to a best.pt" in done.stderr
+    assert "no ground truth; set CHECKPOINTS to a best.pt" in done.stderr
 
 
 def execute(notebook, folder: Path, **environ) -> str:

@@ -126,6 +126,12 @@ def find_layout(root: Path) -> str:
     return "pairs" if find_pairs(train) or apart else "images"
 
 
+def has_ground_truth(root: Path) -> bool:
+    """Whether a dataset has images to train on, not only some to predict."""
+    layout = find_layout(root)
+    return (root / "train").is_dir() if layout == "folders" else layout != "images"
+
+
 def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
     """The folders, at most six levels down, with a dataset, or test images and their mapping."""
     if find_layout(folder) != "images":
@@ -514,10 +520,9 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
     return CellSample(image, *packed, file_name, left_out, path)
 
 
-def read_named_folder(folders: Mapping[str, Path], config: Config, name: str) -> CellSample:
+def read_named_folder(paths: Mapping[str, Path], config: Config, name: str) -> CellSample:
     """Read one of the training folders by its name. Raises BadInput."""
-    options = config.num_classes, config.overlaps, name, config.channels
-    return read_cell_folder(folders[name], *options)
+    return read_cell_folder(paths[name], config.num_classes, config.overlaps, name, config.channels)
 
 
 def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[ImageRecord]:

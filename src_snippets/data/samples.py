@@ -151,18 +151,16 @@ def subset(samples: CellSamples, names: Sequence[str]) -> torch.utils.data.Subse
     return torch.utils.data.Subset(samples, [samples.positions[name] for name in names])
 
 
-def dataset_table(
-    samples: CellSamples, splits: Mapping, class_names: Sequence[str]
-) -> pd.DataFrame:
+def dataset_table(samples: CellSamples, splits: Mapping, names: Sequence[str]) -> pd.DataFrame:
     """Facts of each part: images, instances of each class, fewest and most instances per image."""
     rows = {}
     for fold, split in splits.items():
-        for part, names in split.items():
-            counts = samples.counts[subset(samples, names).indices, 1:]
-            totals = counts.sum(1) if names else np.zeros(1, int)
-            facts = len(names), *counts.sum(0), totals.min(), totals.max()
+        for part, images in split.items():
+            counts = samples.counts[subset(samples, images).indices, 1:]
+            totals = counts.sum(1) if images else np.zeros(1, int)
+            facts = len(images), *counts.sum(0), totals.min(), totals.max()
             rows[f"fold {fold}, {part}" if fold else part] = facts
-    columns = ["images", *class_names, "min per image", "max per image"]
+    columns = ["images", *names, "min per image", "max per image"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 

@@ -5,8 +5,8 @@
 # Every file holds the same cells: overlaps are removed once, and a cell has one number in all of
 # them, from 1 on in each image. Coordinates count from the upper left edge of the image. The trap:
 # scores are lost in most of these files, so weak detections should be left out before. Correct what
-# is wrong in Fiji or QuPath, and train on it: a folder of `training` goes into `train/`, a GeoJSON
-# beside its image.
+# is wrong in Fiji or QuPath, and train on it: in the folder layout a folder of `training` goes into
+# `train/`, with pairs a label image or GeoJSON beside its image.
 
 # %%
 # @title Pixel size; measurements and outlines of cells
@@ -122,7 +122,7 @@ def qupath_feature(polygons: list, label: int, cell: dict) -> dict:
     if len(polygons) == 1:
         shape = dict(type="Polygon", coordinates=polygons[0])
     kind = dict(name=cell["class"], color=list(bytes.fromhex(class_color(label)[1:])))
-    properties = dict(objectType="detection", name=str(cell["cell"]), classification=kind)
+    properties = dict(objectType="annotation", name=str(cell["cell"]), classification=kind)
     properties["measurements"] = {k: v for k, v in list(cell.items())[3:] if v == v}  # no NaN
     key = uuid.uuid5(uuid.NAMESPACE_OID, f"{cell['image']} {cell['cell']} {polygons}")
     return dict(type="Feature", id=str(key), geometry=shape, properties=properties)

@@ -1,8 +1,10 @@
-"""Files: where results go, and how they are written whole."""
+"""Files: where results go, how they are written whole; checkpoints read back."""
 
 # %%
-# @title Files: output folder, atomic writing; tables
+# @title Files: output folder, atomic writing, tables; read a checkpoint
+from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 import json
 import os
 from pathlib import Path
@@ -10,8 +12,16 @@ import traceback
 
 import IPython
 import pandas as pd
+import torch
+
+from src_snippets.setup.config import change_config, Config
 
 KAGGLE_WORKING = Path("/kaggle/working")  # exists on Kaggle, whose sessions keep what is in it
+PREDICTION_SETTINGS = (
+    *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "channels", "fold"),
+    *("score_threshold", "mask_threshold", "box_nms", "detections", "overlaps", "fusion_iou"),
+    *("tile", "tta", "tta_scales", "export_score_threshold"),
+)
 
 
 class BadInput(ValueError):
@@ -74,3 +84,22 @@ def clear_folder(folder: Path, suffix: str) -> Path:
     for path in folder.glob(f"*{suffix}"):
         path.unlink()
     return folder
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state | dict(model=state["model"], config=Config(**state["config"]))
+    except Exception as error:  # of many types; each means a file that cannot be used
+        found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
+        raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error
+
+
+def saved_config(path: Path, changes: Mapping) -> Config:
+    """The settings of a checkpoint with changes of prediction settings; ValueError for others."""
+    shaping = sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"})
+    require(not shaping, f"Settings {shaping}: without training only {PREDICTION_SETTINGS} change.")
+    config = load_checkpoint(path)["config"]
+    print(f"nothing to train; settings of {path}")
+    return change_config(replace(config, precision="auto"), changes)

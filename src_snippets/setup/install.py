@@ -58,6 +58,5 @@ def check_gpu() -> str:
             f"{name or 'The GPU'} cannot be used: {reason}. Choose another accelerator: on Kaggle "
             "GPU T4 x2, on Colab T4, L4 or A100."
         )
-    hint = 'set RECIPE = "light", or choose a GPU (Kaggle: Settings > Accelerator; Colab: Runtime)'
-    print(f"GPU: {name}" if name else f"No GPU: {hint}.")
+    print(f"GPU: {name or 'none; to choose one: Settings > Accelerator (Kaggle), Runtime (Colab)'}")
     return name

@@ -8,7 +8,6 @@
 
 # %%
 # @title Fingerprints, checkpoints and trained models
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from dis import get_instructions
@@ -22,15 +21,9 @@ import torch
 from torch import nn
 
 from src_snippets.model.mask_rcnn import build_model, load_model_state, to_device
-from src_snippets.setup.config import change_config, Config
+from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast
-from src_snippets.setup.files import atomic_write, BadInput, require
-
-PREDICTION_SETTINGS = (
-    *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "channels", "fold"),
-    *("score_threshold", "mask_threshold", "box_nms", "detections", "overlaps", "fusion_iou"),
-    *("tile", "tta", "tta_scales", "export_score_threshold"),
-)
+from src_snippets.setup.files import atomic_write, load_checkpoint, PREDICTION_SETTINGS
 
 
 def code_digest(*roots) -> str:
@@ -83,16 +76,6 @@ def save_checkpoint(content: dict, path: Path) -> None:
             raise OSError(f"{message}the checkpoint before it is kept.") from error
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | dict(model=state["model"], config=Config(**state["config"]))
-    except Exception as error:  # of many types; each means a file that cannot be used
-        found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
-        raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error
-
-
 def open_run(folder: Path, resume: bool) -> dict | None:
     """`last.pt` of a run, None where there is none; `resume=False` removes all checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,14 +90,6 @@ def check_same_settings(saved: Config, config: Config, path: Path, names=None) -
     if differ := [k for k in names or now if before[k] != now[k]]:
         pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)
         raise ValueError(f"{path}: made with other settings: {pairs}. Run from the settings on.")
-
-
-def saved_config(path: Path, changes: Mapping) -> Config:
-    """The settings of a checkpoint with changes of prediction settings; ValueError for others."""
-    shaping = sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"})
-    require(not shaping, f"Settings {shaping}: without training only {PREDICTION_SETTINGS} change.")
-    config = broadcast(load_checkpoint, path)["config"]
-    return change_config(replace(config, precision="auto"), changes)
 
 
 def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:

@@ -9,7 +9,6 @@
 # %%
 # @title plot_history, LiveHistory
 from pathlib import Path
-import time
 
 import IPython
 from matplotlib.figure import Figure
@@ -44,17 +43,16 @@ def plot_history(history: list[dict], names: tuple[str, ...], example=None) -> F
 
 
 class LiveHistory:
-    """Draw `plot_history` into the PNG at `path` and one display, `pause` seconds apart or more."""
+    """Draw `plot_history` into the PNG at `path` and one display, anew after each epoch."""
 
-    def __init__(self, path: Path, names: tuple[str, ...], pause: float = 2.0):
-        self.path, self.names, self.pause, self.drawn_at = path, names, pause, None
+    def __init__(self, path: Path, names: tuple[str, ...]):
+        self.path, self.names, self.is_shown = path, names, False
 
     def __call__(self, history: list[dict], example=None, is_last: bool = False) -> None:
         row = history[-1]
         if IPython.get_ipython() is None and not is_last:
             scores = [f"{k} {row[k]:.3f}" for k in ("loss", "AP50", "val_loss") if row.get(k)]
             tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
-        is_first, now = self.drawn_at is None, time.monotonic()
-        if is_first or is_last or now > self.drawn_at + self.pause:
-            figure, self.drawn_at = plot_history(history, self.names, example), now
-            show_figure(figure, self.path, update=not is_first)
+        figure = plot_history(history, self.names, example)
+        show_figure(figure, self.path, update=self.is_shown)
+        self.is_shown = True
