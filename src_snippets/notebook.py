@@ -290,8 +290,8 @@ code = code_digest(TrainingSet, build_model, Trainer)
 val_count = sum(len(split["val"]) for split in splits.values())
 count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
 evaluations = len(splits) * count / max(val_count, 1)  # how many of them predicting will take
-evaluations *= dict(none=1, flips=3, d4=8)[config.tta] * (4 if config.tile else 1)
-session = Session(config.max_hours, evaluations)
+views = dict(none=1, flips=3, d4=8)[config.tta] * sum(s * s for s in config.tta_scales)
+session = Session(config.max_hours, evaluations * views * (4 if config.tile else 1))
 
 # %%
 folders = {}

@@ -57,9 +57,9 @@ class CellSamples(Sequence):
             self.pixels.append(sha256(image.tobytes()).digest())
             self.features.append(appearance_features(image))
             self.borders.append(image_borders(image))
-            left -= sample.image.nbytes + sample.layers.nbytes
-            if left >= 0:
-                self.cache[index] = sample
+            size = sample.image.nbytes + sample.layers.nbytes
+            if size <= left:
+                self.cache[index], left = sample, left - size
         lost += [("images", k, 1, str(p)) for k, paths in dataset.left_out.items() for p in paths]
         self.digest, total = digest.hexdigest(), self.counts.sum()
         lost = [("images", "read", len(self), ""), ("instances", "read", total, ""), *lost]

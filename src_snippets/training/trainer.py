@@ -92,7 +92,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     parts.append((heads, [model.rpn, model.roi_heads]))
     stages = backbone_stages(model.backbone.body)
     for depth, stage in enumerate(reversed(stages)):  # the highest stage has the whole factor
-        factor = stem if depth == len(stages) - 1 else body
+        factor = stem if 0 < depth == len(stages) - 1 else body
         parts.append((factor * config.layer_decay**depth, stage))
     groups = []
     for factor, modules in parts:
