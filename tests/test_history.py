@@ -61,7 +61,9 @@ def test_a_script_prints_a_line_per_epoch_and_draws_anew(example, tmp_path, caps
     history.append(ROW | dict(epoch=2, AP50=0.25, val_loss=0.5))
     live(history, example)
     assert live.path.read_bytes() != first
+    live.path.unlink()
     live(history, example, is_last=True)  # the epoch is printed already
+    assert live.path.exists()
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "epoch 1: loss 5.000",

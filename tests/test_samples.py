@@ -84,6 +84,12 @@ def test_the_budget_bounds_the_cache(tmp_path, monkeypatch, capsys):
     assert 1e8 < available_memory() < 1e13
 
 
+def test_an_image_above_the_budget_leaves_it_to_the_others(tmp_path):
+    write_folder(tmp_path / "train" / "a", {1: np.eye(50, 60)}, (50, 60))
+    dataset = open_folders(tmp_path, {"b": {1: np.eye(12, 16)}})
+    assert list(CellSamples(dataset, cache_gb=2000 / 1e9).cache) == [1]
+
+
 def drawn(names, read, **files) -> CellSamples:
     """Samples that `read` draws by name."""
     return CellSamples(

@@ -93,6 +93,12 @@ def test_each_part_has_its_learning_rate(tiny_model, tiny_config):
     assert not any("layer2" in name for name in rates_by_name(frozen, config))
 
 
+def test_a_backbone_without_named_stages_is_no_stem(tiny_model, tiny_config, monkeypatch):
+    monkeypatch.setattr(trainer, "backbone_stages", lambda body: [list(body.children())])
+    config = replace(tiny_config, lr=1.0, lr_factors=(0.1, 0.2, 0.3, 0.4))
+    assert rates_by_name(tiny_model, config)["backbone.body.conv1.weight"][0] == 0.2
+
+
 def test_optimizers(tiny_model, tiny_config):
     kinds = [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
     for name, kind in kinds:

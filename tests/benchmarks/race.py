@@ -124,17 +124,21 @@ def train_baseline(config: Config, root: Path, names: list[str], seconds: float,
                 return model.eval()
 
 
+def dense_instances(boxes, scores, labels, masks: torch.Tensor) -> Instances:
+    """Detections with masks (N, H, W) bool at image size, those without a pixel left out."""
+    rles = [rle | {"counts": rle["counts"].decode()} for rle in encode_dense(masks)]
+    found = Instances(boxes, scores, labels, rles, tuple(masks.shape[1:]))
+    return found.select(masks.flatten(1).any(1).cpu().numpy())
+
+
 @torch.inference_mode()
 def predict_baseline(model, samples) -> list[Instances]:
     """The detections of torchvision's model, with its own rounding of masks, at threshold 0.5."""
     predictions, device = [], next(model.parameters()).device
     for sample in samples:
         (found,) = model([sample.image.to(device) / 255])
-        masks = found["masks"][:, 0] >= 0.5
-        filled = masks.flatten(1).any(1).cpu().numpy()
-        rles = [rle | {"counts": rle["counts"].decode()} for rle in encode_dense(masks)]
         arrays = (found[name].cpu().numpy() for name in ("boxes", "scores", "labels"))
-        predictions.append(Instances(*arrays, rles, sample.size).select(filled))
+        predictions.append(dense_instances(*arrays, found["masks"][:, 0] >= 0.5))
     return predictions
 
 
@@ -189,17 +193,14 @@ def write_yolo(parts: dict, names: list[str], folder: Path) -> None:
     (folder / "data.yaml").write_text(json.dumps(content))  # JSON is YAML
 
 
-def read_peer(folder: Path, samples) -> list[Instances]:
-    """The predictions that `peer.py` wrote for samples, in their order."""
+def read_peer(folder: Path, count: int) -> list[Instances]:
+    """The predictions that `peer.py` wrote for so many images, in their order."""
     predictions = []
-    for index, sample in enumerate(samples):
+    for index in range(count):
         with np.load(folder / f"{index:04}.npz") as found:
             masks = np.unpackbits(found["masks"], axis=-1, count=int(found["width"]))
-            rles = encode_dense(torch.from_numpy(masks))
-            rles = [rle | {"counts": rle["counts"].decode()} for rle in rles]
-            labels = found["labels"].astype(np.int64) + 1
-            instances = Instances(found["boxes"], found["scores"], labels, rles, sample.size)
-            predictions.append(instances.select(masks.any((1, 2))))
+            arrays = found["boxes"], found["scores"], found["labels"].astype(np.int64) + 1
+            predictions.append(dense_instances(*arrays, torch.from_numpy(masks).bool()))
     return predictions
 
 
@@ -237,7 +238,7 @@ def measure(options, side: str, samples: CellSamples) -> list[dict]:
             model.load_state_dict(torch.load(path, weights_only=True))
             predictions = predict_baseline(model, held_out)
         elif side == "ultralytics":
-            predictions = read_peer(path, held_out)
+            predictions = read_peer(path, len(held_out))
         else:
             predictions = predict_samples(path, held_out, config)
         seconds = (time.perf_counter() - start) / len(held_out)
