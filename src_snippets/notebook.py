@@ -38,6 +38,7 @@ from src_snippets.setup.config import (
     config_table,
     make_config,
     read_settings,
+    require,
     with_class_names,
 )
 
@@ -88,7 +89,6 @@ from src_snippets.setup.files import (
     keep_going,
     load_checkpoint,
     output_folder,
-    require,
     saved_config,
     show_table,
     write_json,
@@ -100,8 +100,9 @@ from src_snippets.setup.devices import launch
 # %%
 DATA, OUT = os.environ.get("HW3_DATA", DATA), os.environ.get("HW3_OUT", OUT)
 RECIPE = os.environ.get("HW3_RECIPE", RECIPE)
-if "HW3_CHECKPOINTS" in os.environ:
-    CHECKPOINTS = [p for p in os.environ["HW3_CHECKPOINTS"].split(os.pathsep) if p]
+CHECKPOINTS = os.environ.get("HW3_CHECKPOINTS", CHECKPOINTS)
+if isinstance(CHECKPOINTS, str):
+    CHECKPOINTS = [path for path in CHECKPOINTS.split(os.pathsep) if path]
 fields_set = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
 fields_set |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
 changes = read_settings({k: v for k, v in fields_set.items() if v} | CHANGES, os.environ)
@@ -312,8 +313,8 @@ for fold, folder in folders.items():
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
     parts = [subset(samples, names) for names in splits[fold].values()]
     with session.listen():
-        launch(config, train, config, *parts, folder, session, live, RESUME)
-    if (folder / "best.pt").exists():  # not where the session ended before
+        history = launch(config, train, config, *parts, folder, session, live, RESUME)
+    if history or not runs:  # one that is cut in its first epoch would spoil the ensemble
         runs[fold] = folder
 
 # %% [markdown]
@@ -331,14 +332,13 @@ from src_snippets.inference.submission import offer_download, write_csv_submissi
 # ### What will the submission score?
 # The validation images, predicted as the test images will be. With folds, each is predicted by the
 # one model that was not trained on it. The first row is what would be submitted; the second keeps
-# every detection from score 0.05 on, which is what AP gains from.
+# every detection from score 0.05 on, which is what AP gains from. Of CSV data `submission.csv` holds
+# only those from `export_score_threshold` on, without overlaps: DQ and PQ below are of these.
 
 # %%
 val_parts = [(runs[fold] / "best.pt", subset(samples, splits[fold]["val"])) for fold in runs]
-val_samples = [sample for _, part in val_parts for sample in part]
-val_predictions = []
-if val_samples:
-    val_predictions = launch(config, predict_validation, val_parts, config)
+val_samples = torch.utils.data.ConcatDataset([part for _, part in val_parts] or [[]])
+val_predictions = launch(config, predict_validation, val_parts, config) if val_samples else []
 preview, advice = submission_preview(val_samples, val_predictions, config)
 show_table(preview)
 print(advice)
@@ -415,8 +415,7 @@ if val_samples:
 # %%
 if val_samples:
     with keep_going("the evaluation figure"):
-        figure = plot_evaluation(matches, config, config.class_names)
-        show_figure(figure, figures / "evaluation.png")
+        show_figure(plot_evaluation(matches, config), figures / "evaluation.png")
 
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident

@@ -17,8 +17,7 @@ from src_snippets.data.samples import CellSamples
 from src_snippets.data.structures import CellSample, Instances, pack_layers
 from src_snippets.data.synthetic import make_synthetic, save_rgba
 from src_snippets.model.detect import detect as detect_image
-from src_snippets.setup.config import make_config
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.config import BadInput, make_config
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("HW3_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

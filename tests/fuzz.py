@@ -25,8 +25,7 @@ import tifffile
 from src_snippets.data.images import read_image, read_instance_map
 from src_snippets.data.layouts import open_dataset
 from src_snippets.data.synthetic import make_synthetic
-from src_snippets.setup.config import make_config
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.config import BadInput, make_config
 
 SECONDS, GIGABYTES = 10, 3
 CONFIG = make_config("demo")

@@ -1,5 +1,6 @@
 from dataclasses import asdict, dataclass, fields, replace
 import linecache
+from pathlib import Path
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from src_snippets.setup.config import Config, make_config
 from src_snippets.setup.files import saved_config
 from src_snippets.training.checkpoints import (
+    check_same_settings,
     code_digest,
     load_checkpoint,
     open_run,
@@ -98,6 +100,17 @@ def test_the_checkpoint_of_a_run(tmp_path):
     (tmp_path / "notes.txt").touch()
     assert open_run(tmp_path, resume=False) is None
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_checkpoints_of_an_ensemble_have_the_classes_in_this_order():
+    config = make_config("demo", class_names=["a", "b"])
+    for names in (("a", "b"), ("nucleus", "other")):  # the same, or other names for them
+        saved = replace(config, class_names=names, lr=0.5)
+        check_same_settings(saved, config, Path("best.pt"), ["num_classes"])
+    for names in (("b", "a"), ("a", "b", "c")):
+        saved = replace(config, class_names=names)
+        with pytest.raises(ValueError, match=r"best\.pt: made with other settings"):
+            check_same_settings(saved, config, Path("best.pt"), ["num_classes"])
 
 
 def test_run_folders_tell_settings_data_and_code_apart(tmp_path):

@@ -405,10 +405,10 @@ def test_nothing_is_detected_in_an_empty_image(tile):
 
 def test_settings_are_those_of_the_call(tiny_config):
     model, image = build_model(tiny_config), field_of_cells(0, 64).image
-    changes = dict(score_threshold=0.2, box_nms=0.33, detections=7)
+    changes = dict(score_threshold=0.02, box_nms=0.33, detections=7)
     detect([model], image, change_config(tiny_config, changes))
     heads = model.roi_heads
-    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.2, 0.33, 7)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.02, 0.33, 7)
     assert not model.training
     assert model.transform.fixed_scale is None
     assert len(detect([model], image, change_config(tiny_config, dict(score_threshold=1.0)))) == 0
@@ -464,9 +464,33 @@ def test_a_box_counts_for_the_instance_that_it_overlaps_most():
 
 
 def test_the_threshold_holds_for_fused_scores_and_includes_its_value():
-    first, second = part(BOXES[:1], [0.75]), part(BOXES[:1], [0.25])
-    assert len(fuse_boxes([first, second], make_config("demo", score_threshold=0.5))) == 1
-    assert len(fuse_boxes([first, second], make_config("demo", score_threshold=0.51))) == 0
+    image = torch.zeros(3, 40, 80, dtype=torch.uint8)
+    for threshold, count in ((0.5, 1), (0.51, 0)):
+        models = [Scripted(result(BOXES[:1], [score])) for score in (0.75, 0.25)]
+        config = make_config("demo", score_threshold=threshold)
+        assert len(detect(models, image, config)) == count
+
+
+@pytest.mark.parametrize("views", [[View()], [View(), View(1.0, 1), View(1.0, 2, True)]])
+def test_a_threshold_leaves_out_what_it_says_and_nothing_else(tiny_config, views):
+    """Of several views too: one that scores lower is not taken for one that sees nothing."""
+    model, image = build_model(tiny_config), field_of_cells(0, 64).image
+    every = detect([model], image, replace(tiny_config, score_threshold=0.05), views)
+    threshold = float(np.median(every.scores))
+    above, direct = (
+        every.above(threshold),
+        detect([model], image, replace(tiny_config, score_threshold=threshold), views),
+    )
+    assert 0 < len(above) < len(every)
+    assert direct.scores.tolist() == above.scores.tolist()
+    assert direct.rles == above.rles
+
+
+def test_boxes_end_with_the_image():
+    """Where boxes are averaged they may be rounded to outside of a large image."""
+    image = torch.zeros(3, 10, 40, dtype=torch.uint8)
+    found = detect([Scripted(result([[30, 0, 40.004, 10.004]], [0.9]))], image, make_config("demo"))
+    assert found.boxes.tolist() == [[30, 0, 40, 10]]
 
 
 def test_equal_scores_keep_their_order_and_may_be_zero():

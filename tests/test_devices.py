@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from src_snippets.setup import devices
-from src_snippets.setup.config import make_config
+from src_snippets.setup.config import BadInput, make_config
 from src_snippets.setup.devices import (
     all_max,
     autocast_for,
@@ -28,7 +28,6 @@ from src_snippets.setup.devices import (
     rank_indices,
     world_size,
 )
-from src_snippets.setup.files import BadInput
 
 ROOT = Path(__file__).parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -38,8 +38,7 @@ from src_snippets.export.exports import (
     trace_polygons,
     write_exports,
 )
-from src_snippets.setup.config import Config
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.config import BadInput, Config
 from src_snippets.training.trainer import train
 from tests import readers
 

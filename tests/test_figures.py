@@ -44,7 +44,7 @@ def panels():
         ]
     )
     table = match_table([found, NOTHING], [FOUR, FOUR], 3)
-    return plot_evaluation(table, CONFIG, NAMES).axes
+    return plot_evaluation(table, CONFIG).axes
 
 
 def test_precision_by_class_and_their_mean(panels):
@@ -128,7 +128,7 @@ def test_figures_of_many_and_of_no_images(num_classes, tmp_path):
     ):
         truths = [ground_truth(sample, crowds=True) for sample in group]
         table = match_table(found, truths, num_classes)
-        figures = plot_evaluation(table, config, names), plot_mistakes(group, found, table, config)
+        figures = plot_evaluation(table, config), plot_mistakes(group, found, table, config)
         for figure in figures:
             assert figure.get_label()
             figure.savefig(tmp_path / "figure.png", dpi=20)
@@ -170,6 +170,9 @@ def test_mistakes_worked_by_hand():
         "merged or split": [[0, [0], [0, 1]], [0, [2, 3], [3]]],
         "duplicate": [[1, [0, 1], [2]]],  # then the one that has the instance
     }
+    # Right by class, although a better one of another class has the instance
+    both = instances([(20, 0, 10, 10, 1, 0.9), (20, 0, 10, 10, 2, 0.8)])
+    assert set(mistakes_of((both, truth_of((20, 0, 10, 10, 2))))) == {"wrong class"}
     # What is not exported is no mistake, but its instances are missed.
     assert mistakes_of((first, FOUR), min_score=0.85) == {
         "missed": [[0, [], [3]], [0, [], [0]], [0, [], [1]], [0, [], [2]]],

@@ -31,8 +31,8 @@ from src_snippets.data.layouts import (
 from src_snippets.data.rle import pixel_indices, rle_to_csv
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
 from src_snippets.export.exports import trace_polygons, write_exports
-from src_snippets.setup.config import make_config
-from src_snippets.setup.files import BadInput, write_json
+from src_snippets.setup.config import BadInput, make_config
+from src_snippets.setup.files import write_json
 from tests.conftest import real_data, refused, save, write_folder
 
 CONFIG = make_config("demo")
@@ -80,6 +80,10 @@ def test_uploads_without_a_dataset_are_refused(tmp_path):
         find_dataset("", [str(tmp_path)])
     deep = make_root(tmp_path / "datasets" / "owner" / "slug" / "top" / "top")
     assert find_dataset("", [str(tmp_path)]) == deep
+    make_root(tmp_path / "drive" / "MyDrive" / "other")
+    make_root(tmp_path / "uploads")  # by name after a mounted Drive
+    (tmp_path / "datasets").rename(tmp_path / ".datasets")
+    assert find_dataset("", [str(tmp_path)]) == tmp_path / "uploads"
     with no_dataset("absent, but no folder"):
         find_dataset(str(tmp_path / "absent"))
     with no_dataset("but a file.*Unpack archives"):

@@ -214,7 +214,7 @@ def test_grey_input_and_normalisation():
     grey = InputTransform(make_config("demo", grey=True), (0.0, 0.0, 0.0), (1.0, 1.0, 0.5))
     values = grey([image])[0].tensors[0, :, 0, 0].tolist()
     assert values == pytest.approx([76 / 255, 76 / 255, 152 / 255])
-    with pytest.raises(TypeError, match=r"float32; expected uint8"):
+    with pytest.raises(ValueError, match=r"float32; expected uint8"):
         plain([image.float()])
 
 

@@ -337,6 +337,27 @@ def test_broken_figures_cost_nothing_else(tmp_path, demo_root):
     assert (out / "exports" / "cells.csv").exists()
 
 
+CUT = """
+import itertools
+
+# Time is over after the second fold's training began
+Session.is_over = lambda self, calls=itertools.count(): bool(runs) and next(calls) > 0
+runs = {}
+"""
+
+
+def test_a_fold_that_is_cut_in_its_first_epoch_does_not_join_the_ensemble(tmp_path, demo_root):
+    notebook, _ = code_cells()
+    (cell,) = (cell for cell in notebook.cells if cell.source.startswith("runs = {}"))
+    cell.source = cell.source.replace("runs = {}\n", CUT)
+    settings = json.dumps(QUICK | {"folds": 2})
+    environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_SETTINGS=settings)
+    said = execute(notebook, tmp_path, **environ)
+    assert "Training ends after epoch 0: the session ends" in said
+    assert len(list((tmp_path / "results" / "runs").glob("*/best.pt"))) == 2
+    assert re.search(r"validation AP50 0\.\d+ on 4 images", said)
+
+
 def test_the_notebook_becomes_a_script_and_a_page(tmp_path):
     shutil.copy(ROOT / "hw3.ipynb", tmp_path)
     run(["-m", "nbconvert", "--to", "script", "hw3.ipynb"], tmp_path)

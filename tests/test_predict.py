@@ -18,8 +18,7 @@ from src_snippets.inference.predict import (
 )
 from src_snippets.model.detect import detect, View
 from src_snippets.model.mask_rcnn import build_model
-from src_snippets.setup.config import change_config, make_config
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.config import BadInput, change_config, make_config
 from src_snippets.training.checkpoints import load_trained, save_checkpoint
 from tests.conftest import field_of_cells, make_sample
 from tests.test_detect import decoded, draw, result, Scripted, Squares
@@ -167,7 +166,9 @@ def test_what_is_read_back_is_what_was_predicted(images, checkpoint, models, tmp
             assert read.shape == wanted.shape
 
 
-def test_other_weights_settings_or_images_have_a_folder_of_their_own(images, checkpoint, tmp_path):
+def test_other_weights_settings_or_images_have_a_folder_of_their_own(
+    images, checkpoint, tmp_path, monkeypatch
+):
     config = make_config("demo")
     folders = {open_predictions([checkpoint], images, tmp_path, config)[0]}
     folders.add(open_predictions([checkpoint], images, tmp_path, config)[0])
@@ -180,6 +181,12 @@ def test_other_weights_settings_or_images_have_a_folder_of_their_own(images, che
     images[0].path.write_bytes(images[0].path.read_bytes() + b"0")
     folders.add(open_predictions([checkpoint], images, tmp_path, config)[0])
     assert len(folders) == 5
+    same = change_config(config, dict(um_per_px=0.5, workers=1, export_score_threshold=0.9))
+    assert open_predictions([checkpoint], images, tmp_path, same)[0] in folders
+    monkeypatch.setattr(
+        "src_snippets.model.detect.paste_masks", lambda *_: []
+    )  # "Add your own" here
+    assert open_predictions([checkpoint], images, tmp_path, config)[0] not in folders
 
 
 def test_processes_share_the_images_evenly(images, checkpoint, models, tmp_path, monkeypatch):

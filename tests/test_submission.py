@@ -22,7 +22,7 @@ from src_snippets.inference.submission import (
     write_csv_submissions,
     write_results,
 )
-from src_snippets.setup.files import BadInput
+from src_snippets.setup.config import BadInput
 from tests.test_detect import make_instances
 
 IMAGES = [ImageRecord(Path("a.tif"), 5, 20, 30), ImageRecord(Path("b.tif"), 9, 40, 50)]

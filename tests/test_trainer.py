@@ -144,6 +144,7 @@ def test_training_stops_after_its_patience():
     limited = replace(config, train_hours=1.0)
     assert [bool(stop_reason([], seconds, limited)) for seconds in (3599, 3600)] == [False, True]
     assert evaluation_scores(losses_history(3, 2), "loss") == [-3, -2]
+    assert evaluation_scores(losses_history(math.nan, 2), "loss") == [-math.inf, -2]
     assert evaluation_scores(losses_history(3, 2), "AP50") == [0.0, 0.0]
 
 
@@ -659,7 +660,7 @@ def test_a_limit_beyond_the_epochs_changes_nothing(finished, parts, tiny_config,
 class Short(Session):
     """Is over after a number of look-ups."""
 
-    left = 3
+    left = 2
 
     def is_over(self):
         self.left -= 1
@@ -680,6 +681,49 @@ def test_a_session_that_ends_is_continued_exactly(parts, tiny_config, tmp_path, 
     train(config, *parts, tmp_path / "cut")
     assert "2 of 3 epochs are done, training continues" in capsys.readouterr().out
     same_files(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_steps_of_a_cut_epoch_are_made_again_and_counted_once(parts, tiny_config, tmp_path):
+    config = replace(tiny_config, epochs=2, batch_size=2, eval_every=2)  # three steps an epoch
+    session = Short(1.0)
+    session.left = 5  # until the second step of the second epoch
+    assert len(train(config, *parts, tmp_path, session)) == 1
+    assert load_checkpoint(tmp_path / "last.pt")["steps"] == 3
+    assert len(train(config, *parts, tmp_path)) == 2
+    assert load_checkpoint(tmp_path / "last.pt")["steps"] == 6
+
+
+def test_with_other_gpus_the_schedule_goes_on_where_it_was(parts, tiny_config, tmp_path):
+    """Twice the batches per epoch are what one GPU makes of a run that two began."""
+    config = replace(tiny_config, epochs=4, batch_size=2, eval_every=4, schedule="cosine")
+    session = Short(1.0)
+    session.left = 7  # after two epochs of three steps
+    train(config, *parts, tmp_path, session)
+    run = Trainer(config, parts[0] * 2, parts[1], tmp_path)
+    assert (len(run.history), run.steps, run.max_steps) == (2, 6, 12)
+    run.history = run.history * 2  # nothing left to train
+    run.fit()
+    assert (run.steps, run.max_steps) == (12, 24)
+
+
+def test_a_later_session_knows_how_long_an_evaluation_takes(parts, tiny_config, tmp_path):
+    train(tiny_config, *parts, tmp_path)
+    spent, session = load_checkpoint(tmp_path / "last.pt")["evaluation_seconds"], Session(0.0)
+    Trainer(tiny_config, *parts, tmp_path, session)
+    assert float(session.evaluation_seconds) == pytest.approx(spent) != 0
+
+
+def test_the_first_step_of_a_later_session_has_its_learning_rate(parts, tiny_config, tmp_path):
+    config = replace(tiny_config, epochs=1000, train_hours=1.0, schedule="cosine", batch_size=2)
+    config = replace(config, warmup_steps=0)
+    session = Short(1.0)
+    session.left = 3  # after an epoch of three steps
+    train(config, *parts, tmp_path, session)
+    run = Trainer(config, *parts, tmp_path, Short(1.0))
+    run.seconds, run.session.left = 3600 * 0.9, 0  # nine tenths of the time are over; one step
+    run.fit()
+    factor = run.optimizer.param_groups[0]["lr"] / run.peak_lrs[0]
+    assert 0.0 < factor < 0.1
 
 
 def test_a_session_over_in_its_first_epoch_leaves_a_model(parts, tiny_config, tmp_path):
@@ -704,7 +748,10 @@ def test_a_session_reserves_time_to_predict(monkeypatch):
 
     assert not over_after(1000 - 120 - 1)
     assert over_after(1000 - 120 + 1)
-    session.evaluation_seconds = 100
+    if (child := os.fork()) == 0:  # as on several GPUs
+        session.evaluation_seconds.fill_(100)
+        os._exit(0)
+    os.waitpid(child, 0)
     assert not over_after(1000 - 120 - 400 - 1)
     assert over_after(1000 - 120 - 400 + 1)
     assert not free.is_over()
@@ -841,6 +888,25 @@ def test_two_processes_learn_as_one_from_two_batches(two, plain, tmp_path, monke
     assert len(one[2]) == len(both[2])
     assert one[3] == pytest.approx(both[3], rel=1e-4)  # after an update of the weights
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "history.csv", "last.pt"]
+
+
+def first_state(config, folder):
+    """Weights and buffers of each process before its first step."""
+    run = Trainer(config, [], [], folder)
+    return gather([torch.cat([v.flatten().float() for v in run.model.state_dict().values()])])
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_two_processes_start_from_the_same_pretrained_norms(two, tiny_config, tmp_path, norm):
+    model = build_model(replace(tiny_config, norm=norm))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_var"):
+            buffer.fill_(20.0)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    config = replace(tiny_config, norm=norm, weights=str(tmp_path / "weights.pt"))
+    first, second = launch(config, first_state, config, tmp_path / "run")
+    assert (first == 20.0).sum() > 100
+    assert torch.equal(first, second)
 
 
 def bad_in_second(config, samples, folder):

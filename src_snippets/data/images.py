@@ -20,7 +20,7 @@ import torch
 
 from src_snippets.data.rle import csv_to_pixels, pixel_indices, run_pixels
 from src_snippets.data.structures import CellSample, pack_layers
-from src_snippets.setup.files import BadInput, require
+from src_snippets.setup.config import BadInput, require
 
 MAX_VALUES = 10**9  # of an image, all channels: RGB of 18,000 x 18,000 px
 
@@ -64,7 +64,8 @@ def decode(path: Path, stacked: bool = False) -> tuple:
             found = kind, None, image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP"), bits
     values = values.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else values
     values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
-    return values[::-1] if orientation in (3, 4, 7, 8) else values, *found
+    values = values[::-1] if orientation in (3, 4, 7, 8) else values
+    return values, *found
 
 
 def decode_tiff(path: Path, stacked: bool) -> tuple:
@@ -85,8 +86,8 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
         known = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
         require(known, f"{found} one image. {help_text}")
         require(count * prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
-        ends = (zip(p.dataoffsets, p.databytecounts, strict=False) for p in planes)
-        needed = max(sum(end) for part in ends for end in part)
+        places = [zip(p.dataoffsets, p.databytecounts, strict=False) for p in planes]
+        needed = max(start + length for place in places for start, length in place)
         file_size = path.stat().st_size
         require(needed <= file_size, f"cut short, {file_size} of {needed} bytes. Copy it again.")
         kind = "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK"
@@ -202,7 +203,8 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     apart = (large["size"] > 1) & (large["max"] > np.maximum(areas, np.percentile(areas, 90)))
     total = len(parts) if count > 5 else large["size"].sum()
     found = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
-    limit = min(count / 2, max(2, count / 20)) * (count != 255 or unique[-1] != 255)  # of uint8
+    is_full = count == unique[-1] == 255  # ids of uint8 start again
+    limit = 0 if is_full else min(count / 2, max(2, count / 20))
     instances = total <= 3 * count and apart.sum() <= limit
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."

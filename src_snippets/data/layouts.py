@@ -40,13 +40,11 @@ from src_snippets.data.images import (
 )
 from src_snippets.data.rle import crop_mask, decode_runs, mask_areas
 from src_snippets.data.structures import CellSample, pack_layers
-from src_snippets.setup.config import Config
-from src_snippets.setup.files import BadInput, require
+from src_snippets.setup.config import BadInput, Config, require
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
 MAPPING_NAME = "test_image_name_to_ids.json"
-SEARCHED_FOLDERS = ("/kaggle/input", "/content", "data")
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
 # What a part of a dataset is called, by Roboflow and CVAT too, and where its files are
 PARTS = dict(train=("train", "default"), val=("val", "valid"), test=("test",))
@@ -136,11 +134,11 @@ def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
     """The folders, at most six levels down, with a dataset, or test images and their mapping."""
     if find_layout(folder) != "images":
         return [folder]
-    below = [path for path in sorted(folder.glob("[!.]*")) if depth and path.is_dir()]
-    return [root for path in below for root in dataset_roots(path, depth - 1)]
+    below = sorted(folder.glob("[!.]*/"), key=lambda path: (path.name == "drive", path))  # last
+    return [root for path in below if depth for root in dataset_roots(path, depth - 1)]
 
 
-def find_dataset(data: str, searched: Sequence[str] = SEARCHED_FOLDERS) -> Path | None:
+def find_dataset(data: str, searched=("/kaggle/input", "/content", "data")) -> Path | None:
     """The root of the dataset, the first of several; None for the demo, or without any upload.
 
     data: the root, a folder above it, or a folder of images; "demo"; "" to search. Raises
@@ -290,8 +288,7 @@ def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
     """Open `train.csv`, a row per instance. Raises BadInput.
 
     Returns its path; `ImageRecord` by path; a table of annotations: path, label (-k for a crowd),
-    shape (see `shape_pixels`), number, reason to leave it out; categories; groups and validation
-    part by path.
+    shape (see `shape_pixels`), number, reason it is left out; categories; groups, validation paths.
     """
     path, texts = root / "train.csv", ("height", "width", "cell_type")
     table = read_table(path, {"id", "annotation"})
@@ -317,7 +314,6 @@ def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
 
 # %%
 # @title Read annotations: COCO and pairs
-NO_OUTLINE = "without an outline (boxes only)"
 SHORT = "polygons of fewer than 3 points"
 OUTSIDE = "without a pixel in the image (coordinates of another size?)"
 
@@ -328,7 +324,7 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
     The second value says why all or some of it is left out, "" where nothing is.
     """
     if segmentation != segmentation or not segmentation:  # NaN: no such key
-        return None, NO_OUTLINE
+        return None, "without an outline (boxes only)"
     if isinstance(segmentation, dict):
         counts, size = segmentation["counts"], [height, width]
         same = list(map(float, segmentation["size"])) == size

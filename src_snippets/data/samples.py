@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 from src_snippets.data.appearance import appearance_features, group_by_appearance, image_borders
 from src_snippets.data.layouts import CellDataset, ImageRecord
 from src_snippets.data.structures import CellSample
-from src_snippets.setup.config import Config
+from src_snippets.setup.config import Config, require
 from src_snippets.setup.devices import is_main, world_size
-from src_snippets.setup.files import require, show_table
+from src_snippets.setup.files import show_table
 
 
 def available_memory() -> int:
@@ -103,8 +103,7 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     best counts: fewest such classes, fewest validation parts without instances, most even.
 
     Returns `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds`
-    is 1: then a validation part that the dataset has itself is taken. Raises ValueError for fewer
-    groups of images than parts.
+    is 1: then a validation part of the dataset's own is taken. ValueError: fewer groups than parts.
     """
     names, val = sorted(samples.names), sorted(samples.dataset.validation)
     if config.folds == 1 and (val or len(names) < 2 or config.val_fraction == 0):

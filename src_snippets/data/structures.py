@@ -128,8 +128,7 @@ def coco_annotations(instances: Mapping[int, Instances], category_ids: Iterable[
 def coco_dataset(instances, images: Iterable[tuple], categories: Mapping[int, str]) -> dict:
     """A COCO dataset of `Instances` by image id.
 
-    images: (file name, id, height, width) each; categories: the dataset's own ids and the names of
-    classes 1..C, in this order.
+    images: (file name, id, height, width) each; categories: names of classes 1..C by ids to use.
     """
     keys = ("file_name", "id", "height", "width")
     named = [dict(id=key, name=name) for key, name in categories.items()]

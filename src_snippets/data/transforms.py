@@ -66,8 +66,6 @@ def build_augmentation(config: Config, size=None, contains: int | None = None) -
 # %%
 # @title TrainingSet: mosaics, crops by class, copy-paste, targets
 MIN_AREA = 4  # px; instances with fewer visible pixels are no targets
-MIN_STRIP = 32  # px; thinner strips of a mosaic stay empty
-MAX_COVERED = 0.2  # fraction of a pasted instance that may lie on others
 
 
 def paste_instances(sample: CellSample, donor: CellSample, probabilities: Tensor) -> CellSample:
@@ -80,7 +78,7 @@ def paste_instances(sample: CellSample, donor: CellSample, probabilities: Tensor
     image, front = (v2.functional.crop_image(p, 0, 0, *sample.size) for p in pixels)
     areas = torch.bincount(front.flatten(), minlength=len(labels))
     hidden = front[:, (sample.layers > 0).any(0)]
-    covered = torch.bincount(hidden.flatten(), minlength=len(labels)) > MAX_COVERED * areas
+    covered = torch.bincount(hidden.flatten(), minlength=len(labels)) > 0.2 * areas  # by others
     chosen = (torch.rand(len(labels)) < probabilities[labels]) & (labels > 0) & ~covered
     front = torch.where(chosen[front], front + len(sample.labels), 0).int()
     visible = (front > 0).any(0)
@@ -159,7 +157,7 @@ class TrainingSet(torch.utils.data.Dataset):
             if config.batch_size == 1:
                 return CellSample(image[area].clone(), layers[area].clone(), labels, sample.name)
             spaces += [(top, left + w, h, wide - w), (top + h, left, tall - h, wide)]
-            spaces = [space for space in spaces if min(space[2:]) >= MIN_STRIP]
+            spaces = [space for space in spaces if min(space[2:]) >= 32]  # px; no strips
             index, contains = int(torch.randint(len(self), ())), None
             low, high = config.scale_jitter
             config = replace(config, scale_jitter=(max(low, min(1.0, high)), high))

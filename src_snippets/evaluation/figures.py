@@ -24,13 +24,13 @@ from src_snippets.evaluation.matching import ap50, mask_pairs, matches_above, pr
 from src_snippets.setup.config import Config
 
 
-def draw_scores(axes, table: pd.DataFrame, config: Config, names: tuple[str, ...]) -> None:
+def draw_scores(axes, table: pd.DataFrame, config: Config) -> None:
     """Draw precision over recall, F1 and AP50 over the score threshold, and scores: 3 axes."""
-    labels, recall = range(1, len(names) + 1), np.linspace(0, 1, 101)
+    labels, recall = range(1, config.num_classes + 1), np.linspace(0, 1, 101)
     curves = pd.DataFrame([precision_curve(table, label) for label in labels]).T
     casing = [withStroke(linewidth=3, foreground="#777777")]  # yellow on white
     axes[0].set_prop_cycle(color=[class_color(label) for label in labels])
-    axes[0].plot(recall, curves, label=list(names), path_effects=casing)
+    axes[0].plot(recall, curves, label=list(config.class_names), path_effects=casing)
     axes[0].plot(recall, curves.mean(axis=1), "k", label=f"mean, AP50 {ap50(table):.3f}")
     axes[0].set(xlabel="recall", ylabel="precision", title="Precision over recall, IoU 0.5")
     thresholds = np.linspace(0.05, 0.95, 19)
@@ -81,13 +81,13 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     axes[2].set_title("Recall by size, 95% CI")
 
 
-def plot_evaluation(table: pd.DataFrame, config: Config, class_names: tuple[str, ...]) -> Figure:
+def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
     """Plot six panels from the matches of `match_table`."""
     figure = Figure(figsize=(16, 9.5), layout="constrained")
     figure.set_label("Precision, thresholds, scores, classes, counts and recall in validation")
     upper, lower = figure.subplots(2, 3)
-    draw_scores(upper, table, config, class_names)
-    draw_exported(lower, matches_above(table, config.export_score_threshold), class_names)
+    draw_scores(upper, table, config)
+    draw_exported(lower, matches_above(table, config.export_score_threshold), config.class_names)
     for axis in (*upper, lower[1]):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -108,7 +108,7 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
     several detections, one without a match. After a duplicate comes the better detection.
     """
     rows = []
-    for image, own in table.groupby("image"):
+    for image, own in table.query("target >= 0 or not tp50").groupby("image"):
         scores, known = predictions[image].scores, own.set_index("target")
         extra, missed = {*own.detection[own.target < 0]}, {*own.target[own.detection < 0]}
         pairs = mask_pairs(predictions[image], truths[image])

@@ -16,8 +16,7 @@ from scipy import ndimage, optimize, spatial
 from src_snippets.data.rle import draw_masks, mask_areas
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
 from src_snippets.model.detect import without_overlaps
-from src_snippets.setup.config import Config
-from src_snippets.setup.files import require
+from src_snippets.setup.config import Config, require
 from src_snippets.training.metrics import average_precision
 
 MATCH_DTYPES = dict(image=int, detection=int, label=int, target=int, target_label=int)

@@ -30,7 +30,8 @@ from src_snippets.data.images import name_file, read_image_values
 from src_snippets.data.rle import crop_mask, draw_masks
 from src_snippets.data.structures import coco_dataset
 from src_snippets.evaluation.matching import visible_instances
-from src_snippets.setup.files import atomic_write, clear_folder, require, write_json
+from src_snippets.setup.config import require
+from src_snippets.setup.files import atomic_write, clear_folder, write_json
 
 REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
 REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")

@@ -9,7 +9,7 @@
 
 # %%
 # @title Views of an image; predictions of validation and test images
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 import json
 from pathlib import Path
@@ -25,8 +25,8 @@ from src_snippets.data.structures import coco_ground_truth, Instances
 from src_snippets.model.detect import detect, View, without_overlaps
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices
-from src_snippets.setup.files import atomic_write
-from src_snippets.training.checkpoints import load_trained
+from src_snippets.setup.files import atomic_write, OTHER_SETTINGS
+from src_snippets.training.checkpoints import code_digest, load_trained
 from src_snippets.training.metrics import average_precision
 
 VALIDATION_THRESHOLD = 0.05  # validation keeps scores from here on, or from a lower setting on
@@ -79,9 +79,10 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
 
 
 def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:
-    """Make a folder for predictions of these models, images and settings; the images not in it."""
+    """Make a folder for predictions of these models, images, settings and code; the images left."""
     stamps = [(s.st_size, s.st_mtime_ns) for s in (image.path.stat() for image in images)]
-    digest = sha256(repr((config, images, stamps)).encode())
+    settings = {k: v for k, v in asdict(config).items() if k not in OTHER_SETTINGS}
+    digest = sha256(repr((settings, images, stamps, code_digest(predict_test))).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())
     folder = folder / f"predictions-{digest.hexdigest()[:8]}"

@@ -22,7 +22,8 @@ from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import decode_runs, rle_to_csv
 from src_snippets.data.structures import coco_annotations
 from src_snippets.model.detect import without_overlaps
-from src_snippets.setup.files import atomic_write, BadInput, require
+from src_snippets.setup.config import BadInput, require
+from src_snippets.setup.files import atomic_write
 
 ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
 

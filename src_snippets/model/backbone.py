@@ -17,8 +17,7 @@ import timm
 from torch import nn, Tensor
 from torchvision import ops
 
-from src_snippets.setup.config import Config
-from src_snippets.setup.files import require
+from src_snippets.setup.config import Config, require
 
 
 class Attention(nn.Module):
@@ -62,8 +61,8 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"weights={str(path)!r}: no such file, nor imagenet, coco or none.")
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
-        if not state or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("expected names to tensors")
+        known = state and all(isinstance(value, Tensor) for value in state.values())
+        require(known, "expected names to tensors")
     except Exception as error:  # of many types; each means a bad file
         raise ValueError(f"{path}: not a state dict that can be read safely: {error}") from error
     print(f"Initial weights: {path}")
@@ -136,8 +135,7 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
         if weights == "imagenet" and config.backbone in ("resnet10", "resnet50_v1"):
             raise LookupError("nobody publishes these weights")
         body = timm.create_model(name, weights != "none", **options)
-        if body.feature_info.reduction() != STRIDES:
-            raise LookupError(f"no features with strides {STRIDES}")
+        require(body.feature_info.reduction() == STRIDES, f"no features with strides {STRIDES}")
         # timm skips names that it does not know: compare the number and the maximum of the values.
         values = {(v.numel(), v.max().item()) for v in state.values() if v.numel()}
         own = {key: (v.numel(), v.max().item()) for key, v in body.named_parameters()}

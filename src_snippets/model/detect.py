@@ -113,7 +113,7 @@ def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
     best = torch.stack([zeros.scatter_reduce(0, own, part[:, 4], "amax") for own, part in pairs])
     fused = torch.column_stack([boxes[:, :4] / boxes[:, 4:], best.mean(0), leads[:, 5]])
     fused = fused[fused[:, 4].argsort(descending=True, stable=True)]
-    return fused[fused[:, 4] >= config.score_threshold][: config.detections]
+    return fused[: config.detections]
 
 
 # %%
@@ -168,10 +168,10 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
             columns = heads.postprocess_detections(*outputs, proposals, sizes)
             for k, boxes, scores, labels in zip(part, *columns, strict=True):
                 boxes = view.inverse.apply_to_boxes(boxes / extent) * sides
-                counts = ((boxes >= 1) & (boxes <= sides - 1)).all(1)  # touches no edge
+                is_whole = ((boxes >= 1) & (boxes <= sides - 1)).all(1)  # touches no edge
                 boxes = boxes + origins[k]
-                counts |= nearest_tile(boxes) == k
-                rows.append(torch.column_stack([boxes, scores, labels])[counts])
+                stays = is_whole | (nearest_tile(boxes) == k)
+                rows.append(torch.column_stack([boxes, scores, labels])[stays])
         for k in range(0, len(rows), len(corners)):  # by model and view
             own = torch.cat(rows[k : k + len(corners)])
             if len(corners) > 1:  # of duplicates the better stays
@@ -179,7 +179,9 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
                 own = own[stay[: config.detections]]
             found.append(own)
         rows = fuse_boxes(found, config) if len(found) > 1 else found[0]
-        boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5].long()
+        rows = rows[rows[:, 4] >= config.score_threshold]
+        boxes = ops.clip_boxes_to_image(rows[:, :4], size)  # means may be rounded to outside
+        scores, labels = rows[:, 4], rows[:, 5].long()
         masks, tile_of = boxes.new_zeros(len(boxes), 28, 28), nearest_tile(boxes)
         for step, (model, view, part) in enumerate(steps):
             features = None
@@ -202,8 +204,8 @@ def detect(models: Sequence[nn.Module], image: Tensor, config: Config, views=Non
     """
     limits, longest = models[0].__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
     for heads in (model.eval().roi_heads for model in models):
-        heads.score_thresh, heads.nms_thresh = config.score_threshold, config.box_nms
-        heads.detections_per_img = config.detections
+        heads.score_thresh = min(config.score_threshold, 0.05)  # fused scores are compared later
+        heads.nms_thresh, heads.detections_per_img = config.box_nms, config.detections
     while True:
         tile, batch = limits.get(config.tile, (config.tile or longest, TILE_BATCH))
         try:

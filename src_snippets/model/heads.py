@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torchvision import ops
 from torchvision.models import detection
 
-from src_snippets.setup.files import require
+from src_snippets.setup.config import require
 
 
 @torch.no_grad()

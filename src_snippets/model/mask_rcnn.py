@@ -24,9 +24,8 @@ from torchvision.transforms import v2
 from src_snippets.model.backbone import build_backbone, find_weights_file, read_state_dict
 from src_snippets.model.heads import BlockMatcher, CellRoIHeads
 from src_snippets.model.roi_align import CellRoIAlign
-from src_snippets.setup.config import Config
+from src_snippets.setup.config import Config, require
 from src_snippets.setup.devices import default_device
-from src_snippets.setup.files import require
 
 # Layers that initial weights may lack; attention starts as the identity
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
@@ -50,8 +49,7 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
         self.layout = torch.channels_last
 
     def normalize(self, image):
-        if image.dtype != torch.uint8:
-            raise TypeError(f"Image of type {image.dtype}; expected uint8, 0..255.")
+        require(image.dtype == torch.uint8, f"Image of {image.dtype}; expected uint8, 0..255.")
         image = v2.functional.rgb_to_grayscale(image, 3) if self.grey else image
         return super().normalize(image.float() / 255)
 
@@ -88,8 +86,8 @@ def whole_model_state(config: Config) -> dict[str, Tensor] | None:
     if config.weights != "coco":
         state = read_state_dict(config.weights)
         return state if any(name.startswith("roi_heads.") for name in state) else None
-    if config.backbone != "resnet50":
-        raise ValueError(f"weights='coco' needs backbone='resnet50', not {config.backbone!r}.")
+    fits = config.backbone == "resnet50"
+    require(fits, f"weights='coco' needs backbone='resnet50', not {config.backbone!r}.")
     coco = detection.MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1
     name = Path(coco.url).name
     if file := find_weights_file([name]):
@@ -152,7 +150,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
     rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
     rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
-    rpn.box_similarity = lambda *boxes: boxes  # for BlockMatcher
+    rpn.box_similarity = lambda *boxes: boxes  # BlockMatcher compares them itself
     sampling = 0.5, 0.5, config.roi_batch_size, 0.25  # at most a quarter of them positive
     layers, classes = [config.box_features] * config.box_layers, config.num_classes + 1
     faster, mask = detection.faster_rcnn, detection.mask_rcnn

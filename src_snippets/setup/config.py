@@ -10,6 +10,16 @@ import json
 import pandas as pd
 
 
+class BadInput(ValueError):
+    """A file, folder or setting is not what it should be; the message says which and what to do."""
+
+
+def require(condition, message: str) -> None:
+    """Raise BadInput where a condition does not hold."""
+    if not condition:
+        raise BadInput(message)
+
+
 def within(default, low, high):
     """A dataclass field with a default and the inclusive range of its value (of each element)."""
     return field(default=default, metadata={"low": low, "high": high})
@@ -183,8 +193,7 @@ def check_setting(item, value):
     elif limits:
         expected += f", from {limits['low']} to {limits['high']}"
         valid = valid and all(limits["low"] <= v <= limits["high"] for v in values)
-    if not valid:
-        raise ValueError(f"Setting {item.name}={value!r}: expected {expected}.")
+    require(valid, f"Setting {item.name}={value!r}: expected {expected}.")
     return values if is_tuple else values[0]
 
 
@@ -200,8 +209,7 @@ def change_config(config: Config, changes: Mapping) -> Config:
     names, (low, high) = config.class_names, config.scale_jitter
     if "" in names or len(set(names)) < len(names):
         raise ValueError(f"Setting class_names={names}: expected one name per class, each once.")
-    if low > high:
-        raise ValueError(f"Setting scale_jitter={(low, high)}: expected from <= to.")
+    require(low <= high, f"Setting scale_jitter={(low, high)}: expected from <= to.")
     if config.fold > (config.folds if config.folds > 1 else 0):
         raise ValueError(f"Setting fold={config.fold}: expected at most folds={config.folds}.")
     return config
@@ -209,8 +217,7 @@ def change_config(config: Config, changes: Mapping) -> Config:
 
 def make_config(recipe: str, /, **changes) -> Config:
     """The settings of a recipe with some fields changed; raises ValueError as `change_config`."""
-    if recipe not in RECIPES:
-        raise ValueError(f"There is no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
+    require(recipe in RECIPES, f"There is no recipe {recipe!r}; there are: {', '.join(RECIPES)}.")
     return change_config(Config(recipe=recipe), {**RECIPES[recipe], **changes})
 
 
@@ -218,9 +225,9 @@ def with_class_names(config: Config, names: Sequence[str]) -> Config:
     """The settings with a dataset's class names, or the user's; ValueError for another number."""
     if config.class_names == Config.class_names:
         return replace(config, class_names=tuple(names))
-    if len(config.class_names) != len(names):
-        expected = f"{len(names)} names, for the classes {', '.join(names)} of the dataset"
-        raise ValueError(f"Setting class_names={config.class_names}: expected {expected}.")
+    expected = f"{len(names)} names, for the classes {', '.join(names)} of the dataset"
+    same = len(config.class_names) == len(names)
+    require(same, f"Setting class_names={config.class_names}: expected {expected}.")
     return config
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from src_snippets.setup.config import Config
+from src_snippets.setup.config import Config, require
 
 
 def default_device() -> torch.device:
@@ -29,9 +29,9 @@ def choose_precision(config: Config, device: torch.device) -> str:
     on_gpu = device.type == "cuda"
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     possible = ["no"] + ["fp16"] * on_gpu + ["bf16"] * has_bf16
-    if config.precision not in ("auto", *possible):
-        expected = f"expected auto, {' or '.join(possible)} on this {device.type}"
-        raise ValueError(f"Setting precision={config.precision!r}: {expected}.")
+    expected = f"expected auto, {' or '.join(possible)} on this {device.type}"
+    known = config.precision in ("auto", *possible)
+    require(known, f"Setting precision={config.precision!r}: {expected}.")
     return config.precision if config.precision != "auto" else possible[-1] if on_gpu else "no"
 
 

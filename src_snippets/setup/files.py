@@ -14,24 +14,13 @@ import IPython
 import pandas as pd
 import torch
 
-from src_snippets.setup.config import change_config, Config
+from src_snippets.setup.config import BadInput, change_config, Config, require
 
 KAGGLE_WORKING = Path("/kaggle/working")  # exists on Kaggle, whose sessions keep what is in it
-PREDICTION_SETTINGS = (
-    *("cache_gb", "workers", "gpus", "max_hours", "class_names", "um_per_px", "channels", "fold"),
-    *("score_threshold", "mask_threshold", "box_nms", "detections", "overlaps", "fusion_iou"),
-    *("tile", "tta", "tta_scales", "export_score_threshold"),
-)
-
-
-class BadInput(ValueError):
-    """A file or folder is not what it should be; the message names it and says what to do."""
-
-
-def require(condition, message: str) -> None:
-    """Raise BadInput where a condition does not hold."""
-    if not condition:
-        raise BadInput(message)
+OTHER_SETTINGS = ("cache_gb", "workers", "gpus", "max_hours", "fold", "class_names")
+OTHER_SETTINGS += ("um_per_px", "export_score_threshold")  # shape neither training nor predictions
+PREDICTION_SETTINGS = ("channels", "score_threshold", "mask_threshold", "box_nms", "detections")
+PREDICTION_SETTINGS += ("overlaps", "fusion_iou", "tile", "tta", "tta_scales", *OTHER_SETTINGS)
 
 
 @contextmanager

@@ -86,9 +86,11 @@ def open_run(folder: Path, resume: bool) -> dict | None:
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, names=None) -> None:
-    """Raises ValueError where settings `names`, by default all that shape training, differ."""
-    before, now = training_settings(saved), training_settings(config)
-    if differ := [k for k in names or now if before[k] != now[k]]:
+    """Raises ValueError where what shapes training differs, or `names` or the order of classes."""
+    before, now = (asdict(each) | training_settings(each) for each in (saved, config))
+    if names and {*saved.class_names} == {*config.class_names}:
+        names = [*names, "class_names"]
+    if differ := [k for k in names or training_settings(config) if before[k] != now[k]]:
         pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)
         raise ValueError(f"{path}: made with other settings: {pairs}. Run from the settings on.")
 

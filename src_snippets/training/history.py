@@ -53,6 +53,5 @@ class LiveHistory:
         if IPython.get_ipython() is None and not is_last:
             scores = [f"{k} {row[k]:.3f}" for k in ("loss", "AP50", "val_loss") if row.get(k)]
             tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
-        figure = plot_history(history, self.names, example)
-        show_figure(figure, self.path, update=self.is_shown)
+        show_figure(plot_history(history, self.names, example), self.path, update=self.is_shown)
         self.is_shown = True

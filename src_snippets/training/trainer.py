@@ -66,12 +66,12 @@ class Session:
     def __init__(self, max_hours: float, evaluations: float = 0.0):
         max_hours = max_hours if max_hours >= 0 else 8.8 * KAGGLE_WORKING.is_dir()
         self.end = Process().create_time() + (3600 * max_hours or inf)
-        self.evaluations, self.evaluation_seconds = evaluations, 0.0  # measured in training
-        self.terminated = False
+        self.evaluations, self.terminated = evaluations, False
+        self.evaluation_seconds = torch.zeros(()).share_memory_()  # measured in forks too
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
-        reserve = 120 + 2 * self.evaluations * self.evaluation_seconds if self.evaluations else 0
+        reserve = 120 + 2 * self.evaluations * float(self.evaluation_seconds)
         return self.terminated or time.time() >= self.end - reserve
 
     @contextmanager
@@ -97,9 +97,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = []
     for factor, modules in parts:
         weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-        rates = dict(lr=factor * lr, peak_lr=factor * lr)
-        groups.append(dict(params=[p for p in weights if p.ndim > 1], **rates))
-        groups.append(dict(params=[p for p in weights if p.ndim <= 1], weight_decay=0.0, **rates))
+        groups.append(dict(params=[p for p in weights if p.ndim > 1], lr=factor * lr))
+        vectors = [p for p in weights if p.ndim <= 1]
+        groups.append(dict(params=vectors, lr=factor * lr, weight_decay=0.0))
     sgd = partial(torch.optim.SGD, momentum=0.9)
     kinds = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam, sgd=sgd)
     groups = [group for group in groups if group["params"]]
@@ -116,18 +116,20 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
         return (step + 1) / warmup
     if config.schedule == "cosine":
         return 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
+    losses = [row["val_loss"] for row in history if "val_loss" in row]
     factor, best, waited = 1.0, inf, 0
-    for row in history if config.schedule == "plateau" else []:
-        if "val_loss" in row:
-            best, waited = (row["val_loss"], 0) if row["val_loss"] < best else (best, waited + 1)
-            factor, waited = (factor / 10, 0) if waited == 3 else (factor, waited)
+    for loss in losses if config.schedule == "plateau" else []:
+        best, waited = (loss, 0) if loss < best else (best, waited + 1)
+        if waited == 3:
+            factor, waited = factor / 10, 0
     return factor
 
 
 def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
     """The score of each evaluation, higher is better; 0 where there is nothing to score."""
     if best_by == "loss":
-        return [-row["val_loss"] for row in history if "val_loss" in row]
+        losses = [row["val_loss"] for row in history if "val_loss" in row]
+        return [-loss if isfinite(loss) else -inf for loss in losses]
     return [row[best_by] or 0.0 for row in history if best_by in row]
 
 
@@ -171,8 +173,8 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
         try:
             with torch.random.fork_rng([device] * (device.type == "cuda")):
                 batch = accelerate.utils.send_to_device(collate([pair] * batch_size), device)
-                batch += ([torch.zeros_like(p) for p in model.parameters() for _ in range(copies)],)
-                sum(model.train()(*batch[:2]).values()).backward()
+                _state = [torch.zeros_like(p) for p in model.parameters() for _ in range(copies)]
+                sum(model.train()(*batch).values()).backward()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -180,7 +182,7 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
                 message = "The GPU's memory does not suffice for one crop: lower crop or scale."
                 raise RuntimeError(message) from error
             is_full = True
-        batch = None
+        batch = _state = None
         model.zero_grad()
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
@@ -220,14 +222,13 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     row = {name: scores[name] for name in ("AP", "AP50", "AP75")}
     if config.best_by == "loss" or config.schedule == "plateau":
         row["val_loss"] = validation_loss(model, samples, config)
-    owners = [a["image_id"] for a in ground_truth["annotations"]] or [1]
-    index = int(np.bincount(owners).argmax()) - 1
+    index = max(range(len(samples)), key=lambda i: len(samples[i].labels))
     return row, (samples[index], predictions[index].above(config.export_score_threshold))
 
 
 MAX_BAD_STEPS = 10  # in a row
 SAVE_SECONDS = 300  # at most between two `last.pt`; evaluations and the end write it too
-PROGRESS = ("history", "steps", "seconds")  # what last.pt holds beside the parts and settings
+PROGRESS = ("history", "steps", "max_steps", "seconds", "evaluation_seconds")  # in last.pt
 
 
 class TrainingState:
@@ -235,7 +236,8 @@ class TrainingState:
 
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
-        self.history, self.steps, self.seconds = [], 0, 0.0
+        self.history, self.steps, self.max_steps = [], 0, 0
+        self.seconds = self.evaluation_seconds = 0.0
         # On a mounted Drive each replaced file stays in the bin: there at evaluations alone
         self.save_seconds = inf if "drive" in self.folder.parts else SAVE_SECONDS
         self.saved, self.saved_epochs = time.time(), 0
@@ -248,8 +250,10 @@ class TrainingState:
             kwargs_handlers=[accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         state = broadcast(open_run, self.folder, resume)
-        self.model = to_device(build_model(config, state is None and is_main()))
-        optimizer = build_optimizer(self.model, config)
+        self.model = build_model(config, state is None and is_main())
+        self.model.load_state_dict(broadcast(self.model.state_dict))  # DDP leaves the buffers
+        optimizer = build_optimizer(to_device(self.model), config)
+        self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.parts, self.best_model = dict(model=self.model, optimizer=optimizer), self.model
         if config.ema:  # with a warm-up, by which the first weights are soon forgotten
             options = dict(use_warmup=True, warmup_power=0.75, exclude_buffers=True)
@@ -298,7 +302,7 @@ class TrainingState:
 
 
 # %%
-# @title Trainer: step, epoch, fit; train, which launch runs in each process
+# @title Trainer: step, epoch, fit
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
 
@@ -313,6 +317,7 @@ class Trainer(TrainingState):
         super().__init__(config, folder, resume)
         self.train_samples, self.val_samples = train_samples, val_samples
         self.session, self.callback, self.example = session or Session(0.0), callback, None
+        self.session.evaluation_seconds.clamp_(min=self.evaluation_seconds)  # of a session before
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
 
     def step(self, images, targets) -> list[dict]:
@@ -332,8 +337,8 @@ class Trainer(TrainingState):
         max_norm = self.config.clip_norm or inf
         if self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm).isfinite():
             factor = lr_factor(self.steps, self.total_steps, self.config, self.history)
-            for group in self.optimizer.param_groups:
-                group["lr"] = factor * group["peak_lr"]
+            for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
+                group["lr"] = factor * peak
             self.optimizer.step()
             self.steps, self.bad_steps = self.steps + 1, 0
             self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
@@ -358,32 +363,32 @@ class Trainer(TrainingState):
     def run_epoch(self, epoch: int, bar) -> None:
         """Trains an epoch, evaluates where that is due, writes the checkpoints.
 
-        One that the session's end cuts is dropped, or `best.pt` where there is none yet.
+        One that the session's end cuts is made again; it is `best.pt` where there is none yet.
         """
         config, start, losses = self.config, time.perf_counter() - self.seconds, []
-        limit = 3600 * config.train_hours or inf
+        limit, steps = 3600 * config.train_hours or inf, self.steps
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
         self.loader.set_epoch(epoch)  # order of the images
         self.loader.dataset.epoch.fill_(epoch)
         self.model.train()
         self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
         for images, targets in self.loader:
-            losses += self.step(images, targets)
-            bar.update()
-            bar.set_postfix(losses[-1] if losses else {}, refresh=False)
             used, is_over = all_max((time.perf_counter() - start) / limit, self.session.is_over())
             if used * self.steps:  # the schedule ends with the steps that fit into `train_hours`
                 self.total_steps = min(self.steps / min(used, 1), self.max_steps)
                 bar.total = ceil(bar.n * self.total_steps / self.steps)
+            losses += self.step(images, targets)
+            bar.update()
+            bar.set_postfix(losses[-1] if losses else {}, refresh=False)
             if used >= 1 or is_over:
                 break
         for own, buffer in zip(self.best_model.buffers(), self.model.buffers(), strict=True):
             if buffer.is_floating_point():  # each process has seen other images
                 own.copy_(buffer.copy_(self.accelerator.reduce(buffer, "mean")))
-        is_over = all_max(self.session.is_over())[0]
         if is_over and is_main() and not (self.folder / "best.pt").exists():
             self.save_best()
         if is_over or not losses:  # no step, as at first where fp16's scale is too high: once more
+            self.steps = steps  # or the schedule would count them twice
             return
         row = dict(epoch=epoch, lr=max(group["lr"] for group in self.optimizer.param_groups))
         row |= {name: np.mean([step[name] for step in losses]) for name in losses[0]}
@@ -396,7 +401,8 @@ class Trainer(TrainingState):
         is_last = self.seconds >= limit or epoch == config.epochs
         if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
-            self.session.evaluation_seconds = time.perf_counter() - start - self.seconds
+            self.evaluation_seconds = time.perf_counter() - start - self.seconds
+            self.session.evaluation_seconds.fill_(self.evaluation_seconds)
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
@@ -419,10 +425,12 @@ class Trainer(TrainingState):
         loader = training_loader(self.train_samples, config, batch_size)
         self.loader = self.accelerator.prepare(loader)
         batches = len(self.loader)
-        self.max_steps = self.total_steps = config.epochs * ceil(batches / accumulate)
+        max_steps = config.epochs * ceil(batches / accumulate)
+        self.steps = round(self.steps * max_steps / (self.max_steps or max_steps))  # by other GPUs
+        self.max_steps = self.total_steps = max_steps
         if not reason:
-            crops, lr = batch_size * accumulate * world_size(), self.optimizer.param_groups[-1]
-            print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr['peak_lr']:.2g}")
+            crops, lr = batch_size * accumulate * world_size(), self.peak_lrs[-1]
+            print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr:.2g}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
         with self.session.listen(), bar:
@@ -443,6 +451,8 @@ class Trainer(TrainingState):
         return self.history
 
 
+# %%
+# @title train, which launch runs in each process
 def train(*arguments) -> list[dict]:
     """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
     history = Trainer(*arguments).fit()
