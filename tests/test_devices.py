@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from types import SimpleNamespace
+import weakref
 
 from accelerate import Accelerator
 import IPython
@@ -78,6 +79,21 @@ def test_one_process_has_all_to_itself():
     assert found["turns"] == [f"{i} by 0" for i in range(5)]
     assert (found["fewer"], found["highest"]) == ([0], [0, 0, False])
     assert (gather([]), list(rank_indices(0)), all_max()) == ([], [], [])
+
+
+def test_what_an_error_interrupted_is_not_kept():
+    """A notebook keeps the last error, and with it all variables of the functions it came from."""
+    kept = []
+
+    def fails():
+        tensor = torch.zeros(3)
+        kept.append(weakref.ref(tensor))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as error:
+        launch(DEMO, fails)
+    assert error.value.__traceback__
+    assert kept[0]() is None
 
 
 def test_gpus_are_used_up_to_the_setting(two, monkeypatch):

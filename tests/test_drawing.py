@@ -123,6 +123,12 @@ def test_figures_say_what_they_show(sample):
     assert not any(axis.axison for axis in figure.axes)
 
 
+def test_tall_images_make_no_endless_figure():
+    tall = empty_sample(600, 6)
+    figure = plot_predictions([tall] * 3, [ground_truth(tall)] * 3, [([], [])] * 3, NAMES)
+    assert figure.get_figheight() < 2 * figure.get_figwidth()
+
+
 def test_many_long_names_take_several_rows(sample):
     names = [f"a long name of a class {k}" for k in range(9)]
     figure = plot_samples([(sample.image.numpy(), ground_truth(sample), "a")], names)

@@ -596,6 +596,7 @@ def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path, gre
 # Pixel size
 
 OME = '<OME><Image><Pixels PhysicalSizeX="0.5" PhysicalSizeY="0.5"{}/></Image></OME>'
+PREVIEW = '<Image><Pixels PhysicalSizeX="8" PhysicalSizeY="8"/></Image></OME>'
 
 
 @pytest.mark.parametrize(
@@ -612,6 +613,7 @@ OME = '<OME><Image><Pixels PhysicalSizeX="0.5" PhysicalSizeY="0.5"{}/></Image></
         (dict(imagej=True, resolution=(4, 4)), 0),  # of no unit
         (dict(imagej=True, resolution=(1, 1), metadata=dict(unit="pixel")), 0),
         (dict(description=OME.format("")), 0.5),
+        (dict(description=OME.format("").replace("</OME>", PREVIEW)), 0.5),  # of the first image
         (dict(description=OME.format(' PhysicalSizeXUnit="nm"')), 0),
         (dict(description=OME.replace("0.5", "500").format(' PhysicalSizeXUnit="nm"')), 0.5),
     ],

@@ -1,4 +1,5 @@
 from collections import Counter
+from contextlib import nullcontext
 import json
 import math
 from pathlib import Path
@@ -364,6 +365,27 @@ def test_runs_counted_along_the_other_axis_are_refused(tmp_path, layout, size):
         open_dataset(tmp_path / "wrong", CONFIG).read(name)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_light_that_falls_off_to_one_side_does_not_decide(tmp_path, order):
+    """All cells are on the left, it is darker downwards, and they themselves are hardly seen."""
+    image, masks = field_with_cells(160, 160, contrast=-25)
+    masks = [mask for mask in masks if np.nonzero(mask)[1].mean() < 80]
+    assert len(masks) >= 10
+    image = (image + np.linspace(70, 0, 160)[:, None, None]).clip(0, 255).astype(np.uint8)
+    make_field(tmp_path, image, masks, order, "csv")
+    with nullcontext() if order == "C" else refused("mirrored at its", tmp_path / "train.csv"):
+        assert len(open_dataset(tmp_path, CONFIG).read("a").labels) == len(masks)
+
+
+def test_branched_cells_on_a_narrow_image_are_no_stripes(tmp_path):
+    mask = np.zeros((100, 1000), bool)
+    for left in (100, 110, 120):
+        mask[20:60, left : left + 3] = True  # three runs per row, 10 px apart
+    mask[60:64, 100:123] = True
+    make_field(tmp_path, np.full((100, 1000, 3), 90, np.uint8), [mask], "C", "csv")
+    assert len(open_dataset(tmp_path, CONFIG).read("a").labels) == 1
+
+
 @pytest.mark.parametrize("layout", ["csv", "coco"])
 @pytest.mark.parametrize("kind", ["invisible", "flat", "few", "symmetric", "lines"])
 def test_cells_that_the_image_does_not_show_are_read(tmp_path, layout, kind):
@@ -499,6 +521,22 @@ def make_coco(root: Path, content, file: str = "train.json") -> Path:
     (root / file).parent.mkdir(exist_ok=True)
     (root / file).write_text(json.dumps(content))
     return root
+
+
+def test_coco_with_one_folder_of_images_for_all_parts(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name in ("a", "b", "c"):
+        Image.fromarray(RGB).save(tmp_path / "images" / f"{name}.png")
+    for part, name in (("train", "a"), ("test", "c")):
+        images = [dict(file_name=f"{name}.png", id=9, height=10, width=14)]
+        rows = coco_content()["annotations"] if part == "train" else []
+        content = coco_content(images=images, annotations=rows)
+        write_json(content, tmp_path / "annotations" / f"{part}.json")
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert (dataset.layout, dataset.names) == ("coco", ["a.png"])
+    assert [(path.name, key) for path, key, *_ in dataset.test_images] == [("c.png", 9)]
+    assert [path.name for path in next(iter(dataset.left_out.values()))] == ["b.png"]
 
 
 def test_a_coco_file(tmp_path):
@@ -898,6 +936,9 @@ def open_pair(root: Path, image: str):
         ("train/images/a.png", "train/labels/a.tif"),
         ("images/a.png", "masks/a.png"),
         ("images/a.png", "labels/a.tif"),
+        ("train/a.ome.tif", "train/a_masks.tif"),
+        ("images/a.ome.tif", "masks/a_masks.ome.tif"),
+        ("train/images/classA_1.png", "train/masks/classA_1.png"),  # no class files of a folder
     ],
 )
 def test_pairs_of_cellpose_and_stardist(tmp_path, image, labels):
@@ -988,6 +1029,7 @@ def block(top, left, bottom, right) -> list[int]:
         ("train/images/a.png", "train/geojson/a.geojson"),
         ("images/a.png", "geojson/a.geojson"),
         ("images/a.tif", "qupath/a.geojson"),
+        ("images/a.ome.tif", "geojson/a.geojson"),
     ],
 )
 def test_pairs_of_qupath(tmp_path, image, outlines):
@@ -1198,7 +1240,10 @@ def test_validation_folders_of_class_files(tmp_path):
     assert len(dataset.left_out["images without ground truth, not listed or not readable"]) == 3
 
 
-@pytest.mark.parametrize(("train", "val"), [("train", "val"), ("train", "images/val"), ("", "val")])
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("train", "val"), ("train", "images/val"), ("", "val"), ("train", "validation")],
+)
 def test_validation_folders_of_pairs(tmp_path, train, val):
     write_pair(tmp_path / (train or "images"), "a")
     write_pair(tmp_path / val, "a")

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from src_snippets.data import samples as module
-from src_snippets.data.layouts import CellDataset, open_dataset
+from src_snippets.data.layouts import CellDataset, open_dataset, OUTSIDE
 from src_snippets.data.samples import (
     available_memory,
     CellSamples,
@@ -129,6 +129,25 @@ def test_more_than_one_in_twenty_left_out_is_a_warning(lost, warned):
     told = dataset_warnings(samples, {}, CONFIG)
     assert ("WARNING" in told) is warned
     assert told.startswith("WARNING: 2 of 21 instances" if warned else "each class has instances")
+
+
+def test_outlines_of_another_resolution_are_refused():
+    sample = make_sample([np.arange(1, 5).reshape(1, 4)], [1])
+    samples = drawn([*"xy"], lambda name: replace(sample, left_out={OUTSIDE: 2}))
+    assert len(samples) == 2
+    with refused(r"10 annotations without a pixel in the image \(coordinates of another size"):
+        drawn([*"xy"], lambda name: replace(sample, left_out={OUTSIDE: 5}))
+
+
+def test_a_plateau_without_validation_images_is_told():
+    samples = drawn(["x"], lambda name: make_sample([np.arange(1, 5).reshape(1, 4)], [1]))
+    config = replace(CONFIG, class_names=("a", "b"), schedule="plateau")
+    splits = {0: dict(train=["x"], val=[])}
+    assert "without validation images schedule='plateau'" in dataset_warnings(
+        samples, splits, config
+    )
+    config = replace(config, schedule="cosine")
+    assert "plateau" not in dataset_warnings(samples, splits, config)
 
 
 def test_all_left_out_is_an_error_that_counts():

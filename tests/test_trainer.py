@@ -713,6 +713,32 @@ def test_a_later_session_knows_how_long_an_evaluation_takes(parts, tiny_config, 
     assert float(session.evaluation_seconds) == pytest.approx(spent) != 0
 
 
+def test_a_later_session_may_have_another_layout_of_memory(parts, tiny_config, tmp_path):
+    """As where a T4 began and an A100 goes on with depthwise convolutions."""
+    train(replace(tiny_config, epochs=1), *parts, tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    for kept in state["optimizer"]["state"].values():
+        kept |= {name: value.contiguous() for name, value in kept.items()}
+    torch.save(state, tmp_path / "last.pt")
+    run = Trainer(replace(tiny_config, epochs=1), *parts, tmp_path)
+    strides = {
+        (weight.stride(), value.stride())
+        for weight, kept in run.optimizer.state.items()
+        for name, value in kept.items()
+        if name != "step"
+    }
+    assert len(strides) > 5
+    assert all(own == other for own, other in strides)
+
+
+def test_train_hours_count_figures_and_files_too(parts, tiny_config, tmp_path):
+    config = replace(tiny_config, epochs=1000, train_hours=3 / 3600, eval_every=1000)
+    start = time.time()
+    history = train(config, *parts, tmp_path, None, lambda *_: time.sleep(1.0))
+    assert len(history) <= 4
+    assert time.time() - start < 10
+
+
 def test_the_first_step_of_a_later_session_has_its_learning_rate(parts, tiny_config, tmp_path):
     config = replace(tiny_config, epochs=1000, train_hours=1.0, schedule="cosine", batch_size=2)
     config = replace(config, warmup_steps=0)

@@ -99,7 +99,7 @@ def plot_predictions(samples: list[CellSample], predictions, wrong, names) -> Fi
 
     wrong: indices of missed instances and of wrong predictions of each; crosses mark them.
     """
-    heights = [sample.size[0] / sample.size[1] for sample in samples]
+    heights = [min(sample.size[0] / sample.size[1], 1.5) for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
     figure.set_label("Image, ground truth and prediction side by side, cells outlined by class")
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)

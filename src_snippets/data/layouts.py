@@ -47,14 +47,15 @@ TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
 MAPPING_NAME = "test_image_name_to_ids.json"
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
 # What a part of a dataset is called, by Roboflow and CVAT too, and where its files are
-PARTS = dict(train=("train", "default"), val=("val", "valid"), test=("test",))
+PARTS = dict(train=("train", "default"), val=("val", "valid", "validation"), test=("test",))
 IMAGE_FOLDERS = ("{}", "{}2017", "images/{}", "images/{}2017")
 COCO_FOLDERS = (*IMAGE_FOLDERS, "images")
 COCO_FILES = ("{}.json", "{}_gt.json", "annotations/{}.json", "annotations/instances_{}.json")
 COCO_FILES += ("annotations/instances_{}2017.json", "{}/_annotations.coco.json")
-# How the names of label images end, and of what else Cellpose writes beside an image
-LABEL_END = re.compile(r"(?<!_outlines)(_cp)?_(masks?|labels?)$", re.IGNORECASE)
-OUTPUT_END = re.compile(r"(_outlines)?(_cp)?_(masks?|labels?|flows|output)$", re.IGNORECASE)
+# How the names of images and label images end, and of what else Cellpose writes beside an image
+IMAGE_END = re.compile(r"(_img)?(\.ome)?$")
+LABEL_END = re.compile(r"(?<!_outlines)(_cp)?_(masks?|labels?)(\.ome)?$", re.IGNORECASE)
+OUTPUT_END = re.compile(r"(_outlines)?(_cp)?_(masks?|labels?|flows|output)(\.ome)?$", re.IGNORECASE)
 
 
 class ImageRecord(NamedTuple):
@@ -101,7 +102,7 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     places = (sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", ""))
     labels |= {path.stem: path for path in next(filter(None, places), [])}
     images = [path for path in images if path not in beside]
-    named = {name: p for p in images for name in (p.name, p.stem, p.stem.removesuffix("_img"))}
+    named = {n: p for p in images for n in (p.name, p.stem, IMAGE_END.sub("", p.stem))}
     found = {path: labels[name] for name, path in named.items() if name in labels}
     below = [path for path in sorted(folder.glob("[!.]*")) if deep and path.is_dir()]
     return found or {k: v for path in below for k, v in find_pairs(path, deep=False).items()}
@@ -118,7 +119,7 @@ def find_layout(root: Path) -> str:
         return "csv"
     if find_part(root, "train", COCO_FILES):
         return "coco"
-    if any(train.glob("*/class*.tif")):
+    if any(re.fullmatch(r"class\d+\.tif", path.name) for path in train.glob("*/class*.tif")):
         return "folders"
     apart = (root / "images").is_dir() and find_pairs(root, deep=False)
     return "pairs" if find_pairs(train) or apart else "images"
@@ -361,10 +362,7 @@ def find_brush_masks(table: pd.DataFrame) -> pd.Index:
 
 
 def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
-    """Open the COCO files of the training and, below its folder, the validation part.
-
-    Raises BadInput; see `open_csv` for what comes out.
-    """
+    """Open the COCO files of the training and the validation part; results as of `open_csv`."""
     records, validation, rows, kinds, listed = {}, set(), [], [], 0
     source = find_part(root, "train", COCO_FILES)
     for part in ("train", "val"):
@@ -442,10 +440,7 @@ def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
 # %%
 # @title Open a dataset of any layout
 def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dict[str, list]:
-    """Rows (label, shape, number, reason) of a table of annotations by name. Raises BadInput.
-
-    Where more than a third cannot be used, the rest is not what was meant either.
-    """
+    """Rows (label, shape, number, reason) by name; BadInput where over a third cannot be used."""
     has_shape = table["shape"].astype(bool)
     lost = table["reason"][~has_shape & (table["reason"] != "")].value_counts()
     found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
@@ -477,9 +472,10 @@ def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) ->
     step = np.median(steps[steps > 0]) if len(steps) >= 20 else width
     found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
     help_text = "CSV counts row by row, COCO column by column: transpose the masks."
-    require(abs(step - height) >= abs(step - width) / 4, f"{found}. {help_text}")
+    require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{found}. {help_text}")
     if height == width and len(parts) >= 10:
         inside, grey = np.zeros((height, width), bool), image.sum(axis=0, dtype=np.float32)
+        grey -= ndimage.uniform_filter(grey, height // 4)  # light that falls off to one side
         inside.flat[pixels] = True
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
@@ -532,7 +528,7 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[
     paths = image_files(folder)
     if table.is_file():
         paths = list(match_images([folder], read_table(table, {"id"})["id"], table).values())
-    names = {path.stem.removesuffix("_img") for path in paths}  # those of outputs are left out
+    names = {IMAGE_END.sub("", path.stem) for path in paths}  # those of outputs are left out
     paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
     images, errors = [], []
     for path in paths:
@@ -579,7 +575,8 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
         records = {name: records[path] for name, path in files.items()}
         rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
         read = partial(read_annotated, source, records, rows, config)
-    test = find_part(root, "test", ("{}/images", *IMAGE_FOLDERS)) or root / "test"
+    places = COCO_FOLDERS if find_part(root, "test", COCO_FILES) else IMAGE_FOLDERS
+    test = find_part(root, "test", ("{}/images", *places)) or root / "test"
     test = root if layout == "images" else root / "test_release" if is_mapped else test
     test_images = list_test_images(root, test, config.channels)
     used = {*paths, *used, *(image.path for image in test_images)}

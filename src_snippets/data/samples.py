@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from src_snippets.data.appearance import appearance_features, group_by_appearance, image_borders
-from src_snippets.data.layouts import CellDataset, ImageRecord
+from src_snippets.data.layouts import CellDataset, ImageRecord, OUTSIDE
 from src_snippets.data.structures import CellSample
 from src_snippets.setup.config import Config, require
 from src_snippets.setup.devices import is_main, world_size
@@ -66,6 +66,8 @@ class CellSamples(Sequence):
         columns = ["of", "reason", "count", "example"]
         table = pd.DataFrame(lost, columns=columns).groupby(columns[:2], sort=False)
         self.summary = table.agg({"count": "sum", "example": "first"})
+        outside = sum(count for _, reason, count, _ in lost if reason == OUTSIDE)
+        require(2 * outside <= total, f"{dataset.root}: {outside:,} annotations {OUTSIDE}.")
         found = f"{dataset.root}: no instances in any training image; expected some."
         require(total or not self.names, f"{found}\n{self.summary.to_string()}")
         show_table(self.summary)
@@ -180,6 +182,8 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         lines.append(f"The dataset's own {len(own)} validation images {use}.")
         if alone and (copies := groups.drop(own).isin(groups[own]).sum()):
             lines.append(f"WARNING: {copies} training images are copies of these, or of one group.")
+    if not any(split["val"] for split in splits.values()) and config.schedule == "plateau":
+        lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         lines.append(f"WARNING: {crowded} images have more instances than can be found, {limit}:")

@@ -31,10 +31,7 @@ def blurred_noise(rng: np.random.Generator, size: tuple[int, int], sigma) -> np.
 
 
 def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
-    """Draw one image (H, W, 3) uint8 and `{class: (H, W) float64}` of ids, unique over classes.
-
-    About half of the cells lie beside another one, a few overlap it, the edges cut some.
-    """
+    """Draw one image (H, W, 3) uint8 and `{class: (H, W) float64}` of ids, unique over classes."""
     size = height + 2 * REACH, width + 2 * REACH  # with a margin, cut off in the end
     pale = 1 / (1 + np.exp(1.2 - 42 * blurred_noise(rng, size, 14.0)))  # gaps in the tissue
     fibres = blurred_noise(rng, size, (1.2, 5.0)) * (57, 75, 48)

@@ -68,17 +68,15 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         style = dict(color=class_color(label), markeredgecolor="#555555", alpha=0.6)
         axes[1].plot(*dots, "o", label=f"{name}, mean error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
-    ticks = [t for t in (0, 2, 5, 10, 20, 50, 100, 300, 1000) if t <= max(axes[1].get_xlim()[1], 2)]
-    axes[1].set(xscale="symlog", yscale="symlog")
-    axes[1].set(xticks=ticks, yticks=ticks, xticklabels=ticks, yticklabels=ticks)
     axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
     known = table[table.target >= 0].sort_values("target_area")
     for _, group in known.groupby(6 * np.arange(len(known)) // max(len(known), 1)):
         test = stats.binomtest(int((group.label == group.target_label).sum()), len(group))
         errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
         axes[2].errorbar(np.sqrt(group.target_area).mean(), test.statistic, errors, fmt="C0o")
-    axes[2].set(xlabel="size (square root of the area), px", ylabel="recall", ylim=(0, 1.02))
-    axes[2].set_title("Recall by size, 95% CI")
+    axes[2].set(
+        xlabel="square root of the area, px", title="Recall by size, 95% CI", ylim=(0, 1.02)
+    )
 
 
 def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:

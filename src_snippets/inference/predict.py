@@ -45,10 +45,7 @@ def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instan
 
 
 def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
-    """Predict the samples of all parts, in their order.
-
-    parts: a checkpoint and a sequence of samples that it was not trained on, each.
-    """
+    """Predict the samples of all parts: a checkpoint, and samples that it was not trained on."""
     threshold = min(config.score_threshold, VALIDATION_THRESHOLD)
     config, predictions = replace(config, score_threshold=threshold), []
     for path, samples in parts:
@@ -59,10 +56,7 @@ def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
 
 
 def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFrame, str]:
-    """AP, AP50, AP75 (0..1) of validation predictions, as submitted and from score 0.05 on.
-
-    Also returns a line with what `score_threshold` costs, and the line that changes it.
-    """
+    """AP (0..1) of validation predictions, as submitted and from 0.05 on; the price as text."""
     truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
     rows, thresholds = {}, {"as submitted": config.score_threshold}
     for name, threshold in (thresholds | {"from 0.05 on": VALIDATION_THRESHOLD}).items():

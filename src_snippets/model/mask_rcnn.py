@@ -184,10 +184,7 @@ def to_device(model: nn.Module) -> nn.Module:
 # %%
 # @title Anchors and the boxes that they fit
 def anchor_fits(sides: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Which sides (N, 2) an anchor fits, IoU 0.5 centre on centre: (N,) bool; anchors (A, 2).
-
-    Width and height in network pixels.
-    """
+    """Which sides (N, 2) in network px an anchor fits with IoU 0.5, (N,) bool; anchors (A, 2)."""
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
     anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
     overlap = np.minimum(sides[:, None], anchors).prod(-1)

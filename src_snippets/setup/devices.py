@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from tempfile import TemporaryFile
+import traceback
 
 import accelerate
 import IPython
@@ -120,7 +121,11 @@ def launch(config: Config, function, *arguments):
     """
     count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
     if count < 2:
-        return function(*arguments)
+        try:
+            return function(*arguments)
+        except BaseException as error:  # which a notebook keeps, and with its frames GPU memory
+            traceback.clear_frames(error.__traceback__)
+            raise
     fork = partial(torch.multiprocessing.start_processes, start_method="fork")
     try:
         fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?

@@ -265,6 +265,9 @@ class TrainingState:
             check_same_settings(state["config"], config, self.folder / "last.pt")
             for name in self.parts.keys() & state.keys():
                 self.parts[name].load_state_dict(state[name])
+            for weight, kept in optimizer.state.items():  # of a GPU with another memory layout
+                own = {k: v for k, v in kept.items() if v.shape == weight.shape}
+                kept |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
             vars(self).update({name: state[name] for name in PROGRESS})
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
@@ -365,7 +368,7 @@ class Trainer(TrainingState):
 
         One that the session's end cuts is made again; it is `best.pt` where there is none yet.
         """
-        config, start, losses = self.config, time.perf_counter() - self.seconds, []
+        config, start, losses = self.config, self.start, []
         limit, steps = 3600 * config.train_hours or inf, self.steps
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
         self.loader.set_epoch(epoch)  # order of the images
@@ -433,6 +436,7 @@ class Trainer(TrainingState):
             print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr:.2g}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
+        self.start = time.perf_counter() - self.seconds
         with self.session.listen(), bar:
             while not reason:
                 done = len(self.history)
