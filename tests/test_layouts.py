@@ -1139,6 +1139,20 @@ def test_our_own_export_for_qupath_is_read_back(tmp_path):
     assert pixels_of(sample)[2] == [row * 50 + x for row in (20, 21, 22) for x in range(2, 9)]
 
 
+def test_a_region_around_detections_is_no_cell(tmp_path):
+    """As QuPath exports all objects; one that was drawn by hand beside the detections is a cell."""
+    cells = [outline(ring(1, 1 + 4 * k, 4, 4 + 4 * k), objectType="detection") for k in range(3)]
+    region, drawn = outline(ring(0, 0, 6, 14), kind="Tumor"), outline(ring(7, 2, 9, 5))
+    root = pair_root(tmp_path, [region, *cells, drawn])
+    dataset = open_dataset(root, CONFIG)
+    sample = dataset.read("a.tif")
+    assert dataset.categories == {1: "cell"}
+    assert sample.labels.tolist() == [1] * 4
+    assert sample.left_out == {"annotations around detections": 1}
+    root = pair_root(tmp_path, [region, drawn])  # nothing was detected: both were drawn
+    assert open_dataset(root, CONFIG).read("a.tif").labels.tolist() == [1, 2]
+
+
 def test_what_has_no_area_in_geojson_is_counted(tmp_path):
     cells = [outline(ring(k, 0, k + 1, 3), kind="x") for k in range(8)]
     point = outline(ring(0, 0, 1, 1), kind="dot") | dict(

@@ -236,10 +236,11 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> Instan
 def read_geojson(path: Path) -> list[tuple]:
     """Read the outlines that QuPath exports: kind, shape, number, reason each. Raises BadInput."""
     with name_file(path):
-        content, rows = json.loads(path.read_text(encoding="utf-8-sig")), []
+        content, rows, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], []
         features = content if isinstance(content, list) else content.get("features", [content])
         for number, feature in enumerate(features, start=1):
-            kind = (feature.get("properties") or {}).get("classification") or {}
+            properties = feature.get("properties") or {}
+            kind = properties.get("classification") or {}
             name = str(kind.get("name") or ": ".join(kind.get("names", ["cell"])))  # or derived
             form = feature["geometry"] or {"type": "nothing"}
             polygons = form["coordinates"] if form["type"] in ("Polygon", "MultiPolygon") else []
@@ -252,6 +253,15 @@ def read_geojson(path: Path) -> list[tuple]:
             reason = f"regions that QuPath ignores ({name})" if name.endswith("*") else reason
             shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
             rows.append((name, shape, number, reason))
+            points = np.concatenate(rings) if rings else np.zeros((1, 2))
+            boxes.append((properties.get("objectType"), *points.min(axis=0), *points.max(axis=0)))
+        boxes = pd.DataFrame(boxes, columns=["type", "left", "top", "right", "bottom"])
+        cells = boxes[boxes["type"].isin(["detection", "cell"])]
+        for index, box in boxes[boxes["type"] == "annotation"].iterrows():
+            inside = (cells["left"] >= box["left"]) & (cells["right"] <= box["right"])
+            inside &= (cells["top"] >= box["top"]) & (cells["bottom"] <= box["bottom"])
+            if inside.sum() > 1:
+                rows[index] = rows[index][0], "", index + 1, "annotations around detections"
     return rows
 
 

@@ -320,10 +320,7 @@ OUTSIDE = "without a pixel in the image (coordinates of another size?)"
 
 
 def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, str]:
-    """Encode polygons or a COCO RLE as RLE, None without a pixel. Raises ValueError.
-
-    The second value says why all or some of it is left out, "" where nothing is.
-    """
+    """An RLE of polygons or a COCO RLE, None without a pixel; why all or some of it is left out."""
     if segmentation != segmentation or not segmentation:  # NaN: no such key
         return None, "without an outline (boxes only)"
     if isinstance(segmentation, dict):
@@ -544,10 +541,7 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[
 
 
 def open_dataset(root: Path, config: Config) -> CellDataset:
-    """List the images of a dataset, and what is left out. Raises BadInput.
-
-    Classes are those of `config.class_names` for folders, else those that the files tell.
-    """
+    """List a dataset's images and what is left out; folders have `config.class_names`. BadInput."""
     layout, is_mapped = find_layout(root), (root / MAPPING_NAME).is_file()
     train = find_part(root, "train", COCO_FOLDERS) if layout == "coco" else root / "train"
     train = root if layout == "pairs" and not find_pairs(train) else train

@@ -33,10 +33,9 @@ def available_memory() -> int:
 class CellSamples(Sequence):
     """The training images of a dataset, all read once; BadInput: a broken one, or no instances.
 
-    cache_gb: 1e9 bytes of decoded images kept in memory, at most half of what is free; the others
-    are read again when needed. Attributes: names, of the dataset; counts, (n, C + 1) int64, of
-    instances by image and class; summary, what was read and what left out, by reason, with an
-    example; digest, text that changes with any pixel, id or class.
+    cache_gb: 1e9 bytes of decoded images kept in memory, at most half of what is free; others are
+    read again. Attributes: names; counts, (n, C + 1) int64, of instances by image and class;
+    summary, what was read and left out, by reason; digest, changes with any pixel, id or class.
     """
 
     def __init__(self, dataset: CellDataset, cache_gb: float):

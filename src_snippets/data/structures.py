@@ -62,9 +62,8 @@ class Instances:
 def pack_layers(parts: Iterable[tuple], size: tuple[int, int], overlaps: bool = True):
     """Pack instances into as few layers as overlaps allow; (layers, labels) of a `CellSample`.
 
-    parts: (pixels, ids, label) each: (K,) row-major offsets, (K,) ints that tell the instances of
-    the part apart, and the label of them all; size: H, W. Without `overlaps` a pixel belongs to the
-    first part that claims it.
+    parts: (pixels, ids, label) each: (K,) row-major offsets, (K,) ints that tell instances apart,
+    their label; size: H, W. Without `overlaps` a pixel belongs to the first part that claims it.
     """
     layers, labels = [np.zeros(size[0] * size[1], np.int32)], []
     for pixels, ids, label in parts:

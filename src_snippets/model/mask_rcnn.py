@@ -112,10 +112,7 @@ def with_model_settings(config: Config, changes: Mapping) -> Config:
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bool = False) -> None:
-    """Loads a state dict; raises ValueError where it does not fit.
-
-    With `new_classes`, layers of `CLASS_LAYERS` may differ: they stay, and a line is printed.
-    """
+    """Loads a state dict that fits, or with `new_classes` all but `CLASS_LAYERS`; ValueError."""
     own, new = ({k: v.shape for k, v in side.items()} for side in (model.state_dict(), state))
     # Frozen norms do not count batches
     differ = sorted({k for k, _ in own.items() ^ new.items() if "num_batches" not in k})
