@@ -490,6 +490,7 @@ with keep_going("the report"):
 # On Kaggle they also lie in the Output panel at the right. `report.html` has all figures.
 
 # %%
+print("DEMO: these cells are synthetic. Do not submit them." * is_demo)
 if scores is not None:
     print(f"validation AP50 {scores['AP50'].iloc[0]:.3f} on {len(val_samples)} images")
 if archive:

@@ -90,10 +90,17 @@ def test_what_an_error_interrupted_is_not_kept():
         kept.append(weakref.ref(tensor))
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as error:
-        launch(DEMO, fails)
-    assert error.value.__traceback__
-    assert kept[0]() is None
+    def explains():
+        try:
+            fails()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("lower crop") from error
+
+    for function, kind in ((fails, KeyboardInterrupt), (explains, RuntimeError)):
+        with pytest.raises(kind) as error:
+            launch(DEMO, function)
+        assert error.value.__traceback__
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_gpus_are_used_up_to_the_setting(two, monkeypatch):

@@ -596,7 +596,7 @@ def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path, gre
 # Pixel size
 
 OME = '<OME><Image><Pixels PhysicalSizeX="0.5" PhysicalSizeY="0.5"{}/></Image></OME>'
-PREVIEW = '<Image><Pixels PhysicalSizeX="8" PhysicalSizeY="8"/></Image></OME>'
+PREVIEW = '<Image><Pixels PhysicalSizeX="8" PhysicalSizeXUnit="mm"/></Image></OME>'
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ def test_class_files_are_a_dataset_and_images_alone_may_be_predicted(tmp_path):
     own = tmp_path / "own"
     (own / "train" / "a").mkdir(parents=True)
     assert find_layout(own) == "images"
-    (own / "train" / "a" / "class2.tif").touch()
+    (own / "train" / "a" / "class_2.tif").touch()  # its reader says how it has to be called
+    assert find_layout(own) == "images"
+    (own / "train" / "a" / "image.tif").touch()
     assert find_layout(own) == "folders"
     assert find_dataset("", [str(tmp_path)]) == own
     alone = tmp_path / "images"
@@ -1153,6 +1155,20 @@ def test_a_region_around_detections_is_no_cell(tmp_path):
     assert open_dataset(root, CONFIG).read("a.tif").labels.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("image", ["a.tif", "a_img.tif", "a.ome.tif"])
+def test_corrected_outlines_come_before_a_label_image(tmp_path, image):
+    """Under the name of our own export, and with a label image named after the image."""
+    root = save_images(tmp_path / "data", f"train/{image}", "test/t.png")
+    Image.fromarray(IDS).save(root / "train" / "a_masks.tif")
+    path = write_geojson(
+        root / "train" / f"{Path(image).stem}.geojson", [outline(ring(1, 2, 4, 6))]
+    )
+    dataset = open_dataset(root, CONFIG)
+    assert pixels_of(dataset.read(image)) == [block(1, 2, 4, 6)]
+    path.unlink()
+    assert len(open_dataset(root, CONFIG).read(image).labels) == 2
+
+
 def test_what_has_no_area_in_geojson_is_counted(tmp_path):
     cells = [outline(ring(k, 0, k + 1, 3), kind="x") for k in range(8)]
     point = outline(ring(0, 0, 1, 1), kind="dot") | dict(
@@ -1298,9 +1314,10 @@ def test_validation_images_of_a_table(tmp_path, listed):
 
 
 def test_label_images_beside_images_are_left_out(tmp_path):
-    kept = ["a.png", "b.png", "c_masks.png", "d_img.png"]
+    kept = ["a.png", "b.png", "c_masks.png", "d_img.png", "h.ome.tif"]
     outputs = ["a_cp_masks.png", "a_cp_output.png", "a_flows.tif", "a_outlines_cp_masks.png"]
-    outputs += ["b_masks.tif", "d_labels.png", "d_masks.png"]
+    outputs += ["b_masks.tif", "d_img_cp_masks.tif", "d_labels.png", "d_masks.png"]
+    outputs += ["h.ome_cp_masks.tif", "h_masks.ome.tif"]
     others = ["e.webp", "f.czi"]
     for name in (*kept, *outputs):
         Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / name)

@@ -660,7 +660,7 @@ def test_a_limit_beyond_the_epochs_changes_nothing(finished, parts, tiny_config,
 class Short(Session):
     """Is over after a number of look-ups."""
 
-    left = 2
+    left = 3
 
     def is_over(self):
         self.left -= 1
@@ -686,7 +686,7 @@ def test_a_session_that_ends_is_continued_exactly(parts, tiny_config, tmp_path, 
 def test_the_steps_of_a_cut_epoch_are_made_again_and_counted_once(parts, tiny_config, tmp_path):
     config = replace(tiny_config, epochs=2, batch_size=2, eval_every=2)  # three steps an epoch
     session = Short(1.0)
-    session.left = 5  # until the second step of the second epoch
+    session.left = 6  # until the second step of the second epoch
     assert len(train(config, *parts, tmp_path, session)) == 1
     assert load_checkpoint(tmp_path / "last.pt")["steps"] == 3
     assert len(train(config, *parts, tmp_path)) == 2
@@ -697,7 +697,7 @@ def test_with_other_gpus_the_schedule_goes_on_where_it_was(parts, tiny_config, t
     """Twice the batches per epoch are what one GPU makes of a run that two began."""
     config = replace(tiny_config, epochs=4, batch_size=2, eval_every=4, schedule="cosine")
     session = Short(1.0)
-    session.left = 7  # after two epochs of three steps
+    session.left = 9  # after two epochs of three steps
     train(config, *parts, tmp_path, session)
     run = Trainer(config, parts[0] * 2, parts[1], tmp_path)
     assert (len(run.history), run.steps, run.max_steps) == (2, 6, 12)
@@ -743,7 +743,7 @@ def test_the_first_step_of_a_later_session_has_its_learning_rate(parts, tiny_con
     config = replace(tiny_config, epochs=1000, train_hours=1.0, schedule="cosine", batch_size=2)
     config = replace(config, warmup_steps=0)
     session = Short(1.0)
-    session.left = 3  # after an epoch of three steps
+    session.left = 4  # after an epoch of three steps
     train(config, *parts, tmp_path, session)
     run = Trainer(config, *parts, tmp_path, Short(1.0))
     run.seconds, run.session.left = 3600 * 0.9, 0  # nine tenths of the time are over; one step
@@ -779,6 +779,10 @@ def test_a_session_reserves_time_to_predict(monkeypatch):
         os._exit(0)
     os.waitpid(child, 0)
     assert not over_after(1000 - 120 - 400 - 1)
+    session.evaluation_seconds.fill_(10_000)  # more than the session has: half of it is training
+    assert not over_after(1000 - 1800 - 1)
+    assert over_after(1000 - 1800 + 1)
+    session.evaluation_seconds.fill_(100)
     assert over_after(1000 - 120 - 400 + 1)
     assert not free.is_over()
 

@@ -24,10 +24,7 @@ def appearance_features(image: np.ndarray) -> np.ndarray:
 
 
 def image_borders(image: np.ndarray) -> list[np.ndarray]:
-    """Left, right, top, bottom line of an image (3, H, W), (3 * length,) float32 without colour.
-
-    The product of two of one length is their correlation; smaller where a line is plain.
-    """
+    """Left, right, top, bottom line of an image (3, H, W), (3 * length,) float32, to correlate."""
     lines = [image[:, :, 0], image[:, :, -1], image[:, 0], image[:, -1]]
     # Black is what turning an image leaves empty; equal corners would make it a neighbour of all
     lines = [np.ma.array(x, mask=np.broadcast_to(x.max(0) <= 8, x.shape)) for x in lines]

@@ -203,8 +203,7 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     apart = (large["size"] > 1) & (large["max"] > np.maximum(areas, np.percentile(areas, 90)))
     total = len(parts) if count > 5 else large["size"].sum()
     found = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
-    is_full = count == unique[-1] == 255  # ids of uint8 start again
-    limit = 0 if is_full else min(count / 2, max(2, count / 20))
+    limit = min(count / 2, max(2, count / 20)) if unique[-1] != 255 or count < 255 else 0  # uint8
     instances = total <= 3 * count and apart.sum() <= limit
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
@@ -236,7 +235,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> Instan
 def read_geojson(path: Path) -> list[tuple]:
     """Read the outlines that QuPath exports: kind, shape, number, reason each. Raises BadInput."""
     with name_file(path):
-        content, rows, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], []
+        content, rows, types, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], [], []
         features = content if isinstance(content, list) else content.get("features", [content])
         for number, feature in enumerate(features, start=1):
             properties = feature.get("properties") or {}
@@ -254,13 +253,12 @@ def read_geojson(path: Path) -> list[tuple]:
             shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
             rows.append((name, shape, number, reason))
             points = np.concatenate(rings) if rings else np.zeros((1, 2))
-            boxes.append((properties.get("objectType"), *points.min(axis=0), *points.max(axis=0)))
-        boxes = pd.DataFrame(boxes, columns=["type", "left", "top", "right", "bottom"])
-        cells = boxes[boxes["type"].isin(["detection", "cell"])]
-        for index, box in boxes[boxes["type"] == "annotation"].iterrows():
-            inside = (cells["left"] >= box["left"]) & (cells["right"] <= box["right"])
-            inside &= (cells["top"] >= box["top"]) & (cells["bottom"] <= box["bottom"])
-            if inside.sum() > 1:
+            types.append(properties.get("objectType"))
+            boxes.append([*points.min(axis=0), *-points.max(axis=0)])
+        types, boxes = np.array(types, object), np.array(boxes).reshape(-1, 4)
+        cells = boxes[np.isin(types, ["detection", "cell"])]
+        for index in np.flatnonzero(types == "annotation") if len(cells) else ():
+            if (cells >= boxes[index]).all(axis=1).sum() > 2:  # those inside of it
                 rows[index] = rows[index][0], "", index + 1, "annotations around detections"
     return rows
 

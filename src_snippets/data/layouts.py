@@ -100,9 +100,10 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     beside = [path for path in images if LABEL_END.search(path.stem)]
     labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
     places = (sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", ""))
-    labels |= {path.stem: path for path in next(filter(None, places), [])}
+    outlines = next(filter(None, places), [])
+    labels |= {IMAGE_END.sub("", p.stem): p for p in outlines} | {p.stem: p for p in outlines}
     images = [path for path in images if path not in beside]
-    named = {n: p for p in images for n in (p.name, p.stem, IMAGE_END.sub("", p.stem))}
+    named = {n: p for p in images for n in (IMAGE_END.sub("", p.stem), p.stem, p.name)}
     found = {path: labels[name] for name, path in named.items() if name in labels}
     below = [path for path in sorted(folder.glob("[!.]*")) if deep and path.is_dir()]
     return found or {k: v for path in below for k, v in find_pairs(path, deep=False).items()}
@@ -119,7 +120,7 @@ def find_layout(root: Path) -> str:
         return "csv"
     if find_part(root, "train", COCO_FILES):
         return "coco"
-    if any(re.fullmatch(r"class\d+\.tif", path.name) for path in train.glob("*/class*.tif")):
+    if any(path.with_name("image.tif").exists() for path in train.glob("*/class*.tif")):
         return "folders"
     apart = (root / "images").is_dir() and find_pairs(root, deep=False)
     return "pairs" if find_pairs(train) or apart else "images"
@@ -320,7 +321,7 @@ OUTSIDE = "without a pixel in the image (coordinates of another size?)"
 
 
 def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, str]:
-    """An RLE of polygons or a COCO RLE, None without a pixel; why all or some of it is left out."""
+    """An RLE of polygons or a COCO RLE, None without a pixel; why some is left out. ValueError."""
     if segmentation != segmentation or not segmentation:  # NaN: no such key
         return None, "without an outline (boxes only)"
     if isinstance(segmentation, dict):
@@ -525,7 +526,7 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[
     paths = image_files(folder)
     if table.is_file():
         paths = list(match_images([folder], read_table(table, {"id"})["id"], table).values())
-    names = {IMAGE_END.sub("", path.stem) for path in paths}  # those of outputs are left out
+    names = {n for p in paths for n in (p.stem, IMAGE_END.sub("", p.stem))}  # outputs are left out
     paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
     images, errors = [], []
     for path in paths:

@@ -52,8 +52,8 @@ def read_pixel_size(path: Path) -> float:
         if tif.is_imagej:
             unit = tif.imagej_metadata.get("unit", "")
         if tif.is_ome:
-            pairs = re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', tif.ome_metadata)
-            found = dict(reversed(pairs))  # of the first image, not of a preview
+            first = re.search(r"<(?:\w+:)?Pixels\b[^>]*", tif.ome_metadata)[0]  # others: previews
+            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', first))
             sides = [float(found[f"PhysicalSize{axis}"]) for axis in "XY"]
             unit = found.get("PhysicalSizeXUnit", "um")
         size = sides[0] * UM_PER_UNIT[unit]

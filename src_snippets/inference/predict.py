@@ -25,7 +25,7 @@ from src_snippets.data.structures import coco_ground_truth, Instances
 from src_snippets.model.detect import detect, View, without_overlaps
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices
-from src_snippets.setup.files import atomic_write, OTHER_SETTINGS
+from src_snippets.setup.files import atomic_write, FREE_SETTINGS
 from src_snippets.training.checkpoints import code_digest, load_trained
 from src_snippets.training.metrics import average_precision
 
@@ -75,7 +75,7 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
 def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:
     """Make a folder for predictions of these models, images, settings and code; the images left."""
     stamps = [(s.st_size, s.st_mtime_ns) for s in (image.path.stat() for image in images)]
-    settings = {k: v for k, v in asdict(config).items() if k not in OTHER_SETTINGS}
+    settings = {k: v for k, v in asdict(config).items() if k not in FREE_SETTINGS}
     digest = sha256(repr((settings, images, stamps, code_digest(predict_test))).encode())
     for path in checkpoints:
         digest.update(Path(path).read_bytes())

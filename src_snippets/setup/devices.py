@@ -120,19 +120,21 @@ def launch(config: Config, function, *arguments):
     traceback, or RuntimeError says so. SIGTERM is passed on to all of them.
     """
     count = min(torch.cuda.device_count(), config.gpus or torch.cuda.device_count())
+    fork = partial(torch.multiprocessing.start_processes, start_method="fork")
+    try:
+        if count > 1:
+            fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?
+    except torch.multiprocessing.ProcessRaisedException as error:
+        reason = str(error).splitlines()[-1]
+        print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
+        count = 1
     if count < 2:
         try:
             return function(*arguments)
         except BaseException as error:  # which a notebook keeps, and with its frames GPU memory
-            traceback.clear_frames(error.__traceback__)
+            for each in filter(None, (error, error.__context__)):
+                traceback.clear_frames(each.__traceback__)
             raise
-    fork = partial(torch.multiprocessing.start_processes, start_method="fork")
-    try:
-        fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?
-    except torch.multiprocessing.ProcessRaisedException as error:
-        reason = str(error).splitlines()[-1]
-        print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
-        return function(*arguments)
     port, before = get_free_port(), signal.getsignal(signal.SIGTERM)
     with TemporaryFile() as file:
         context = fork(run_process, (count, port, file, function, arguments), count, join=False)

@@ -17,10 +17,10 @@ import torch
 from src_snippets.setup.config import BadInput, change_config, Config, require
 
 KAGGLE_WORKING = Path("/kaggle/working")  # exists on Kaggle, whose sessions keep what is in it
-OTHER_SETTINGS = ("cache_gb", "workers", "gpus", "max_hours", "fold", "class_names")
-OTHER_SETTINGS += ("um_per_px", "export_score_threshold")  # shape neither training nor predictions
+FREE_SETTINGS = ("cache_gb", "workers", "gpus", "max_hours", "fold", "class_names")
+FREE_SETTINGS += ("um_per_px", "export_score_threshold")  # no new predictions
 PREDICTION_SETTINGS = ("channels", "score_threshold", "mask_threshold", "box_nms", "detections")
-PREDICTION_SETTINGS += ("overlaps", "fusion_iou", "tile", "tta", "tta_scales", *OTHER_SETTINGS)
+PREDICTION_SETTINGS += ("overlaps", "fusion_iou", "tile", "tta", "tta_scales", *FREE_SETTINGS)
 
 
 @contextmanager

@@ -92,14 +92,11 @@ def check_same_settings(saved: Config, config: Config, path: Path, names=None) -
         names = [*names, "class_names"]
     if differ := [k for k in names or training_settings(config) if before[k] != now[k]]:
         pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)
-        raise ValueError(f"{path}: made with other settings: {pairs}. Run from the settings on.")
+        raise ValueError(f"{path}: made with other settings: {pairs}. Correct or leave it out.")
 
 
 def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
-    """The model of a checkpoint on the device, and its settings with `config`'s of prediction.
-
-    Its training settings are `config`'s, or with `same=False` any with as many classes.
-    """
+    """The model of a checkpoint, trained as `config` unless `same=False`, and its own settings."""
     state = broadcast(load_checkpoint, path)
     check_same_settings(state["config"], config, path, () if same else ("num_classes",))
     names = PREDICTION_SETTINGS if same else (*PREDICTION_SETTINGS, "precision")

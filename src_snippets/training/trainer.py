@@ -65,13 +65,13 @@ class Session:
 
     def __init__(self, max_hours: float, evaluations: float = 0.0):
         max_hours = max_hours if max_hours >= 0 else 8.8 * KAGGLE_WORKING.is_dir()
-        self.end = Process().create_time() + (3600 * max_hours or inf)
-        self.evaluations, self.terminated = evaluations, False
+        self.seconds, self.evaluations = 3600 * max_hours or inf, evaluations
+        self.end, self.terminated = Process().create_time() + self.seconds, False
         self.evaluation_seconds = torch.zeros(()).share_memory_()  # measured in forks too
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
-        reserve = 120 + 2 * self.evaluations * float(self.evaluation_seconds)
+        reserve = min(120 + 2 * self.evaluations * float(self.evaluation_seconds), self.seconds / 2)
         return self.terminated or time.time() >= self.end - reserve
 
     @contextmanager
@@ -217,12 +217,12 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     config = replace(config, tile=0, score_threshold=min(config.score_threshold, 0.05))
     images = (samples[i].image for i in rank_indices(len(samples)))
     predictions = gather([detect([model], image, config) for image in images])
-    ground_truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
-    scores = average_precision(ground_truth, dict(enumerate(predictions, start=1)))
+    truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
+    scores = average_precision(truth, dict(enumerate(predictions, start=1)))
     row = {name: scores[name] for name in ("AP", "AP50", "AP75")}
     if config.best_by == "loss" or config.schedule == "plateau":
         row["val_loss"] = validation_loss(model, samples, config)
-    index = max(range(len(samples)), key=lambda i: len(samples[i].labels))
+    index = int(np.bincount([a["image_id"] for a in truth["annotations"]] or [1]).argmax()) - 1
     return row, (samples[index], predictions[index].above(config.export_score_threshold))
 
 
@@ -388,6 +388,7 @@ class Trainer(TrainingState):
         for own, buffer in zip(self.best_model.buffers(), self.model.buffers(), strict=True):
             if buffer.is_floating_point():  # each process has seen other images
                 own.copy_(buffer.copy_(self.accelerator.reduce(buffer, "mean")))
+        is_over = all_max(self.session.is_over())[0]
         if is_over and is_main() and not (self.folder / "best.pt").exists():
             self.save_best()
         if is_over or not losses:  # no step, as at first where fp16's scale is too high: once more
