@@ -253,9 +253,14 @@ def plot_race(results: dict[str, dict[str, dict]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for side, color in zip(SIDES, COLORS, strict=True):
-        for row in results.get(side, {}).values():
+        for number, row in enumerate(results.get(side, {}).values()):
             points = [(point["minutes"], point["AP50"] or 0.0) for point in row]
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=side)
+            label = (
+                side.replace("a sixth", f"{row[-1]['minutes']:.0f} minutes")
+                if number == 0
+                else None
+            )
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=label)
     axis.set(xlabel="minutes of training", ylabel="AP50, validation", ylim=(0, None))
     axis.set_xlim(0, None)
     axis.grid(alpha=0.3)
