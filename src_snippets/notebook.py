@@ -147,7 +147,7 @@ if trains:
 else:
     config = saved_config(CHECKPOINTS[0], changes)
 print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}")
-show_table(config_table(config))
+show_table(config_table(config).astype(str))
 
 # %% [markdown]
 # ### Read and split the images
@@ -244,7 +244,7 @@ from src_snippets.model.detect import detect
 if trains:
     config = with_model_settings(config, changes)
     model = build_model(config)
-    print(f"{config.backbone} from {config.weights} weights:", end=" ")
+    print(f"{config.backbone}, weights {config.weights}:", end=" ")
     print(f"{count_parameters(model) / 1e6:.1f} M trainable parameters")
     boxes = np.concatenate([ground_truth(sample).boxes for sample in train_part])
     sides = (boxes[:, 2:] - boxes[:, :2]) * config.scale
@@ -286,7 +286,7 @@ from src_snippets.training.trainer import Session, train, Trainer
 
 # %%
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
-    check_same_settings(load_checkpoint(path)["config"], config, path, ["num_classes"])
+    check_same_settings(load_checkpoint(path)["config"], config, path, same=False)
 code = code_digest(TrainingSet, build_model, Trainer)
 val_count = sum(len(split["val"]) for split in splits.values())
 count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))

@@ -57,9 +57,12 @@ def test_class_files_are_a_dataset_and_images_alone_may_be_predicted(tmp_path):
     own = tmp_path / "own"
     (own / "train" / "a").mkdir(parents=True)
     assert find_layout(own) == "images"
-    (own / "train" / "a" / "class_2.tif").touch()  # its reader says how it has to be called
+    (own / "train" / "a" / "class_2.tif").touch()
     assert find_layout(own) == "images"
     (own / "train" / "a" / "image.tif").touch()
+    assert find_layout(own) == "folders"  # whose reader says how it has to be called
+    (own / "train" / "a" / "image.tif").unlink()
+    (own / "train" / "a" / "class_2.tif").rename(own / "train" / "a" / "class2.tif")
     assert find_layout(own) == "folders"
     assert find_dataset("", [str(tmp_path)]) == own
     alone = tmp_path / "images"

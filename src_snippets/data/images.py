@@ -235,11 +235,10 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> Instan
 def read_geojson(path: Path) -> list[tuple]:
     """Read the outlines that QuPath exports: kind, shape, number, reason each. Raises BadInput."""
     with name_file(path):
-        content, rows, types, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], [], []
+        content, rows, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], []
         features = content if isinstance(content, list) else content.get("features", [content])
         for number, feature in enumerate(features, start=1):
-            properties = feature.get("properties") or {}
-            kind = properties.get("classification") or {}
+            kind = (feature.get("properties") or {}).get("classification") or {}
             name = str(kind.get("name") or ": ".join(kind.get("names", ["cell"])))  # or derived
             form = feature["geometry"] or {"type": "nothing"}
             polygons = form["coordinates"] if form["type"] in ("Polygon", "MultiPolygon") else []
@@ -253,12 +252,12 @@ def read_geojson(path: Path) -> list[tuple]:
             shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
             rows.append((name, shape, number, reason))
             points = np.concatenate(rings) if rings else np.zeros((1, 2))
-            types.append(properties.get("objectType"))
-            boxes.append([*points.min(axis=0), *-points.max(axis=0)])
+            boxes.append([*points.min(axis=0), *-points.max(axis=0)])  # inside is >= in all four
+        types = [(feature.get("properties") or {}).get("objectType") for feature in features]
         types, boxes = np.array(types, object), np.array(boxes).reshape(-1, 4)
         cells = boxes[np.isin(types, ["detection", "cell"])]
         for index in np.flatnonzero(types == "annotation") if len(cells) else ():
-            if (cells >= boxes[index]).all(axis=1).sum() > 2:  # those inside of it
+            if (cells >= boxes[index]).all(axis=1).sum() > 2:  # fewer may be a cell in pieces
                 rows[index] = rows[index][0], "", index + 1, "annotations around detections"
     return rows
 

@@ -120,7 +120,8 @@ def find_layout(root: Path) -> str:
         return "csv"
     if find_part(root, "train", COCO_FILES):
         return "coco"
-    if any(path.with_name("image.tif").exists() for path in train.glob("*/class*.tif")):
+    files = train.glob("*/class*.tif")  # those of pairs may be called so too
+    if any(p.stem[5:].isdigit() or p.with_name("image.tif").exists() for p in files):
         return "folders"
     apart = (root / "images").is_dir() and find_pairs(root, deep=False)
     return "pairs" if find_pairs(train) or apart else "images"

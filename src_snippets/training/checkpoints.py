@@ -85,12 +85,12 @@ def open_run(folder: Path, resume: bool) -> dict | None:
     return load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
 
 
-def check_same_settings(saved: Config, config: Config, path: Path, names=None) -> None:
-    """Raises ValueError where what shapes training differs, or `names` or the order of classes."""
+def check_same_settings(saved: Config, config: Config, path: Path, same: bool = True) -> None:
+    """Raises ValueError where what shapes training, else (`same=False`) the classes, differ."""
     before, now = (asdict(each) | training_settings(each) for each in (saved, config))
-    if names and {*saved.class_names} == {*config.class_names}:
-        names = [*names, "class_names"]
-    if differ := [k for k in names or training_settings(config) if before[k] != now[k]]:
+    names = ["class_names" if {*saved.class_names} == {*config.class_names} else "num_classes"]
+    names = training_settings(config) if same else names
+    if differ := [k for k in names if before[k] != now[k]]:
         pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)
         raise ValueError(f"{path}: made with other settings: {pairs}. Correct or leave it out.")
 
@@ -98,7 +98,7 @@ def check_same_settings(saved: Config, config: Config, path: Path, names=None) -
 def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
     """The model of a checkpoint, trained as `config` unless `same=False`, and its own settings."""
     state = broadcast(load_checkpoint, path)
-    check_same_settings(state["config"], config, path, () if same else ("num_classes",))
+    check_same_settings(state["config"], config, path, same)
     names = PREDICTION_SETTINGS if same else (*PREDICTION_SETTINGS, "precision")
     own = replace(state["config"], **{name: getattr(config, name) for name in names})
     model = build_model(own, load_initial=False)

@@ -436,7 +436,7 @@ class Trainer(TrainingState):
             crops, lr = batch_size * accumulate * world_size(), self.peak_lrs[-1]
             print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr:.2g}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
-        bar = tqdm(desc="training", disable=not is_main() or bool(reason), **options)
+        bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
         with self.session.listen(), bar:
             while not reason:
