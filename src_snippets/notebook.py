@@ -130,7 +130,12 @@ from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
 from src_snippets.data.images import read_image
 
 # %%
-from src_snippets.data.layouts import find_dataset, has_ground_truth, open_dataset
+from src_snippets.data.layouts import (
+    find_dataset,
+    has_ground_truth,
+    ImageRecord,
+    open_dataset,
+)
 
 # %%
 data_root = find_dataset(DATA)
@@ -165,7 +170,6 @@ from src_snippets.data.samples import (
     dataset_warnings,
     image_stem,
     make_splits,
-    sample_records,
     subset,
 )
 
@@ -280,7 +284,7 @@ from src_snippets.training.trainer import Session, train, Trainer
 # %% [markdown]
 # ### Train
 # A run has a folder of its own, named after its recipe and a fingerprint of settings, images and
-# training code. The figure is drawn anew after each epoch: losses should fall and level off. A
+# training code. The figure is drawn anew as epochs end: losses should fall and level off. A
 # validation score that falls while losses go on falling means too many epochs; one that still rises
 # at the end, too few.
 
@@ -292,7 +296,7 @@ val_count = sum(len(split["val"]) for split in splits.values())
 count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
 evaluations = len(splits) * count / max(val_count, 1)  # how many of them predicting will take
 views = dict(none=1, flips=3, d4=8)[config.tta] * sum(s * s for s in config.tta_scales)
-session = Session(config.max_hours, evaluations * views * (4 if config.tile else 1))
+session = Session(config.max_hours, evaluations * views * (3.5 if config.tile else 1))
 
 # %%
 folders = {}
@@ -357,7 +361,7 @@ archive = None
 if predictions and dataset.layout != "images":
     _, archive = write_results(predictions, dataset.test_images, output, list(dataset.categories))
 if archive and dataset.layout == "csv":
-    write_csv_submissions(above, dataset.test_images, output)
+    write_csv_submissions(above, dataset.test_images, output, dataset.test_ids)
 print("" if archive else "No test images of a dataset: there is nothing to submit.")
 
 # %% [markdown]
@@ -393,8 +397,8 @@ if val_samples:
     by_image = image_table(matches, names, config.export_score_threshold)
     print("Validation images, the worst first, scores from export_score_threshold on:")
     show_table(by_image.head(8))
-    if interval := ap_interval(matches):
-        notes += ["AP50 from 0.05 on, 95% CI over images: {:.3f} to {:.3f}".format(*interval)]
+    if interval := ap_interval(matches_above(matches, config.score_threshold)):
+        notes += ["AP50 as submitted, 95% CI over images: {:.3f} to {:.3f}".format(*interval)]
 print(*notes, sep="\n")
 
 # %%
@@ -447,25 +451,23 @@ from src_snippets.export.report import environment_table, write_report
 
 # %%
 records, to_export = dataset.test_images, above
-sources = {record.image_id: record.path for record in records}
 if not records:
-    records = sample_records(val_samples)
+    records = [ImageRecord(s.path, k, *s.size) for k, s in enumerate(val_samples, start=1)]
     confident = [p.above(config.export_score_threshold) for p in val_predictions]
     to_export = dict(enumerate(confident, start=1))
-    sources = {k: sample.path for k, sample in enumerate(val_samples, start=1)}
 names = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
 
 # %%
 with keep_going("the exports"):
     if records:
-        counts = write_exports(to_export, records, sources, output / "exports", names, config)
+        counts = write_exports(to_export, records, output / "exports", names, config)
 
 # %%
 with keep_going("the figure of test images"):
     shown = records[:: -(-len(records) // 4) or 1]
-    images = [read_image(sources[record.image_id], config.channels) for record in shown]
-    items = [(i, to_export[r.image_id], r.path.stem) for i, r in zip(images, shown, strict=True)]
+    images = [read_image(record.path, config.channels) for record in shown]
+    items = [(i, to_export[r.image_id], r.path) for i, r in zip(images, shown, strict=True)]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 

@@ -1,21 +1,23 @@
 """What the tests share: real data where it is there, small drawn samples, a folder for results."""
 
+from functools import partial
 import os
 from pathlib import Path
 import re
 import tempfile
 
 import numpy as np
+from PIL import Image
 import pytest
 import tifffile
 import torch
 from torchvision.ops import clip_boxes_to_image
 
-from src_snippets.data.layouts import open_dataset
+from src_snippets.data.layouts import open_dataset, open_folders, read_annotated, rows_by_name
 from src_snippets.data.rle import decode_runs, encode_runs
 from src_snippets.data.samples import CellSamples
 from src_snippets.data.structures import CellSample, Instances, pack_layers
-from src_snippets.data.synthetic import make_synthetic, save_rgba
+from src_snippets.data.synthetic import make_synthetic
 from src_snippets.model.detect import detect as detect_image
 from src_snippets.setup.config import BadInput, make_config
 
@@ -63,6 +65,11 @@ def detect(model, images, config) -> list[Instances]:
     return [detect_image([model], image, config) for image in images]
 
 
+def save_rgba(image: np.ndarray, path: Path) -> None:
+    """Write (H, W, 3) uint8 as an RGBA TIFF with LZW compression, as the real images are."""
+    Image.fromarray(image).convert("RGBA").save(path, compression="tiff_lzw")
+
+
 def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Path:
     """A training folder as the real ones: RGBA LZW image, float64 class files."""
     folder.mkdir(parents=True)
@@ -71,6 +78,25 @@ def write_folder(folder: Path, maps: dict[int, np.ndarray], size=(12, 16)) -> Pa
     for label, ids in maps.items():
         tifffile.imwrite(folder / f"class{label}.tif", np.asarray(ids, np.float64))
     return folder
+
+
+def cell_folder_reader(folder: Path, num_classes: int, overlaps=True):
+    """A function that reads one training folder; those beside it are opened too, but not read."""
+    config = make_config(
+        "demo", class_names=[f"class{k + 1}" for k in range(num_classes)], overlaps=overlaps
+    )
+    source, images, table, *_ = open_folders(
+        config.class_names, folder.parent.parent, folder.parent, None
+    )
+    names = {path: path.parent.name for path in images}
+    records = {name: (f"{name}/image.tif", images[path]) for path, name in names.items()}
+    rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
+    return partial(read_annotated, source, records, rows, config, folder.name)
+
+
+def read_cell_folder(folder: Path, num_classes: int, overlaps=True) -> CellSample:
+    """The sample of one training folder."""
+    return cell_folder_reader(folder, num_classes, overlaps)()
 
 
 def jittered(truth: dict, seed=0) -> dict[int, Instances]:

@@ -30,6 +30,8 @@ def test_saved_config_with_changes_of_prediction(tmp_path):
     config, path = make_config("demo", class_names=["a", "b"], epochs=7), tmp_path / "best.pt"
     save_checkpoint(content(config), path)
     assert saved_config(path, {}) == config
+    save_checkpoint(content(replace(config, um_per_px=0.25)), path)  # of the training images
+    assert [saved_config(path, c).um_per_px for c in ({}, {"um_per_px": 0.5})] == [0, 0.5]
     changed = saved_config(path, {"detections": 5, "export_score_threshold": 0.25})
     assert changed == replace(config, detections=5, export_score_threshold=0.25)
     save_checkpoint(content(replace(config, precision="bf16")), path)  # of a GPU that has it
@@ -59,6 +61,8 @@ def test_other_files_are_refused_and_run_no_code(tmp_path, wrong, capsys):
     if wrong == "other":  # of a version of the notebook with another setting
         wrong = content()
         wrong["config"]["rois"] = 3
+    torch.save(content() | dict(config=content()["config"] | dict(trainable_stages=3)), path)
+    assert load_checkpoint(path)["config"] == make_config("demo")  # a setting that is gone
     torch.save(wrong, path)
     with pytest.raises(ValueError, match=r"best\.pt: expected a best\.pt of this version"):
         load_checkpoint(path)

@@ -75,8 +75,8 @@ def test_every_default_is_within_its_own_limits(name):
             "scale_jitter=[2.0]: expected float as in the default (0.8, 1.25), from 0.1",
         ),
         ({"scale_jitter": [2.0, 1.0]}, "expected from <= to"),
-        ({"fold": 3, "folds": 2}, "fold=3: expected at most folds=2"),
-        ({"fold": 1}, "fold=1: expected at most folds=1"),
+        ({"fold": 3, "folds": 2}, "fold=3: expected 0, or up to folds if above 1"),
+        ({"fold": 1}, "fold=1: expected 0, or up to folds if above 1"),
         ({"class_names": 3}, "class_names=3: expected str as in the default ('class1', "),
         ({"class_names": [str(k) for k in range(256)]}, "255 at most."),
         ({"class_names": ["a", ""]}, "expected one name per class, each once"),
@@ -122,8 +122,11 @@ def test_class_names_of_the_user_go_over_those_of_the_dataset():
     named = make_config("demo", class_names=["round", "long"])
     assert (named.num_classes, named.class_names) == (2, ("round", "long"))
     assert with_class_names(named, ["class1", "class2"]) == named
-    with pytest.raises(ValueError, match="expected 3 names, for the classes a, b, c of"):
+    with pytest.raises(ValueError, match="expected 3 names, for the dataset's classes a, b, c in"):
         with_class_names(named, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="classes long, round in this order"):
+        with_class_names(named, ["long", "round"])
+    assert with_class_names(named, ["round", "oval"]) == named
     assert with_class_names(make_config("demo"), ["cell"]).class_names == ("cell",)
 
 

@@ -25,7 +25,7 @@ import tifffile
 import torch
 
 from src_snippets.data.drawing import class_color
-from src_snippets.data.images import read_cell_folder, read_image
+from src_snippets.data.images import read_image
 from src_snippets.data.layouts import ImageRecord, open_dataset
 from src_snippets.data.rle import encode_masks, mask_areas
 from src_snippets.data.samples import CellSamples
@@ -41,34 +41,36 @@ from src_snippets.export.exports import (
 from src_snippets.setup.config import BadInput, Config
 from src_snippets.training.trainer import train
 from tests import readers
+from tests.conftest import read_cell_folder
 
 IMAGES = [ImageRecord(Path("a/one.tif"), 5, 6, 8), ImageRecord(Path("b/two.png"), 9, 4, 5)]
 CATEGORIES = {3: "T cell, CD8+", 7: "Zelle µ"}
 GREY = 200
 
 
-def save_images(folder: Path, **options) -> dict[int, Path]:
-    """The images as 12 bits of grey, or, with options, as 8 bits in pink; their paths by id."""
-    paths = {}
-    for image in [*IMAGES, ImageRecord(Path("large"), 1, 300, 300)]:
-        pixels = np.full((image.height, image.width), 4000, np.uint16)
-        if options:
-            pixels = np.full((image.height, image.width, 3), [255, 200, 230], np.uint8)
-        paths[image.image_id] = folder / f"{image.image_id}.tif"
-        tifffile.imwrite(paths[image.image_id], pixels, **options)
-    return paths
+def save_image(record: ImageRecord, folder: Path, **options) -> ImageRecord:
+    """An image as 12 bits of grey, or, with options, as 8 bits in pink."""
+    pixels = np.full((record.height, record.width), 4000, np.uint16)
+    if options:
+        pixels = np.full((record.height, record.width, 3), [255, 200, 230], np.uint8)
+    path = folder / record.path
+    path.parent.mkdir(exist_ok=True)
+    tifffile.imwrite(path, pixels, **options)
+    return record._replace(path=path)
 
 
 @pytest.fixture(scope="module")
-def grey(tmp_path_factory) -> dict[int, Path]:
-    return save_images(tmp_path_factory.mktemp("grey"))
+def grey(tmp_path_factory) -> list[ImageRecord]:
+    folder = tmp_path_factory.mktemp("grey")
+    return [save_image(image, folder) for image in IMAGES]
 
 
 @pytest.fixture(scope="module")
-def pink(tmp_path_factory) -> dict[int, Path]:
+def pink(tmp_path_factory) -> list[ImageRecord]:
     """With a size of 0.25 um per pixel."""
     options = dict(resolution=(40000, 40000), resolutionunit="CENTIMETER", photometric="rgb")
-    return save_images(tmp_path_factory.mktemp("pink"), **options)
+    folder = tmp_path_factory.mktemp("pink")
+    return [save_image(image, folder, **options) for image in IMAGES]
 
 
 def instances_of(masks, scores, labels=None) -> Instances:
@@ -274,7 +276,7 @@ def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys, pink):
     old = tmp_path / "training" / "old" / "class1.tif"
     old.parent.mkdir(parents=True)
     old.touch()  # of an earlier run
-    counts = write_exports(predictions, IMAGES, pink, tmp_path, CATEGORIES, Config(um_per_px=0.5))
+    counts = write_exports(predictions, pink, tmp_path, CATEGORIES, Config(um_per_px=0.5))
     there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert there == {
         "labels/one.tif",
@@ -321,7 +323,7 @@ def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys, pink):
 
 
 def test_without_a_pixel_size_nothing_is_in_um(predictions, tmp_path, grey):
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     header, *rows = read_rows(tmp_path / "cells.csv")
     assert header[:5] == ["image", "cell", "class", "score", "area_px"]
     assert header[-2:] == ["right", "intensity_1"]  # no stains without colour
@@ -333,10 +335,11 @@ def test_without_a_pixel_size_nothing_is_in_um(predictions, tmp_path, grey):
 
 def test_channels_stay_in_tables_and_in_what_is_trained_on(predictions, tmp_path):
     planes = np.arange(2 * 48, dtype=np.uint16).reshape(2, 6, 8) * 500
-    source = tmp_path / "source.tif"
+    source = tmp_path / "one.tif"
+    images = [IMAGES[0]._replace(path=source)]
     tifffile.imwrite(source, planes, photometric="minisblack")
     config = Config(channels=(2, 1))
-    write_exports(predictions, IMAGES[:1], {5: source}, tmp_path, CATEGORIES, config)
+    write_exports(predictions, images, tmp_path, CATEGORIES, config)
     header, *rows = read_rows(tmp_path / "cells.csv")
     assert header[-2:] == ["intensity_1", "intensity_2"]
     assert [float(row[-1]) - float(row[-2]) for row in rows] == [24_000.0] * 3
@@ -346,15 +349,15 @@ def test_channels_stay_in_tables_and_in_what_is_trained_on(predictions, tmp_path
     dark = np.full((6, 8, 3), 40, np.uint8)
     dark[..., 1] = 90
     tifffile.imwrite(source, dark, photometric="rgb")  # fluorescence has no stains
-    write_exports(predictions, IMAGES[:1], {5: source}, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, images, tmp_path, CATEGORIES, Config())
     assert read_rows(tmp_path / "cells.csv")[0][-3:] == [f"intensity_{k}" for k in (1, 2, 3)]
 
 
 def test_the_pixel_size_of_each_file_counts_where_none_is_set(
     predictions, tmp_path, grey, pink, capsys
 ):
-    sources = {5: pink[5], 9: grey[9]}
-    counts = write_exports(predictions, IMAGES, sources, tmp_path, CATEGORIES, Config())
+    images = [pink[0], grey[1]]
+    counts = write_exports(predictions, images, tmp_path, CATEGORIES, Config())
     assert "um per pixel, by the setting or the files: 0.25\n" in capsys.readouterr().out
     assert counts["area_mm2"].tolist()[0] == pytest.approx(48 / 16e6)
     assert math.isnan(counts["area_mm2"][1])
@@ -362,7 +365,7 @@ def test_the_pixel_size_of_each_file_counts_where_none_is_set(
     with tifffile.TiffFile(tmp_path / "labels" / "one.tif") as file:
         assert file.pages[0].tags["XResolution"].value == (4, 1)
     write_exports(
-        predictions, IMAGES[:1], sources, tmp_path, CATEGORIES, Config(um_per_px=0.5)
+        predictions, images[:1], tmp_path, CATEGORIES, Config(um_per_px=0.5)
     )  # the setting wins
     header, row, *_ = read_rows(tmp_path / "cells.csv")
     assert float(row[header.index("area_um2")]) == 7 / 4
@@ -370,11 +373,11 @@ def test_the_pixel_size_of_each_file_counts_where_none_is_set(
 
 def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path, pink):
     """Pixel for pixel, ids and classes too, as the reader of datasets and as ImageJ see them."""
-    write_exports(predictions, IMAGES, pink, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, pink, tmp_path, CATEGORIES, Config())
     labels = tifffile.imread(tmp_path / "labels" / "one.tif")
     folder = tmp_path / "training" / "one"
     sample = read_cell_folder(folder, 2)
-    assert torch.equal(sample.image, torch.from_numpy(read_image(pink[5])))
+    assert torch.equal(sample.image, torch.from_numpy(read_image(pink[0].path)))
     assert sample.labels.tolist() == [1, 2, 2]  # classes in the order of CATEGORIES
     for number, label in ((1, 2), (2, 1), (3, 2)):
         own = tifffile.imread(folder / f"class{label}.tif") == number
@@ -396,9 +399,11 @@ def test_training_folders_and_rois_are_the_label_image(predictions, tmp_path, pi
 def test_a_correction_is_in_the_next_training(tiny_config, demo_samples, tmp_path):
     """Predicted, exported, one cell given another class and outline in its file, trained on."""
     sample = demo_samples[1]
-    image = ImageRecord(sample.path.with_stem("first"), 1, *sample.size)
+    path = tmp_path / "first.tif"
+    path.write_bytes(sample.path.read_bytes())
+    image = ImageRecord(path, 1, *sample.size)
     kinds = dict(enumerate(tiny_config.class_names, start=1))
-    write_exports({1: ground_truth(sample)}, [image], {1: sample.path}, tmp_path, kinds, Config())
+    write_exports({1: ground_truth(sample)}, [image], tmp_path, kinds, Config())
     (tmp_path / "training").rename(tmp_path / "train")
     before = CellSamples(open_dataset(tmp_path, tiny_config), 1.0)
     assert torch.equal(before[0].image, sample.image)
@@ -421,7 +426,7 @@ def test_a_correction_is_in_the_next_training(tiny_config, demo_samples, tmp_pat
 
 
 def test_readers_of_others_are_asked(predictions, tmp_path, grey, capsys):
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     assert readers.main([str(tmp_path), str(tmp_path)]) == 0
     assert "roifile: 3 of 3 cells" in capsys.readouterr().out
     (tmp_path / "rois" / "one.zip").unlink()
@@ -430,12 +435,12 @@ def test_readers_of_others_are_asked(predictions, tmp_path, grey, capsys):
 
 def test_without_roifile_there_are_no_rois(predictions, tmp_path, monkeypatch, grey):
     monkeypatch.setattr(exports.importlib.util, "find_spec", lambda name: None)
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     assert list((tmp_path / "rois").iterdir()) == []
 
 
 def test_qupath_gets_a_feature_a_cell(predictions, tmp_path, grey):
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     path = tmp_path / "qupath" / "one.geojson"
     collection = json.loads(path.read_text())
     assert collection["type"] == "FeatureCollection"
@@ -460,14 +465,14 @@ def test_qupath_gets_a_feature_a_cell(predictions, tmp_path, grey):
     ids = [uuid.UUID(f["id"]) for f in collection["features"]]
     assert len(set(ids)) == 3
     before = path.read_bytes()
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     assert path.read_bytes() == before
     other = json.loads((tmp_path / "qupath" / "two.geojson").read_text())
     assert other == {"type": "FeatureCollection", "features": []}
 
 
 def test_pycocotools_opens_the_dataset(predictions, tmp_path, capsys, grey):
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     coco = COCO(tmp_path / "cells.coco.json")
     assert coco.loadCats(coco.getCatIds()) == [
         {"id": 3, "name": "T cell, CD8+"},
@@ -488,10 +493,8 @@ def test_pycocotools_opens_the_dataset(predictions, tmp_path, capsys, grey):
 
 @pytest.mark.parametrize("name", ["x$1$ y", normalize("NFD", "ä"), "a%20b", "細胞", "A.B"])
 def test_names_of_all_kinds(name, predictions, tmp_path, grey):
-    image = ImageRecord(Path(f"{name}.PNG"), *IMAGES[0][1:])
-    counts = write_exports(
-        predictions, [image], grey, tmp_path, {3: "$x$", 7: "größe, 'b'"}, Config()
-    )
+    image = save_image(IMAGES[0]._replace(path=Path(f"{name}.PNG")), tmp_path / "images")
+    counts = write_exports(predictions, [image], tmp_path, {3: "$x$", 7: "größe, 'b'"}, Config())
     assert counts["image"].tolist() == [name]
     assert {"$x$", "größe, 'b'"} < set(counts)
     assert (
@@ -504,16 +507,24 @@ def test_names_of_all_kinds(name, predictions, tmp_path, grey):
     assert [row["name"] for row in content["categories"]] == ["$x$", "größe, 'b'"]
 
 
+def test_classes_called_as_other_columns(predictions, tmp_path, grey):
+    counts = write_exports(predictions, grey, tmp_path, {3: "all", 7: "image"}, Config())
+    columns = ["image", "class all", "class image", "all"]
+    assert list(counts)[:4] == columns
+    assert (counts["class all"] + counts["class image"] == counts["all"]).all()
+    assert {row[2] for row in read_rows(tmp_path / "cells.csv")[1:]} == {"all", "image"}
+
+
 def test_no_cells_at_all(predictions, tmp_path, grey):
-    counts = write_exports(predictions, IMAGES[1:], grey, tmp_path, CATEGORIES, Config())
+    counts = write_exports(predictions, grey[1:], tmp_path, CATEGORIES, Config())
     assert len(read_rows(tmp_path / "cells.csv")) == 1
     assert counts.to_numpy().tolist() == [["two", 0, 0, 0]]
     assert json.loads((tmp_path / "cells.coco.json").read_text())["annotations"] == []
 
 
 def test_images_of_one_name_get_files_of_their_own(predictions, tmp_path, grey):
-    images = [IMAGES[0], ImageRecord(Path("c/ONE.png"), 9, 4, 5)]
-    write_exports(predictions, images, grey, tmp_path, CATEGORIES, Config())
+    images = [grey[0], save_image(IMAGES[1]._replace(path=Path("ONE.png")), tmp_path / "c")]
+    write_exports(predictions, images, tmp_path, CATEGORIES, Config())
     assert sorted(p.name for p in (tmp_path / "labels").iterdir()) == ["ONE-9.tif", "one-5.tif"]
     assert [row[0] for row in read_rows(tmp_path / "counts.csv")[1:]] == ["one-5", "ONE-9"]
 
@@ -521,19 +532,17 @@ def test_images_of_one_name_get_files_of_their_own(predictions, tmp_path, grey):
 def test_bad_predictions_are_refused_before_anything_is_written(predictions, tmp_path, grey):
     for wrong, categories in (({5: predictions[5]}, CATEGORIES), (predictions, {3: "one"})):
         with pytest.raises(LookupError):
-            write_exports(wrong, IMAGES, grey, tmp_path, categories, Config())
+            write_exports(wrong, grey, tmp_path, categories, Config())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tables_are_whole_or_as_they_were(predictions, tmp_path, grey, pink):
-    write_exports(predictions, IMAGES, grey, tmp_path, CATEGORIES, Config())
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.csv")}
 
-    smaller = grey | {9: pink[5]}
-    with pytest.raises(BadInput, match=r"5\.tif: \(3, 6, 8\), not as predicted"):
-        write_exports(
-            predictions, IMAGES[::-1], smaller, tmp_path, CATEGORIES, Config(um_per_px=0.5)
-        )
+    images = [grey[0], pink[0]._replace(image_id=9)]
+    with pytest.raises(BadInput, match=r"one\.tif: \(3, 6, 8\), not as predicted"):
+        write_exports(predictions, images, tmp_path, CATEGORIES, Config(um_per_px=0.5))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.csv")} == before
     assert len(before) == 2
     assert not list(tmp_path.rglob(".*.partial"))
@@ -549,8 +558,8 @@ def test_whatever_was_predicted_is_exported_alike(seed, count):
     found = instances_of(masks, rng.permutation(len(masks)) / 8, rng.integers(1, 3, len(masks)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        grey = save_images(folder)
-        write_exports({5: found}, IMAGES[:1], grey, folder, CATEGORIES, Config(um_per_px=0.25))
+        image = save_image(IMAGES[0], folder)
+        write_exports({5: found}, [image], folder, CATEGORIES, Config(um_per_px=0.25))
         labels = tifffile.imread(folder / "labels" / "one.tif")
         features = json.loads((folder / "qupath" / "one.geojson").read_text())["features"]
         rows = read_rows(folder / "cells.csv")[1:]
@@ -581,12 +590,10 @@ def test_memory_does_not_grow_with_cells_times_pixels(predictions, tmp_path, gre
     boxes = np.array([[x, y, x + 3, y + 3] for y, x in places], np.float32)
     labels = np.ones(len(rles), np.int64)
     found = Instances(boxes, labels.astype(np.float32), labels, rles, (300, 300))
-    image = ImageRecord(Path("x.tif"), 1, 300, 300)
-    write_exports(
-        predictions, IMAGES, grey, tmp_path, CATEGORIES, Config()
-    )  # loads what is used first
+    image = save_image(ImageRecord(Path("x.tif"), 1, 300, 300), tmp_path)
+    write_exports(predictions, grey, tmp_path, CATEGORIES, Config())  # loads what is used first
     tracemalloc.start()
-    write_exports({1: found}, [image], grey, tmp_path, CATEGORIES, Config())
+    write_exports({1: found}, [image], tmp_path, CATEGORIES, Config())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(places) == 300

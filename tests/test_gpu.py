@@ -27,7 +27,7 @@ CHOICES = {
     "older heads": dict(head_norm="none", norm="frozen", optimizer="sgd", attention="se"),
     "pasting": dict(copy_paste=0.5, class_crops=0.5, ema=0.9),
     "tiles and views": dict(tile=64, tta="flips", overlaps=False, box_layers=2),
-    "timm": dict(backbone="timm:test_convnext.r160_in1k", layer_decay=0.8, norm="sync"),
+    "timm": dict(backbone="timm:test_convnext.r160_in1k", layer_decay=0.8),
 }
 
 
@@ -70,6 +70,21 @@ def test_wide_depthwise_convolutions_are_not_channels_last_on_older_gpus(backbon
         stem = next(p for p in model.backbone.parameters() if p.ndim == 4 and p.shape[1] > 1)
         assert stem.device.type == "cuda"
         assert stem.held.is_contiguous(memory_format=layout)
+
+
+def test_inputs_of_wide_depthwise_convolutions_are_contiguous_on_older_gpus():
+    """timm's norms leave them in channels_last, by which cuDNN is taken whatever the weights."""
+    config = make_config("demo", backbone="timm:convnext_atto", weights="none", fpn_channels=8)
+    model, seen = build_model(config), []
+    for part in model.modules():
+        if isinstance(part, torch.nn.Conv2d) and part.kernel_size == (7, 7):
+            part.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0]))
+    model.backbone(torch.zeros(1, 3, 64, 64).contiguous(memory_format=model.transform.layout))
+    assert [values.is_contiguous() for values in seen] == [False] * 12
+    seen.clear()
+    with pretended_gpu():
+        to_device(model).backbone(torch.zeros(1, 3, 64, 64).to("cuda"))
+    assert [values.held.is_contiguous() for values in seen] == [True] * 12
 
 
 @pytest.mark.parametrize("name", CHOICES)

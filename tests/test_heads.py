@@ -10,7 +10,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from src_snippets.data.images import read_cell_folder
 from src_snippets.data.structures import ground_truth
 from src_snippets.data.transforms import training_target
 from src_snippets.model.detect import paste_masks
@@ -20,7 +19,14 @@ from src_snippets.model.heads import (
     sample_mask_targets,
 )
 from src_snippets.model.mask_rcnn import build_model
-from tests.conftest import dense_masks, field_of_cells, make_sample, random_boxes, real_data
+from tests.conftest import (
+    dense_masks,
+    field_of_cells,
+    make_sample,
+    random_boxes,
+    read_cell_folder,
+    real_data,
+)
 
 
 def matchers(high=0.7, low=0.3, every_instance=True):

@@ -4,12 +4,11 @@ import pytest
 import tifffile
 
 from src_snippets.data.images import (
-    read_cell_folder,
     read_image,
     read_image_values,
     read_instance_map,
 )
-from tests.conftest import real_data, refused, save, write_folder
+from tests.conftest import read_cell_folder, real_data, refused, save, write_folder
 
 RGB = np.random.default_rng(1).integers(0, 256, (10, 14, 3), dtype=np.uint8)
 RGB[0, :2], RGB[1, :2] = 0, 255  # the ends of the range, twice: one pixel may be an outlier
@@ -95,8 +94,7 @@ def test_without_imagecodecs_pillow_reads_the_same(tmp_path, monkeypatch):
     for path, wanted in zip(paths, expected, strict=True):
         assert np.array_equal(read_image(path), wanted)
     found = read_instance_map(ids)
-    assert found.size == GREY.shape
-    assert found.ids.tolist() == found.pixels.tolist() == list(range(1, 140))
+    assert found[0].tolist() == found[1].tolist() == list(range(1, 140))
     with refused("Install imagecodecs", float_ids):
         read_instance_map(float_ids)
 
@@ -322,7 +320,7 @@ def test_the_content_decides_not_the_suffix(tmp_path):
         assert np.array_equal(np.moveaxis(read_image(tmp_path / name), 0, 2), RGB)
     ids = np.arange(140, dtype=np.uint8).reshape(10, 14)
     Image.fromarray(ids).save(tmp_path / "class1.tif", format="png")
-    assert read_instance_map(tmp_path / "class1.tif").ids.tolist() == list(range(1, 140))
+    assert read_instance_map(tmp_path / "class1.tif")[1].tolist() == list(range(1, 140))
 
 
 def test_phone_pictures_and_giants(tmp_path, monkeypatch):
@@ -355,9 +353,18 @@ def test_a_missing_photometric_tag_is_no_negative(tmp_path):
 )
 def test_instance_maps_of_all_types(tmp_path, dtype):
     ids = np.array([[0, 1, 1], [0, 0, 1]])
-    found = read_instance_map(save(tmp_path / "class1.tif", ids.astype(dtype)))
-    assert (found.ids.tolist(), found.pixels.tolist(), found.size) == ([1, 1, 1], [1, 2, 5], (2, 3))
-    assert found.ids.dtype == np.int32
+    pixels, found, _ = read_instance_map(save(tmp_path / "class1.tif", ids.astype(dtype)))
+    assert (found.tolist(), pixels.tolist(), found.dtype) == ([1, 1, 1], [1, 2, 5], np.int32)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
+def test_instance_maps_shown_in_colours(tmp_path, suffix):
+    ids = np.array([[0, 1, 1], [0, 0, 7]], np.uint8)
+    image = Image.fromarray(ids)
+    image.putpalette([index * 37 % 256 for index in range(768)])
+    image.save(tmp_path / f"a_masks.{suffix}")
+    pixels, found, _ = read_instance_map(tmp_path / f"a_masks.{suffix}")
+    assert (found.tolist(), pixels.tolist()) == ([1, 1, 7], [1, 2, 5])
 
 
 @pytest.mark.parametrize(
@@ -415,13 +422,14 @@ def test_folders_that_are_refused(tmp_path):
         "class5.tif class0.tif classA.tif class1.tiff class01.tif Class1.tif mask.tif other.TIFF"
     )
     for name in names.split():
-        other = write_folder(tmp_path / name, {})
+        other = write_folder(tmp_path / f"of {name}" / "a", {})
         (other / name).write_bytes(b"")
         with refused(f"{name} is no known class; expected class1.tif .. class4.tif", other):
             read_cell_folder(other, 4)
-    (tmp_path / "bare").mkdir()
-    with refused("no image.tif, but nothing", tmp_path / "bare"):
-        read_cell_folder(tmp_path / "bare", 4)
+    bare = tmp_path / "bare" / "a"
+    bare.mkdir(parents=True)
+    with refused("no image.tif, but nothing", bare):
+        read_cell_folder(bare, 4)
 
 
 def test_other_files_beside_the_class_files_are_passed_over(tmp_path):
@@ -516,18 +524,18 @@ BANDS = np.where(np.indices((60, 80))[0] // 10 % 2, 7.0, 0) * (np.indices((60, 8
     ],
 )
 def test_instance_maps_are_read_whole(tmp_path, ids):
-    found = read_instance_map(save(tmp_path / "class1.tif", ids.astype(np.int32)))
-    assert np.array_equal(found.pixels, np.flatnonzero(ids))
-    assert found.strays == 0
+    pixels, _, strays = read_instance_map(save(tmp_path / "class1.tif", ids.astype(np.int32)))
+    assert np.array_equal(pixels, np.flatnonzero(ids))
+    assert strays == 0
 
 
 def test_stray_pixels_are_left_out_and_told(tmp_path):
     ids = discs()
     ids[0, 0], ids[95, 119], ids[48, 119] = 8, 8, 20
     ids[1, 12] = 1  # beside its cell: no stray
-    found = read_instance_map(save(tmp_path / "class1.tif", ids))
-    assert found.strays == 3
-    assert len(found.pixels) == (discs() > 0).sum() + 1
+    pixels, _, strays = read_instance_map(save(tmp_path / "class1.tif", ids))
+    assert strays == 3
+    assert len(pixels) == (discs() > 0).sum() + 1
     sample = read_cell_folder(write_folder(tmp_path / "a", {1: ids}, ids.shape), 1)
     assert sample.left_out == {"stray pieces": 3}
     rows, columns = np.nonzero(sample.layers[0].numpy() == 8)
@@ -538,7 +546,7 @@ def test_every_real_class_file_is_an_instance_map():
     paths = sorted(real_data("hw3-real").rglob("class*.tif"))
     assert len(paths) == 2
     for path in paths:
-        assert read_instance_map(path).strays == 0
+        assert read_instance_map(path)[2] == 0
 
 
 def test_cells_that_cover_each_other_in_part_are_instances(tmp_path):
@@ -548,5 +556,5 @@ def test_cells_that_cover_each_other_in_part_are_instances(tmp_path):
         for number in range(1, count + 1):
             y, x = grid - np.array([rng.integers(90), rng.integers(120)])[:, None, None]
             ids[(y / rng.uniform(2, 25)) ** 2 + (x / rng.uniform(2, 12)) ** 2 < 1] = number
-        found = read_instance_map(save(tmp_path / "class1.tif", ids))
-        assert set(found.ids) == set(ids[ids > 0])
+        _, found, _ = read_instance_map(save(tmp_path / "class1.tif", ids))
+        assert set(found) == set(ids[ids > 0])

@@ -437,6 +437,17 @@ def test_csv_with_wells_and_a_sample_submission(tmp_path):
     assert dataset.groups == {"a": "w1", "b": "w1"}
     assert [image.path.name for image in dataset.test_images] == ["c.png"]
     assert dataset.categories == {1: "cell"}
+    Image.fromarray(RGB).save(tmp_path / "test" / "c_mask.png")  # listed: no output of Cellpose
+    (tmp_path / "test" / "s").mkdir()
+    Image.fromarray(RGB).save(tmp_path / "test" / "s" / "c.png")
+    ids = ["c_mask", "c.png", "s/c.png"]
+    (tmp_path / "sample_submission.csv").write_text(
+        "\n".join(["id,predicted", *map("{},".format, ids)])
+    )
+    dataset = open_dataset(tmp_path, CONFIG)
+    paths = [tmp_path / "test" / name for name in ("c_mask.png", "c.png", "s/c.png")]
+    assert [image.path for image in dataset.test_images] == paths
+    assert [dataset.test_ids[path] for path in paths] == ids  # as the competition has them
     (tmp_path / "sample_submission.csv").write_text("id,predicted\n../train/a,1 1\n")
     with refused("train/a'.*not there", tmp_path / "sample_submission.csv"):
         open_dataset(tmp_path, CONFIG)
@@ -542,6 +553,25 @@ def test_coco_with_one_folder_of_images_for_all_parts(tmp_path):
     assert (dataset.layout, dataset.names) == ("coco", ["a.png"])
     assert [(path.name, key) for path, key, *_ in dataset.test_images] == [("c.png", 9)]
     assert [path.name for path in next(iter(dataset.left_out.values()))] == ["b.png"]
+
+
+def test_coco_with_one_folder_for_training_and_validation(tmp_path):
+    """As a file that was split by hand; ids as pandas writes them after a merge."""
+    content = coco_content()
+    rows = [row | dict(image_id=9.0) for row in content["annotations"]]
+    root = make_coco(tmp_path, content | dict(images=content["images"][:1], annotations=[]))
+    own = content | dict(images=content["images"][1:], annotations=rows)
+    write_json(own, root / "val.json")
+    dataset = open_dataset(root, CONFIG)
+    assert (dataset.names, dataset.validation) == (["a.png", "deep/b.png"], ["deep/b.png"])
+    assert dataset.left_out == {}
+    assert dataset.read("deep/b.png").labels.tolist() == [2, 1, -1]
+    write_json(own, root / "train.json")
+    with refused("1 images of the training part; expected others", root / "val.json"):
+        open_dataset(root, CONFIG)
+    write_json(own | dict(images=[dict(own["images"][0], file_name="v.png")]), root / "val.json")
+    with refused("'v.png'.*not there", root / "val.json"):
+        open_dataset(root, CONFIG)
 
 
 def test_a_coco_file(tmp_path):
@@ -1124,7 +1154,7 @@ def test_our_own_export_for_qupath_is_read_back(tmp_path):
     path = tmp_path / "images" / "a.png"
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(path)
     images = [ImageRecord(path, 5, 40, 50)]
-    write_exports({5: found}, images, {5: path}, tmp_path, {3: "T", 7: "B µ"}, CONFIG)
+    write_exports({5: found}, images, tmp_path, {3: "T", 7: "B µ"}, CONFIG)
     dataset = open_dataset(tmp_path, CONFIG)
     assert (dataset.names, dataset.categories) == (["images/a.png"], {1: "B µ", 2: "T"})
     sample = dataset.read("images/a.png")
@@ -1154,6 +1184,10 @@ def test_a_region_around_detections_is_no_cell(tmp_path):
     assert dataset.categories == {1: "cell"}
     assert sample.labels.tolist() == [1] * 4
     assert sample.left_out == {"annotations around detections": 1}
+    region["properties"]["classification"]["name"] = "Ignore*"
+    root = pair_root(tmp_path, [*[region] * 3, drawn])  # meant to be left out: no loss
+    assert open_dataset(root, CONFIG).read("a.tif").labels.tolist() == [1]
+    region["properties"]["classification"]["name"] = "Tumor"
     root = pair_root(tmp_path, [region, drawn])  # nothing was detected: both were drawn
     assert open_dataset(root, CONFIG).read("a.tif").labels.tolist() == [1, 2]
 

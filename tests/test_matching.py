@@ -24,10 +24,9 @@ from src_snippets.evaluation.matching import (
     precision_curve,
     quality_table,
     score_table,
-    visible_instances,
     wrong_instances,
 )
-from src_snippets.model.detect import without_overlaps
+from src_snippets.model.detect import visible_instances, without_overlaps
 from src_snippets.setup.config import make_config
 from src_snippets.training.metrics import average_precision
 from tests.conftest import empty_sample, field_of_cells, jittered, make_sample

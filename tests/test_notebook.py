@@ -221,7 +221,8 @@ def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, de
     second = tmp_path / "second"
     environ = dict(HW3_CHECKPOINTS=str(folder / "best.pt"))
     answer = dict(HW3_DATA=str(pictures), HW3_OUT=str(second))
-    said, _ = run(story, ROOT, **answer, **environ, HW3_SETTINGS='{"detections": 5}')
+    settings = '{"detections": 5, "um_per_px": 0.25}'  # which is not that of other images
+    said, _ = run(story, ROOT, **answer, **environ, HW3_SETTINGS=settings)
     assert "epoch 1" not in said
     assert "recipe: demo" in said
     assert "(1, 2, 3)" in said  # channels, in the table of settings
@@ -230,7 +231,7 @@ def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, de
     assert not (second / "runs").exists()
     assert len(list((second / "exports" / "labels").iterdir())) == 3
     table = (second / "exports" / "counts.csv").read_text().splitlines()
-    assert table[0] == header  # names and pixel size are the checkpoint's
+    assert table[0] == header  # names are the checkpoint's
     assert [row.split(",")[0] for row in table[1:]] == ["a", "b", "c"]
     assert (second / "report.html").exists()
     assert not (second / "test-results.json").exists()

@@ -126,7 +126,7 @@ def test_recipe_trains_resumes_predicts_and_submits(
     assert archive.is_file()
     assert {row["image_id"] for row in json.loads(results.read_text())} <= set(predictions)
     if dataset.layout == "csv":
-        write_csv_submissions(predictions, images, tmp_path)
+        write_csv_submissions(predictions, images, tmp_path, dataset.test_ids)
         plain = tmp_path / "submission.csv"
         names = {line.split(",")[0] for line in plain.read_text().splitlines()[1:]}
         assert names == {image.path.stem for image in images}
@@ -136,9 +136,8 @@ def test_any_part_goes_with_any_other(demo_samples, tmp_path):
     mixed = dict(
         backbone="timm:convnextv2_atto",
         attention="se",
-        norm="sync",
+        norm="frozen",
         head_norm="none",
-        trainable_stages=3,
         anchor_sizes=(4, 8, 16, 32, 64),
         optimizer="sgd",
         accumulate=2,

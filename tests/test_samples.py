@@ -18,12 +18,10 @@ from src_snippets.data.samples import (
     dataset_warnings,
     image_stem,
     make_splits,
-    sample_records,
     subset,
 )
-from src_snippets.data.synthetic import save_rgba
 from src_snippets.setup.config import make_config
-from tests.conftest import empty_sample, make_sample, real_data, refused, write_folder
+from tests.conftest import empty_sample, make_sample, real_data, refused, save_rgba, write_folder
 
 CONFIG = make_config("demo", split_by="image")
 
@@ -412,8 +410,6 @@ def test_parts_facts_and_names(tmp_path):
     assert subset(samples, ["b", "a"]).indices == [1, 0]
     names = ("a/image.tif", "image.tif", "b.png", "deep/b.c.png")
     assert [image_stem(name) for name in names] == ["a", "image", "b", "b.c"]
-    drawn = [make_sample([np.eye(3, 5)], [1], name=name) for name in names[::2]]
-    assert sample_records(drawn) == [(Path("a.tif"), 1, 3, 5), (Path("b.png"), 2, 3, 5)]
 
 
 def test_the_samples_of_a_part(demo_samples):

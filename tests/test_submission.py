@@ -22,6 +22,7 @@ from src_snippets.inference.submission import (
     write_csv_submissions,
     write_results,
 )
+from src_snippets.model.detect import visible_instances
 from src_snippets.setup.config import BadInput
 from tests.test_detect import make_instances
 
@@ -153,12 +154,19 @@ def test_csv_submissions_in_both_forms(tmp_path):
     both = Instances(boxes, scores, labels, rles, (6, 8))
     images = [ImageRecord(Path(f"{name}.png"), k, 6, 8) for k, name in enumerate("ab", start=1)]
     predictions = {1: both, 2: both.select([])}
-    write_csv_submissions(predictions, images, tmp_path)
+    write_csv_submissions(predictions, images, tmp_path, {})
     plain, indexed = tmp_path / "submission.csv", tmp_path / "submission-idx.csv"
     assert plain.read_text() == "id,predicted\na,1 2\na,9 4\nb,\n"
     assert indexed.read_text() == "idx,id,annotation\n0,a,1 2\n1,a,9 4\n2,b,-1\n"
-    write_csv_submissions({k: p.above(0.5) for k, p in predictions.items()}, images, tmp_path)
+    confident = {k: p.above(0.5) for k, p in predictions.items()}
+    write_csv_submissions(confident, images, tmp_path, {})
     assert plain.read_text() == "id,predicted\na,9 4\nb,\n"
+    write_csv_submissions(confident, images, tmp_path, {Path("a.png"): "test/A.PNG"})
+    assert plain.read_text() == "id,predicted\ntest/A.PNG,9 4\nb,\n"
+    assert indexed.read_text() == "idx,id,annotation\n0,test/A.PNG,9 4\n1,b,-1\n"
+    rims = Instances(boxes * 0, scores, labels, [rles[0], rles[0]], (6, 8))  # one is a duplicate
+    write_csv_submissions({1: rims, 2: rims}, images, tmp_path, {})
+    assert plain.read_text() == "id,predicted\na,1 2 9 2\nb,1 2 9 2\n"
 
 
 @settings(max_examples=40, deadline=None)
@@ -173,7 +181,7 @@ def test_predictions_are_read_back_by_others(seed, count):
     with tempfile.TemporaryDirectory() as folder:
         results, _ = write_results({5: instances}, IMAGES[:1], Path(folder), range(1, 5))
         rows = json.loads(results.read_text())
-        write_csv_submissions({5: instances}, IMAGES[:1], Path(folder))
+        write_csv_submissions({5: instances}, IMAGES[:1], Path(folder), {})
         with Path(folder, "submission.csv").open(newline="") as file:
             table = list(csv.DictReader(file))
     assert [row["category_id"] for row in rows] == labels.tolist()
@@ -184,7 +192,12 @@ def test_predictions_are_read_back_by_others(seed, count):
     for row in table:
         for start, length in np.array(row["predicted"].split(), int).reshape(-1, 2):
             drawn[start - 1 : start - 1 + length] += 1
-    assert np.array_equal(drawn.reshape(20, 30), masks.any(0).astype(int))  # each pixel once
+    shown = [pycocotools.mask.decode(rle) for rle in visible_instances(instances).rles]
+    assert len(table) == max(len(shown), 1)
+    assert np.array_equal(drawn.reshape(20, 30), np.sum(shown, 0, int) * np.ones((20, 30)))
+    assert drawn.max(initial=0) <= 1  # each pixel once
+    assert not drawn.reshape(20, 30)[~masks.any(0)].any()
+    assert masks[:1].sum() == masks[:1, drawn.reshape(20, 30) > 0].sum()  # the best is whole
 
 
 def test_a_link_to_download_where_there_is_a_notebook(tmp_path, monkeypatch, capsys):

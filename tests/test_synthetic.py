@@ -10,7 +10,6 @@ from src_snippets.data.samples import CellSamples
 from src_snippets.data.synthetic import (
     draw_field,
     make_synthetic,
-    save_rgba,
     SYNTHETIC_CELLS,
     SYNTHETIC_NAMES,
 )
@@ -26,19 +25,12 @@ def test_the_files_are_as_the_real_ones(demo_root):
     with tifffile.TiffFile(folders[0] / "image.tif") as tif:
         page = tif.pages[0]
         assert (page.compression.name, page.shape[2], str(page.dtype)) == ("LZW", 4, "uint8")
+    assert (np.asarray(Image.open(folders[0] / "image.tif"))[..., 3] == 255).all()
     entries = json.loads((demo_root / "test_image_name_to_ids.json").read_text())
     assert [entry["id"] for entry in entries] == [1, 2, 3]
     for entry in entries:
         with Image.open(demo_root / "test_release" / entry["file_name"]) as image:
             assert image.size == (entry["width"], entry["height"])
-
-
-def test_rgba_keeps_the_colours(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    save_rgba(pixels, tmp_path / "image.tif")
-    written = np.asarray(Image.open(tmp_path / "image.tif"))
-    assert (written[..., :3] == pixels).all()
-    assert (written[..., 3] == 255).all()
 
 
 def test_cells_are_as_promised(tmp_path):

@@ -89,8 +89,6 @@ def test_each_part_has_its_learning_rate(tiny_model, tiny_config):
         assert rates[name][0] == pytest.approx(wanted)
     sizes = dict(tiny_model.named_parameters())
     assert all((decay == 0) == (sizes[name].ndim <= 1) for name, (_, decay) in rates.items())
-    frozen = build_model(replace(tiny_config, trainable_stages=2))
-    assert not any("layer2" in name for name in rates_by_name(frozen, config))
 
 
 def test_a_backbone_without_named_stages_is_no_stem(tiny_model, tiny_config, monkeypatch):
@@ -321,6 +319,11 @@ def test_validation_loss_is_repeatable_and_changes_nothing(tiny_model, parts, ti
     assert not any(module.training for module in tiny_model.modules())
     assert tiny_model.transform.fixed_scale is None
     assert math.isfinite(validation_loss(tiny_model, [empty_sample(64, 64)], tiny_config))
+    seen, large = [], empty_sample(100, 3 * tiny_config.crop)  # memory suffices for a crop
+    hook = tiny_model.register_forward_pre_hook(lambda _, batch: seen.append(batch[0][0].shape))
+    validation_loss(tiny_model, [large], tiny_config)
+    hook.remove()
+    assert seen == [(3, min(100, tiny_config.crop), tiny_config.crop)]
 
 
 def test_evaluation_is_of_whole_images_from_a_low_score_on(parts, tiny_config, monkeypatch):
@@ -776,12 +779,12 @@ def test_a_session_reserves_time_to_predict(monkeypatch):
         session.evaluation_seconds.fill_(100)
         os._exit(0)
     os.waitpid(child, 0)
-    assert not over_after(1000 - 120 - 400 - 1)
+    assert not over_after(1000 - 120 - 300 - 1)
     session.evaluation_seconds.fill_(10_000)  # more than the session has: half of it is training
     assert not over_after(1000 - 1800 - 1)
     assert over_after(1000 - 1800 + 1)
     session.evaluation_seconds.fill_(100)
-    assert over_after(1000 - 120 - 400 + 1)
+    assert over_after(1000 - 120 - 300 + 1)
     assert not free.is_over()
 
 
@@ -805,6 +808,15 @@ def test_sigterm_ends_training_alone(parts, tiny_config, tmp_path, capsys):
     assert len(train(config, *parts, tmp_path, Session(0.0), callback)) == 1
     assert signal.getsignal(signal.SIGTERM) == before
     assert "Training ends after epoch 1: the session ends" in capsys.readouterr().out
+
+
+def test_sigterm_to_all_processes_leaves_the_loaders(parts, tiny_config):
+    loader = training_loader(parts[0], replace(tiny_config, workers=1), 2)
+    batches = iter(loader)
+    next(batches)
+    for process in batches._workers:
+        process.terminate()
+    assert len([*batches]) == len(loader) - 1
 
 
 @pytest.mark.usefixtures("saved_each_epoch")

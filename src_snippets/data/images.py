@@ -1,14 +1,12 @@
-"""Images, instance maps and outlines from files; one training folder as a `CellSample`."""
+"""Images, instance maps and outlines from files."""
 
 # %%
 # @title Read images: tifffile for TIFF, Pillow for the others
-from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 import json
 from math import prod
 from pathlib import Path
-import re
 
 import numpy as np
 import pandas as pd
@@ -16,10 +14,8 @@ from PIL import Image
 from scipy import ndimage
 import skimage
 from tifffile import TiffFile
-import torch
 
 from src_snippets.data.rle import csv_to_pixels, pixel_indices, run_pixels
-from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import BadInput, require
 
 MAX_VALUES = 10**9  # of an image, all channels: RGB of 18,000 x 18,000 px
@@ -40,11 +36,12 @@ def name_file(path: Path):
         raise BadInput(f"{path}: cannot be read ({error}). Copy or export it again.") from error
 
 
-def decode(path: Path, stacked: bool = False) -> tuple:
-    """Read the one image in a file, or its planes where `stacked`, by content, as EXIF turns it.
+def decode(path: Path, stacked: bool = False, indexed: bool = False) -> tuple:
+    """Read the one image in a file, planes where `stacked`, indices of a palette where `indexed`.
 
-    Returns values (H, W) or (H, W, S) in the file's dtype, photometric ("RGB", "PALETTE", ..),
-    palette (3, K) uint16 or None, whether the last channel is alpha and compression is lossy, bits.
+    Returns values (H, W) or (H, W, S) in the file's dtype, turned as EXIF says, photometric
+    ("RGB", "PALETTE", ..), palette (3, K) uint16 or None, whether the last channel is alpha and
+    whether compression is lossy, bits.
     """
     with path.open("rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -55,6 +52,7 @@ def decode(path: Path, stacked: bool = False) -> tuple:
             single = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
             require(single, "several images; expected one.")
             plain = image.mode in ("1", "L", "LA", "RGB", "RGBA", "F") or image.mode[0] == "I"
+            plain |= indexed and image.mode == "P"  # numbers of instances, shown in colours
             halved = ";16" in str(image.tile) and image.mode[0] != "I"  # Pillow keeps high bytes
             orientation = image.getexif().get(274, 1)
             values = np.asarray(image if plain else image.convert("RGB"))
@@ -162,12 +160,7 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
 
 
 # %%
-# @title Read instance maps, outlines and training folders
-# Pixels of instances: row-major offsets (K,) int64, ids (K,) ints from 1 on, size (H, W), and how
-# many stray pieces were left out
-InstanceMap = namedtuple("InstanceMap", "pixels ids size strays")
-
-
+# @title Read instance maps and outlines
 def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int]:
     """Refuse a map (H, W) that shows no instances; its pixels (K,) without strays, their number.
 
@@ -212,10 +205,14 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     return pixels[~strays[pieces].to_numpy()], int(strays.sum())
 
 
-def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> InstanceMap:
-    """Read a class file, pixel = id or 0, of an image of `size` H, W. Raises BadInput."""
+def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
+    """Read a label image, pixel = id or 0, of an image of `size` H, W. Raises BadInput.
+
+    Returns row-major offsets of the instances' pixels, (K,) int64, their ids, (K,) ints from 1 on,
+    and how many stray pieces were left out.
+    """
     with name_file(path):
-        values, _, _, _, lossy, _ = decode(path)
+        values, _, _, _, lossy, _ = decode(path, indexed=True)
         require(not lossy, "JPEG or WebP, which changes ids. Save it without loss.")
         found = f"shape {values.shape}, {values.dtype}"
         known = values.ndim == 2 and values.dtype.kind in "buif"
@@ -229,7 +226,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> Instan
         pixels, strays = drop_strays(values, pixels)
         ids = values.ravel()[pixels]
         dtype = np.int32 if ids.max(initial=0) < 2**31 else np.int64
-        return InstanceMap(pixels, ids.astype(dtype), values.shape, strays)
+        return pixels, ids.astype(dtype), strays
 
 
 def read_geojson(path: Path) -> list[tuple]:
@@ -283,26 +280,3 @@ def shape_pixels(shape, height: int, width: int) -> np.ndarray:
     if shape.startswith("["):
         return fill_rings(json.loads(shape), height, width)
     return csv_to_pixels(shape, height * width)
-
-
-def read_cell_folder(folder: Path, num_classes, overlaps=True, name="", channels=()) -> CellSample:
-    """Read `image.tif` and `class1.tif` .. of a folder; ids may restart in each and have gaps.
-
-    Without `overlaps` a pixel that two classes claim belongs to the first. Raises BadInput.
-    """
-    known = {f"class{k}.tif": k for k in range(1, num_classes + 1)}
-    with name_file(folder):
-        names = sorted(path.name for path in folder.iterdir())
-        require("image.tif" in names, f"no image.tif, but {', '.join(names[:5]) or 'nothing'}.")
-        classes = {name for name in names if re.match(r"(?i)class|[^.].*\.tiff?$", name)}
-        unknown = ", ".join(sorted(classes - {"image.tif", *known}))
-        expected = f"expected class1.tif .. class{num_classes}.tif: rename it or set class_names"
-        require(not unknown, f"{unknown} is no known class; {expected}.")
-    path = folder / "image.tif"
-    image, there = read_image(path, channels), [name for name in known if name in names]
-    maps = {known[name]: read_instance_map(folder / name, image.shape[1:]) for name in there}
-    parts = [(found.pixels, found.ids, label) for label, found in maps.items()]
-    packed = pack_layers(parts, image.shape[1:], overlaps)
-    left_out = {"stray pieces": sum(found.strays for found in maps.values())}
-    name = f"{name or folder.name}/image.tif"
-    return CellSample(torch.from_numpy(image), *packed, name, left_out, path)

@@ -32,7 +32,6 @@ import torch
 
 from src_snippets.data.images import (
     name_file,
-    read_cell_folder,
     read_geojson,
     read_image,
     read_instance_map,
@@ -80,6 +79,7 @@ class CellDataset:
     groups: Mapping[str, str]  # by name; a group is never split, a name without one is alone
     validation: Sequence[str] = ()  # names that the dataset itself keeps for validation
     left_out: Mapping[str, Sequence] = field(default_factory=dict)  # files not read, by reason
+    test_ids: Mapping[Path, str] = field(default_factory=dict)  # in `sample_submission.csv`
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -316,7 +316,7 @@ def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
 
 
 # %%
-# @title Read annotations: COCO and pairs
+# @title Read annotations: COCO, pairs and folders
 SHORT = "polygons of fewer than 3 points"
 OUTSIDE = "without a pixel in the image (coordinates of another size?)"
 
@@ -365,18 +365,22 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
     records, validation, rows, kinds, listed = {}, set(), [], [], 0
     source = find_part(root, "train", COCO_FILES)
     for part in ("train", "val"):
-        path, folder = (find_part(root, part, names) for names in (COCO_FILES, COCO_FOLDERS))
-        if path and folder:
+        if path := find_part(root, part, COCO_FILES):
+            folder = find_part(root, part, COCO_FOLDERS) or train  # one for all parts
             content, images = read_image_list(path, folder)
-            paths = {str(image.image_id): image.path for image in images}
+            paths = {image.image_id: image.path for image in images}
+            found = len(records.keys() & {*paths.values()})
             records |= {image.path: image for image in images}
             validation |= {*paths.values()} if part == "val" else set()
             own, categories = content.get("annotations"), content.get("categories")
             own = list(own.values()) if isinstance(own, dict) else own  # by id: LIVECell
             with name_file(path):
+                require(not found, f"{found} images of the training part; expected others.")
                 valid = isinstance(own, list) and isinstance(categories, list)
                 require(valid, "expected lists of images, annotations and categories.")
-                rows += [row | dict(path=paths.get(str(row.get("image_id")))) for row in own]
+                ids = whole(pd.Series([row.get("image_id") for row in own], dtype=object))
+                own = zip(own, ids.map(paths), strict=True)
+                rows += [row | dict(path=path) for row, path in own]
             kinds, listed = kinds + categories, listed + len(images)
     if again := listed - len(records):
         print(f"{source}: {again} images are listed again; their annotations are joined")
@@ -436,12 +440,36 @@ def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
     return train, records, table, number_classes(table), {}, set()
 
 
+def open_folders(class_names: Sequence[str], root: Path, train: Path, val: Path | None) -> tuple:
+    """Open folders with `image.tif`, `class1.tif` ..; ids may restart in each. See `open_csv`."""
+    parts = [train, val] if val and any(val.glob("*/class*.tif")) else [train]
+    folders = [path for part in parts for path in sorted(part.glob("[!.]*")) if path.is_dir()]
+    with name_file(train):
+        expected = f"expected one per training image. For others remove {MAPPING_NAME}."
+        require(folders and train in folders[0].parents, f"no folders; {expected}")
+    rows, known = [], {f"class{k}.tif": k for k in range(1, len(class_names) + 1)}
+    for folder in folders:
+        with name_file(folder):
+            names = sorted(path.name for path in folder.iterdir())
+            require("image.tif" in names, f"no image.tif, but {', '.join(names[:5]) or 'nothing'}.")
+            classes = {name for name in names if re.match(r"(?i)class|[^.].*\.tiff?$", name)}
+            unknown = ", ".join(sorted(classes - {"image.tif", *known}))
+            expected = f"expected class1.tif .. class{len(known)}.tif: rename it or set class_names"
+            require(not unknown, f"{unknown} is no known class; {expected}.")
+        image, there = folder / "image.tif", [name for name in known if name in names]
+        rows += [(image, known[name], folder / name, 1, "") for name in there]
+    table = pd.DataFrame(rows, columns=["path", "label", "shape", "number", "reason"])
+    records = {path / "image.tif": ImageRecord(path / "image.tif", 0, 0, 0) for path in folders}
+    return train, records, table, dict(enumerate(class_names, start=1)), {}, set()
+
+
 # %%
 # @title Open a dataset of any layout
 def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dict[str, list]:
     """Rows (label, shape, number, reason) by name; BadInput where over a third cannot be used."""
     has_shape = table["shape"].astype(bool)
-    lost = table["reason"][~has_shape & (table["reason"] != "")].value_counts()
+    meant = table["reason"].str.startswith(("annotations around", "regions"))  # to be left out
+    lost = table["reason"][~has_shape & ~meant & (table["reason"] != "")].value_counts()
     found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
     with name_file(source):
         found = f"{lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
@@ -474,7 +502,7 @@ def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) ->
     require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{found}. {help_text}")
     if height == width and len(parts) >= 10:
         inside, grey = np.zeros((height, width), bool), image.sum(axis=0, dtype=np.float32)
-        grey -= ndimage.uniform_filter(grey, height // 4)  # light that falls off to one side
+        grey -= ndimage.uniform_filter(grey, 1 + height // 4)  # light that falls off to one side
         inside.flat[pixels] = True
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
@@ -483,13 +511,19 @@ def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) ->
 
 
 def read_annotated(source: Path, records, rows, config: Config, name: str) -> CellSample:
-    """Read an image and its annotations, see `rows_by_name`. Raises BadInput."""
-    image, parts, wrong = read_listed(records[name], source, config.channels), [], []
+    """Read an image and its annotations, see `rows_by_name`. Raises BadInput.
+
+    records: (path below the dataset, `ImageRecord`) by name. Without `config.overlaps` a pixel that
+    two classes claim belongs to the first.
+    """
+    file_name, record = records[name]
+    image, parts, wrong = read_listed(record, source, config.channels), [], []
     left_out = Counter(reason for *_, reason in rows[name] if reason)
     for label, shape, number, _ in [row for row in rows[name] if row[1]]:
         try:
             if isinstance(shape, Path):
-                pixels, ids, _, left_out["stray pieces"] = read_instance_map(shape, image.shape[1:])
+                pixels, ids, strays = read_instance_map(shape, image.shape[1:])
+                left_out["stray pieces"] += strays
             else:
                 pixels = shape_pixels(shape, *image.shape[1:])
                 ids = np.ones(len(pixels), np.int64)
@@ -506,29 +540,24 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
             check_axes(image, masks, is_down)
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
     packed = pack_layers(parts, image.shape[1:], config.overlaps)
-    file_name = Path(name).with_name(records[name].path.name).as_posix()
-    image, path = torch.from_numpy(image), records[name].path
-    return CellSample(image, *packed, file_name, left_out, path)
+    return CellSample(torch.from_numpy(image), *packed, file_name, left_out, record.path)
 
 
-def read_named_folder(paths: Mapping[str, Path], config: Config, name: str) -> CellSample:
-    """Read one of the training folders by its name. Raises BadInput."""
-    return read_cell_folder(paths[name], config.num_classes, config.overlaps, name, config.channels)
-
-
-def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[ImageRecord]:
-    """The images of the mapping, a COCO file or `sample_submission.csv`, else all in `folder`."""
+def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple[list, dict]:
+    """Those of the mapping, COCO or `sample_submission.csv`, else all in `folder`; ids by path."""
     mapping, table = root / MAPPING_NAME, root / "sample_submission.csv"
     if source := mapping if mapping.is_file() else find_part(root, "test", COCO_FILES):
         images = read_image_list(source, folder)[1]
         for image in images:
             read_listed(image, source, channels)
-        return images
-    paths = image_files(folder)
-    if table.is_file():
-        paths = list(match_images([folder], read_table(table, {"id"})["id"], table).values())
+        return images, {}
+    paths, ids = image_files(folder), {}
     names = {n for p in paths for n in (p.stem, IMAGE_END.sub("", p.stem))}  # outputs are left out
     paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
+    if table.is_file():
+        paths = match_images([folder], read_table(table, {"id"})["id"], table)
+        ids = {path: name for name, path in paths.items()}
+        paths = list(ids)
     images, errors = [], []
     for path in paths:
         try:
@@ -539,7 +568,7 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> list[
     require(not errors or (images and not table.is_file()), found)
     if errors:
         print(f"WARNING: left out, {found}")
-    return images
+    return images, ids
 
 
 def open_dataset(root: Path, config: Config) -> CellDataset:
@@ -547,37 +576,32 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     layout, is_mapped = find_layout(root), (root / MAPPING_NAME).is_file()
     train = find_part(root, "train", COCO_FOLDERS) if layout == "coco" else root / "train"
     train = root if layout == "pairs" and not find_pairs(train) else train
-    val, paths, used, files = find_part(root, "val", IMAGE_FOLDERS), [], set(), {}
-    categories, groups, own = dict(enumerate(config.class_names, start=1)), {}, set()
-    opener = dict(csv=open_csv, coco=open_coco, pairs=open_pairs).get(layout)
-    if opener:
-        source, records, table, categories, groups, own = opener(root, train, val)
+    val, records = find_part(root, "val", IMAGE_FOLDERS), {}
+    source, images, rows, used, own = root, {}, {}, set(), set()
+    categories, groups = dict(enumerate(config.class_names, start=1)), {}
+    if has_ground_truth(root):
+        openers = dict(csv=open_csv, coco=open_coco, pairs=open_pairs)
+        opener = openers.get(layout, partial(open_folders, config.class_names))
+        source, images, table, categories, groups, own = opener(root, train, val)
         pairs = (find_pairs(part) for part in (train, val) if part and layout == "pairs")
-        paths, used = list(records), {label for pair in pairs for label in pair.values()}
-    elif layout == "folders" and train.is_dir():
-        parts = [train, val] if val and any(val.glob("*/class*.tif")) else [train]
-        paths = [path for part in parts for path in sorted(part.glob("[!.]*")) if path.is_dir()]
-        used = {file for path in paths for file in path.glob("*.tif")}
-        with name_file(train):
-            expected = "no folders; expected one per training image."
-            require(paths and train in paths[0].parents, expected)
-    for path in sorted(paths):
-        name = path.relative_to(train if train in path.parents else root).as_posix()
-        short = name.removesuffix(path.suffix) if layout == "csv" else name
-        files[name if short in files else short] = path
-    names = {path: name for name, path in files.items()}
-    read = partial(read_named_folder, files, config)
-    if opener:
-        records = {name: records[path] for name, path in files.items()}
+        used = {label for pair in pairs for label in pair.values()}
+        used |= {shape for shape in table["shape"] if isinstance(shape, Path)}
+    for path in sorted(images):
+        file_name = path.relative_to(train if train in path.parents else root).as_posix()
+        end = dict(folders="/image.tif", csv=path.suffix).get(layout, "")
+        short = file_name.removesuffix(end)
+        records[file_name if short in records else short] = file_name, images[path]
+    names = {record.path: name for name, (_, record) in records.items()}
+    if records:
         rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
-        read = partial(read_annotated, source, records, rows, config)
     places = COCO_FOLDERS if find_part(root, "test", COCO_FILES) else IMAGE_FOLDERS
     test = find_part(root, "test", ("{}/images", *places)) or root / "test"
     test = root if layout == "images" else root / "test_release" if is_mapped else test
-    test_images = list_test_images(root, test, config.channels)
-    used = {*paths, *used, *(image.path for image in test_images)}
+    test_images, test_ids = list_test_images(root, test, config.channels)
+    used |= {*images, *(image.path for image in test_images)}
     left_out = list_left_out(root, filter(None, {train, test, val}), used)
-    groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*files])
-    validation = [name for name, path in files.items() if path in own or val in path.parents]
-    facts = ([*files], read, categories, test_images, groups, validation, left_out)
+    groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*records])
+    validation = [name for path, name in names.items() if path in own or val in path.parents]
+    read = partial(read_annotated, source, records, rows, config)
+    facts = ([*records], read, categories, test_images, groups, validation, left_out, test_ids)
     return CellDataset(root, layout, *facts)

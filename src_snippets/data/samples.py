@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from src_snippets.data.appearance import appearance_features, group_by_appearance, image_borders
-from src_snippets.data.layouts import CellDataset, ImageRecord, OUTSIDE
+from src_snippets.data.layouts import CellDataset, OUTSIDE
 from src_snippets.data.structures import CellSample
 from src_snippets.setup.config import Config, require
 from src_snippets.setup.devices import is_main, world_size
@@ -190,13 +190,7 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     return "\n".join(lines) or "each class has instances, none has more than can be detected"
 
 
-def image_stem(name: str) -> str:
+def image_stem(name: str | Path) -> str:
     """The name to show for a sample: of its file, or of its folder where files are all `image`."""
     path = Path(name)
     return path.parent.name if path.stem == "image" and path.parent.name else path.stem
-
-
-def sample_records(samples: Sequence[CellSample]) -> list[ImageRecord]:
-    """Samples as images with ids from 1 on, as `coco_ground_truth` numbers them."""
-    named = ((Path(f"{image_stem(s.name)}{Path(s.name).suffix}"), s.size) for s in samples)
-    return [ImageRecord(path, k, *size) for k, (path, size) in enumerate(named, start=1)]

@@ -68,31 +68,24 @@ def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
     return image, {label: drawn[inner] for label, drawn in maps.items()}
 
 
-def save_rgba(image: np.ndarray, path: Path) -> None:
-    """Write (H, W, 3) uint8 as an RGBA TIFF with LZW compression, as the real images are."""
-    Image.fromarray(image).convert("RGBA").save(path, compression="tiff_lzw")
-
-
 def make_synthetic(root: Path, train: int = 40, test: int = 8, seed: int = 7) -> Path:
     """Draw `train/` (first image: no cells), `test_release/` and mapping, unless they exist."""
     mapping, rng, entries = root / "test_image_name_to_ids.json", np.random.default_rng(seed), []
     if mapping.is_file():  # written last
         return root
     shutil.rmtree(root, ignore_errors=True)
-    (root / "test_release").mkdir(parents=True)
     for index in range(train + test):
         height, width = SYNTHETIC_SIZES[index % len(SYNTHETIC_SIZES)]
         image, maps = draw_field(rng, height, width, int(rng.integers(10, 30)) if index else 0)
         name = str(uuid.UUID(bytes=rng.bytes(16), version=4))
-        if index < train:
-            folder = root / "train" / name
-            folder.mkdir(parents=True)
-            save_rgba(image, folder / "image.tif")
-            for label, ids in maps.items():
-                imwrite(folder / f"class{label}.tif", ids)
-        else:
-            save_rgba(image, root / "test_release" / f"{name}.tif")
+        is_test = index >= train
+        path = root / (f"test_release/{name}.tif" if is_test else f"train/{name}/image.tif")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).convert("RGBA").save(path, compression="tiff_lzw")  # as real ones
+        if is_test:
             size = dict(height=height, width=width)
-            entries.append(dict(file_name=f"{name}.tif", id=len(entries) + 1) | size)
+            entries.append(dict(file_name=path.name, id=len(entries) + 1) | size)
+        for label, ids in maps.items() if not is_test else ():
+            imwrite(path.with_name(f"class{label}.tif"), ids)
     write_json(entries, mapping)
     return root

@@ -15,7 +15,7 @@ from scipy import ndimage, optimize, spatial
 
 from src_snippets.data.rle import draw_masks, mask_areas
 from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
-from src_snippets.model.detect import without_overlaps
+from src_snippets.model.detect import visible_instances, without_overlaps
 from src_snippets.setup.config import Config, require
 from src_snippets.training.metrics import average_precision
 
@@ -130,14 +130,6 @@ def ap_interval(table: pd.DataFrame, draws: int = 500) -> tuple[float, float] | 
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
     values = [ap50(table.loc[np.repeat(table.index, row[table.image])]) for row in weights]
     return tuple(np.nanquantile(values, [0.025, 0.975]).tolist())
-
-
-def visible_instances(instances: Instances) -> Instances:
-    """Instances without overlaps; one that is hidden by over half is a duplicate, left out."""
-    order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
-    drawn = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
-    areas = np.bincount(drawn.ravel(), minlength=len(instances) + 1)[1:]
-    return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
 
 
 def pair_centroids(found: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:

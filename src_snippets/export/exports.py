@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 from src_snippets.data.drawing import class_color, draw_outlines
 from src_snippets.data.images import name_file, read_image_values
 from src_snippets.data.rle import crop_mask, draw_masks
+from src_snippets.data.samples import image_stem
 from src_snippets.data.structures import coco_dataset
-from src_snippets.evaluation.matching import visible_instances
+from src_snippets.model.detect import visible_instances
 from src_snippets.setup.config import require
 from src_snippets.setup.files import atomic_write, clear_folder, write_json
 
@@ -155,29 +156,29 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
         save_label_image(own, folder / f"class{label}.tif", 0)
 
 
-def write_exports(predictions, images, sources, folder, categories, config) -> pd.DataFrame:
+def write_exports(predictions, images, folder, categories, config) -> pd.DataFrame:
     """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
     predictions: `Instances` by image id, of which `visible_instances` count; images:
-    `ImageRecord`s, at least one; sources: the file of each by image id; categories: names of the
-    classes 1..C by the dataset's own ids. Of the settings `um_per_px` and `channels` count.
+    `ImageRecord`s, at least one; categories: names of the classes 1..C by the dataset's own ids. Of
+    the settings `um_per_px` and `channels` count.
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
-    kinds, stems = list(categories.values()), [image.path.stem.casefold() for image in images]
-    tables, counts, ums = [], [], set()
+    kinds, tables, counts, ums = list(categories.values()), [], [], set()
+    columns = [f"class {name}" if name in ("image", "all", "area_mm2") else name for name in kinds]
+    stems = [image_stem(image.path).casefold() for image in images]
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
     for part, suffix in PARTS_OF_EXPORTS.items():
         clear_folder(folder / part, suffix)
     shutil.rmtree(folder / "training", ignore_errors=True)
     for image in tqdm(images, desc="exports"):
-        instances, name = visible[image.image_id], image.path.stem
+        instances, name = visible[image.image_id], image_stem(image.path)
         name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
         paths = {part: folder / part / f"{name}{end}" for part, end in PARTS_OF_EXPORTS.items()}
-        source = sources[image.image_id]
-        values, pixels = read_image_values(source, config.channels)
-        with name_file(source):
+        values, pixels = read_image_values(image.path, config.channels)
+        with name_file(image.path):
             require(pixels.shape[1:] == instances.size, f"{pixels.shape}, not as predicted.")
-        um = config.um_per_px or read_pixel_size(source)
+        um = config.um_per_px or read_pixel_size(image.path)
         ums |= {um} - {0.0}
         numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
         save_label_image(numbers, paths["labels"], um)
@@ -199,10 +200,11 @@ def write_exports(predictions, images, sources, folder, categories, config) -> p
             with atomic_write(paths["rois"]) as partial:
                 importlib.import_module("roifile").roiwrite(partial, rois, mode="w")
         tables.append(table)
-        row = dict(image=name, **table["class"].value_counts().reindex(kinds, fill_value=0))
+        per_class = table["class"].value_counts().reindex(kinds, fill_value=0)
+        row = dict(image=name, **per_class.set_axis(columns))
         counts.append(row | dict(all=len(table), area_mm2=numbers.size * um**2 / 1e6 or np.nan))
     cells, counts = pd.concat(tables), pd.DataFrame(counts)
-    density = counts[[*kinds, "all"]].div(counts.area_mm2, axis=0).add_suffix("_per_mm2").round(3)
+    density = counts[[*columns, "all"]].div(counts.area_mm2, axis=0).add_suffix("_per_mm2").round(3)
     counts = counts.join(density).dropna(axis=1, how="all")
     for name, table in (("cells.csv", cells), ("counts.csv", counts)):
         with atomic_write(folder / name) as partial:

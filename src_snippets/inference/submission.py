@@ -21,7 +21,7 @@ import pycocotools.mask
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import decode_runs, rle_to_csv
 from src_snippets.data.structures import coco_annotations
-from src_snippets.model.detect import without_overlaps
+from src_snippets.model.detect import visible_instances
 from src_snippets.setup.config import BadInput, require
 from src_snippets.setup.files import atomic_write
 
@@ -87,15 +87,16 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
     return results, archive
 
 
-def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path) -> None:
+def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path, ids) -> None:
     """Write `submission.csv` (id, predicted) and `submission-idx.csv` (idx, id, annotation).
 
-    ids are file names without suffix; without detections "" or -1; no pixel is in two instances.
+    predictions: `Instances` by image id, of which `visible_instances` count; without any "" or -1;
+    ids: those that the competition has, by path; for others file names without suffix.
     """
     rows = []
     for image in images:
-        texts = [rle_to_csv(rle) for rle in without_overlaps(predictions[image.image_id]).rles]
-        rows += [(image.path.stem, text) for text in texts or [""]]
+        texts = [rle_to_csv(rle) for rle in visible_instances(predictions[image.image_id]).rles]
+        rows += [(ids.get(image.path, image.path.stem), text) for text in texts or [""]]
     table = pd.DataFrame(rows, columns=["id", "predicted"])
     with atomic_write(folder / "submission.csv") as partial:
         table.to_csv(partial, index=False)

@@ -152,9 +152,4 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
     if config.norm == "frozen":
         body = timm.layers.freeze_batch_norm_2d(body)
-    stages, frozen = backbone_stages(body), 5 - config.trainable_stages
-    known = len(stages) > 1 or frozen in (0, 5)
-    require(known, f"trainable_stages: timm names no stages of {name}; expected 0 or 5.")
-    if modules := [module for stage in stages[:frozen] for module in stage]:
-        timm.utils.freeze(body, [key for key, module in body.named_modules() if module in modules])
     return Backbone(body, config)

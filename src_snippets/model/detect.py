@@ -64,6 +64,14 @@ def without_overlaps(instances: Instances) -> Instances:
     return replace(instances, boxes=boxes.numpy(), rles=rles).select(areas.numpy() > 0)
 
 
+def visible_instances(instances: Instances) -> Instances:
+    """Instances without overlaps; one that is hidden by over half is a duplicate, left out."""
+    order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
+    drawn = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
+    areas = np.bincount(drawn.ravel(), minlength=len(instances) + 1)[1:]
+    return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
+
+
 class View(NamedTuple):
     """How a model sees an image: scaled, turned by quarters to the left, then mirrored."""
 

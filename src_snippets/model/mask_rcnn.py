@@ -9,15 +9,16 @@
 # %%
 # @title InputTransform, and initial weights
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 import numpy as np
-import timm
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from torchvision import ops
 from torchvision.models import detection
 from torchvision.transforms import v2
 
@@ -103,7 +104,9 @@ def with_model_settings(config: Config, changes: Mapping) -> Config:
     """The settings with those of the model in a best.pt that `weights` names, but for `changes`."""
     if Path(config.weights).suffix != ".pt" or not Path(config.weights).is_file():
         return config
-    saved = torch.load(config.weights, map_location="cpu", weights_only=True).get("config", {})
+    saved = {}
+    with suppress(Exception):  # a bad file is refused where its weights are read
+        saved = dict(torch.load(config.weights, map_location="cpu", weights_only=True)["config"])
     saved = {k: saved[k] for k in MODEL_SETTINGS if k in saved and k not in changes}
     taken = {k: value for k, value in saved.items() if value != getattr(config, k)}
     if taken:
@@ -161,10 +164,9 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.forward
     transform = InputTransform(config, backbone.mean, backbone.std)
     model = detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, transform)
-    model = timm.layers.convert_sync_batchnorm(model) if config.norm == "sync" else model
     if state is not None:
         load_model_state(model, state, new_classes=True)
-    millions, help_text = count_parameters(model) / 1e6, "Lower trainable_stages, or the backbone."
+    millions, help_text = count_parameters(model) / 1e6, "Take a smaller backbone."
     require(millions <= 200, f"{millions:.1f} M trainable parameters; at most 200 M. {help_text}")
     return model.to(memory_format=transform.layout)
 
@@ -172,27 +174,24 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
 def to_device(model: nn.Module) -> nn.Module:
     """Moves a model to the device, in the layout of its memory that is quick there."""
     device, convs = default_device(), [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    depthwise7 = any(conv.groups > 1 and conv.kernel_size[0] > 5 for conv in convs)
+    depthwise7 = [conv for conv in convs if conv.groups > 1 and conv.kernel_size[0] > 5]
     if depthwise7 and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         model.transform.layout = torch.contiguous_format  # cuDNN is slow or fails in channels_last
+        for conv in depthwise7:  # norms of timm permute what these get
+            conv.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.to(device, memory_format=model.transform.layout)
 
 
 # %%
 # @title Anchors and the boxes that they fit
-def anchor_fits(sides: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Which sides (N, 2) in network px an anchor fits with IoU 0.5, (N,) bool; anchors (A, 2)."""
+def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
+    """Plot sides (N, 2) of boxes and anchors, network px; red where none overlaps by IoU 0.5."""
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
     anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
-    overlap = np.minimum(sides[:, None], anchors).prod(-1)
-    union = sides.prod(-1)[:, None] + anchors.prod(-1) - overlap
-    return (overlap / union).max(1) >= 0.5, anchors
-
-
-def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
-    """Width and height of boxes (N, 2) and of the anchors, in network pixels."""
+    boxes = (torch.from_numpy(np.c_[0 * v, v]).double() for v in (sides, anchors))
+    fits = (ops.box_iou(*boxes).amax(1) >= 0.5).numpy()
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
-    axes, (fits, anchors) = figure.subplots(), anchor_fits(sides, config)
+    axes = figure.subplots()
     for chosen, color, label in ((fits, "0.5", "box"), (~fits, "tab:red", "box without anchor")):
         label = f"{label} ({chosen.sum():,})"
         axes.scatter(*sides[chosen].T, s=3, alpha=0.3, color=color, label=label)

@@ -57,9 +57,8 @@ class Config:
     # Model
     backbone: str = "resnet50"  # resnet10, resnet50_v1, resnet50_v2, or any timm name: timm:NAME
     weights: str = "imagenet"  # imagenet, coco (data beyond ImageNet), none, or a file
-    trainable_stages: int = within(5, 0, 5)  # of stem and four stages, from the top
     drop_path: float = within(0.0, 0.0, 0.9)  # stochastic depth of the backbone
-    norm: str = one_of("batch", "frozen", "sync")  # batch norm of the backbone
+    norm: str = one_of("batch", "frozen")  # batch norm of the backbone
     attention: str = one_of("none", "se", "cbam")  # after each stage; identity at the start
     fpn_channels: int = within(256, 8, 1024)  # width of FPN and heads; coco weights need 256
     head_norm: str = one_of("batch", "none")  # in FPN and heads; none: older detectron2 weights
@@ -118,7 +117,7 @@ class Config:
 BEST = dict(
     backbone="timm:resnet101.tv2_in1k", crop=576, scale=1.333, scale_jitter=(0.5, 2.0),
     class_crops=0.5, copy_paste=0.5, epochs=1000, train_hours=7.0, schedule="cosine",
-    ema=0.999, eval_every=25, score_threshold=0.01, detections=600, tile=768, tta="d4",
+    ema=0.999, eval_every=25, score_threshold=0.01, detections=1500, tile=768, tta="d4",
 )
 RECIPES = {
     # torchvision's maskrcnn_resnet50_fpn_v2 with small anchors
@@ -158,7 +157,7 @@ RECIPES = {
         fpn_channels=96, scale=1.5, rpn_convs=1, box_convs=0, box_features=512, proposals=1000,
         roi_batch_size=128, epochs=1000, train_hours=2.0, batch_size=4, lr=1e-3,
         lr_factors=(0.3, 0.3, 1.0, 1.0), weight_decay=0.05, warmup_steps=100, schedule="cosine",
-        ema=0.998, eval_every=25, detections=600, tta="d4",
+        ema=0.998, eval_every=25, score_threshold=0.01, detections=1500, tta="d4",
     ),
     # Small enough for the synthetic dataset on a CPU
     "demo": dict(
@@ -170,9 +169,8 @@ RECIPES = {
 # Names of earlier versions, refused with the present one
 RENAMED = dict(
     zoom="scale_jitter", quarter_turns="flips", rare_crops="class_crops", rois="roi_batch_size",
-    trained_stages="trainable_stages", group_lr="lr_factors",
-    score_floor="score_threshold", show_floor="export_score_threshold", test_views="tta",
-    test_scales="tta_scales", num_classes="class_names",
+    group_lr="lr_factors", score_floor="score_threshold", show_floor="export_score_threshold",
+    test_views="tta", test_scales="tta_scales", num_classes="class_names",
 )
 # fmt: on
 FREE_LENGTH = dict(class_names=255, anchor_ratios=32, tta_scales=32, channels=3)  # at most
@@ -201,17 +199,16 @@ def change_config(config: Config, changes: Mapping) -> Config:
     """A copy with some fields changed, all of them checked; ValueError says what is not valid."""
     known = {item.name: item for item in fields(Config) if item.name != "recipe"}
     for name in sorted(set(changes) - set(known)):
-        if name in RENAMED:
-            raise ValueError(f"Setting {name} is called {RENAMED[name]} now.")
+        require(name not in RENAMED, f"Setting {name} is called {RENAMED.get(name)} now.")
         hint = "".join(f" Did you mean {close}?" for close in get_close_matches(name, known, 1))
         raise ValueError(f"There is no setting {name}.{hint} There are: {', '.join(known)}.")
     config = replace(config, **{k: check_setting(known[k], v) for k, v in changes.items()})
-    names, (low, high) = config.class_names, config.scale_jitter
-    if "" in names or len(set(names)) < len(names):
-        raise ValueError(f"Setting class_names={names}: expected one name per class, each once.")
+    names, folds, (low, high) = config.class_names, config.folds, config.scale_jitter
+    valid = "" not in names and len(set(names)) == len(names)
+    require(valid, f"Setting class_names={names}: expected one name per class, each once.")
     require(low <= high, f"Setting scale_jitter={(low, high)}: expected from <= to.")
-    if config.fold > (config.folds if config.folds > 1 else 0):
-        raise ValueError(f"Setting fold={config.fold}: expected at most folds={config.folds}.")
+    valid = config.fold <= (folds if folds > 1 else 0)
+    require(valid, f"Setting fold={config.fold}: expected 0, or up to folds if above 1.")
     return config
 
 
@@ -222,12 +219,14 @@ def make_config(recipe: str, /, **changes) -> Config:
 
 
 def with_class_names(config: Config, names: Sequence[str]) -> Config:
-    """The settings with a dataset's class names, or the user's; ValueError for another number."""
+    """The settings with a dataset's class names, or the user's; ValueError for other ones."""
     if config.class_names == Config.class_names:
         return replace(config, class_names=tuple(names))
-    expected = f"{len(names)} names, for the classes {', '.join(names)} of the dataset"
-    same = len(config.class_names) == len(names)
-    require(same, f"Setting class_names={config.class_names}: expected {expected}.")
+    expected = f"{len(names)} names, for the dataset's classes {', '.join(names)} in this order"
+    own = dict(zip(config.class_names, names, strict=False))
+    moved = [name for name, old in own.items() if name != old and name in names]
+    fits = len(config.class_names) == len(names) and not moved
+    require(fits, f"Setting class_names={config.class_names}: expected {expected}.")
     return config
 
 

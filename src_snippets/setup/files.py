@@ -47,7 +47,7 @@ def atomic_write(path: Path):
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with partial.open("rb") as file:
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
@@ -79,16 +79,17 @@ def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | dict(model=state["model"], config=Config(**state["config"]))
+        known = {k: v for k, v in state["config"].items() if k != "trainable_stages"}  # is gone
+        return state | dict(model=state["model"], config=Config(**known))
     except Exception as error:  # of many types; each means a file that cannot be used
         found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
         raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error
 
 
 def saved_config(path: Path, changes: Mapping) -> Config:
-    """The settings of a checkpoint with changes of prediction settings; ValueError for others."""
+    """Settings of a checkpoint but for `um_per_px`, with changes of prediction; else ValueError."""
     shaping = sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"})
     require(not shaping, f"Settings {shaping}: without training only {PREDICTION_SETTINGS} change.")
     config = load_checkpoint(path)["config"]
     print(f"nothing to train; settings of {path}")
-    return change_config(replace(config, precision="auto"), changes)
+    return change_config(replace(config, precision="auto", um_per_px=0.0), changes)

@@ -9,6 +9,7 @@
 # %%
 # @title plot_history, LiveHistory
 from pathlib import Path
+import time
 
 import IPython
 from matplotlib.figure import Figure
@@ -43,15 +44,18 @@ def plot_history(history: list[dict], names: tuple[str, ...], example=None) -> F
 
 
 class LiveHistory:
-    """Draw `plot_history` into the PNG at `path` and one display, anew after each epoch."""
+    """Draw `plot_history` into a PNG and one display, anew after epochs, 5% of the time."""
 
     def __init__(self, path: Path, names: tuple[str, ...]):
-        self.path, self.names, self.is_shown = path, names, False
+        self.path, self.names, self.is_shown, self.next = path, names, False, 0.0
 
     def __call__(self, history: list[dict], example=None, is_last: bool = False) -> None:
         row = history[-1]
         if IPython.get_ipython() is None and not is_last:
-            scores = [f"{k} {row[k]:.3f}" for k in ("loss", "AP50", "val_loss") if row.get(k)]
+            known = [k for k in ("loss", "AP50", "val_loss") if row.get(k) is not None]
+            scores = [f"{k} {row[k]:.3f}" for k in known]
             tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
+        if (start := time.time()) < self.next and not is_last:
+            return
         show_figure(plot_history(history, self.names, example), self.path, update=self.is_shown)
-        self.is_shown = True
+        self.is_shown, self.next = True, time.time() + 20 * (time.time() - start)  # a GPU waits

@@ -8,7 +8,7 @@
 # the same draws, since those of each epoch depend on the seed and its number alone.
 
 # %%
-# @title Session, optimizer, learning rate, batches
+# @title Session, optimizer, learning rate, batches, memory
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -71,7 +71,8 @@ class Session:
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
-        reserve = min(120 + 2 * self.evaluations * float(self.evaluation_seconds), self.seconds / 2)
+        predicting = 1.5 * self.evaluations * float(self.evaluation_seconds)
+        reserve = min(120 + predicting, self.seconds / 2)
         return self.terminated or time.time() >= self.end - reserve
 
     @contextmanager
@@ -145,18 +146,19 @@ def stop_reason(history: list[dict], seconds: float, config: Config) -> str:
 
 def training_loader(samples, config: Config, batch_size: int) -> torch.utils.data.DataLoader:
     """Shuffled batches of augmented crops, made by other processes while a GPU computes."""
-    on_gpu, workers = default_device().type == "cuda", config.workers
+    on_gpu, workers, forks = default_device().type == "cuda", config.workers, hasattr(os, "fork")
     if workers < 0:
-        workers = min(os.cpu_count() // world_size(), 4) if on_gpu else 0
+        workers = min(os.cpu_count() // world_size(), 4) if on_gpu and forks else 0
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
     options |= dict(collate_fn=collate, shuffle=True)
+    if workers and forks:  # as what a notebook defines cannot be sent; SIGTERM to all ends training
+        options["multiprocessing_context"] = "fork"
+        options["worker_init_fn"] = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)
     drop_last = len(samples) >= batch_size * world_size()
     dataset = TrainingSet(samples, config)
     return torch.utils.data.DataLoader(dataset, batch_size, drop_last=drop_last, **options)
 
 
-# %%
-# @title Memory, evaluation, and what a checkpoint holds
 def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     """The batch size, halved until a training step on crops full of instances fits into memory.
 
@@ -191,16 +193,22 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     return batch_size
 
 
+# %%
+# @title Evaluation, and what a checkpoint holds
 @torch.no_grad()
 def validation_loss(model: nn.Module, samples, config: Config) -> float:
-    """Mean loss on whole images, with the same draws each time and norms as in prediction."""
+    """Mean loss on the middle `crop` px, with the same draws each time, norms as in prediction."""
     model.eval()
     for part in (model, model.rpn, model.roi_heads):
         part.training = True  # these compute losses; the layers inside stay in eval mode
     losses, device = [], default_device()
     for i in rank_indices(len(samples)):
         torch.manual_seed(config.seed + i)  # each epoch of training sets its own
-        batch = collate([(samples[i].image, training_target(samples[i]))])
+        sample = samples[i]
+        top, left = (max(side - config.crop, 0) // 2 for side in sample.size)
+        window = np.s_[..., top : top + config.crop, left : left + config.crop]
+        sample = replace(sample, image=sample.image[window], layers=sample.layers[window])
+        batch = collate([(sample.image, training_target(sample))])
         with autocast_for(config, device):
             batch = accelerate.utils.send_to_device(batch, device)
             losses.append(float(sum(model(*batch).values())))
@@ -212,7 +220,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     """Evaluates on whole, unaugmented images, from a score of 0.05 on.
 
     Returns AP, AP50, AP75 (0..1, uncapped, None without ground truth), val_loss where a setting
-    needs it; the sample with most instances and its predictions.
+    needs it (of the middle); the sample with most instances and its predictions.
     """
     config = replace(config, tile=0, score_threshold=min(config.score_threshold, 0.05))
     images = (samples[i].image for i in rank_indices(len(samples)))

@@ -33,7 +33,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import box_iou, masks_to_boxes, MultiScaleRoIAlign
 from torchvision.transforms import v2
 
-from src_snippets.data.images import read_cell_folder, read_image
+from src_snippets.data.images import read_image
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.structures import (
     CellSample,
@@ -50,7 +50,13 @@ from src_snippets.setup.config import Config, make_config
 from src_snippets.setup.devices import choose_precision
 from src_snippets.training.metrics import average_precision
 from src_snippets.training.trainer import build_optimizer, Trainer, training_loader
-from tests.conftest import jittered, make_sample, SHARED_DATA
+from tests.conftest import (
+    cell_folder_reader,
+    jittered,
+    make_sample,
+    read_cell_folder,
+    SHARED_DATA,
+)
 
 CLASSES = {k: f"class{k}" for k in range(1, 5)}
 
@@ -69,7 +75,8 @@ def real_folder() -> Path:
 
 def tiled_folder(times: int) -> Path:
     """The real image laid side by side `times` x `times`, each copy with ids of its own."""
-    folder = new_folder()
+    folder = new_folder() / "train" / "sample"
+    folder.mkdir(parents=True)
     for path in sorted(real_folder().glob("*.tif")):
         if path.name == "image.tif":
             image = np.tile(np.moveaxis(read_image(path), 0, 2), (times, times, 1))
@@ -146,7 +153,8 @@ def training_sample(side: str, device: str, times: int) -> Callable:
     if side == "cached":
         samples = TrainingSet([read_cell_folder(folder, 4)], config)
         return lambda: samples[0]
-    return lambda: TrainingSet([read_cell_folder(folder, 4)], config)[0]
+    read = cell_folder_reader(folder, 4)
+    return lambda: TrainingSet([read()], config)[0]
 
 
 def padding(side: str, device: str, batch: int) -> Callable:
