@@ -223,8 +223,7 @@ def with_class_names(config: Config, names: Sequence[str]) -> Config:
     if config.class_names == Config.class_names:
         return replace(config, class_names=tuple(names))
     expected = f"{len(names)} names, for the dataset's classes {', '.join(names)} in this order"
-    own = dict(zip(config.class_names, names, strict=False))
-    moved = [name for name, old in own.items() if name != old and name in names]
+    moved = [a for a, b in zip(config.class_names, names, strict=False) if a != b and a in names]
     fits = len(config.class_names) == len(names) and not moved
     require(fits, f"Setting class_names={config.class_names}: expected {expected}.")
     return config

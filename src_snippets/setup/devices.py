@@ -98,6 +98,7 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
     ranks = dict(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count))
     os.environ |= ranks | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)  # a fork has none of its parent's threads and would wait for them
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # that of the parent
     if kernel := getattr(IPython.get_ipython(), "kernel", None):
         kernel.session.check_pid = False  # or bars and figures of a fork are dropped
     if on_gpu := torch.cuda.is_available():
