@@ -78,14 +78,14 @@ def make_synthetic(root: Path, train: int = 40, test: int = 8, seed: int = 7) ->
         height, width = SYNTHETIC_SIZES[index % len(SYNTHETIC_SIZES)]
         image, maps = draw_field(rng, height, width, int(rng.integers(10, 30)) if index else 0)
         name = str(uuid.UUID(bytes=rng.bytes(16), version=4))
-        is_test = index >= train
-        path = root / (f"test_release/{name}.tif" if is_test else f"train/{name}/image.tif")
+        path = root / (f"train/{name}/image.tif" if index < train else f"test_release/{name}.tif")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).convert("RGBA").save(path, compression="tiff_lzw")  # as real ones
-        if is_test:
+        if index < train:
+            for label, ids in maps.items():
+                imwrite(path.with_name(f"class{label}.tif"), ids)
+        else:
             size = dict(height=height, width=width)
             entries.append(dict(file_name=path.name, id=len(entries) + 1) | size)
-        for label, ids in maps.items() if not is_test else ():
-            imwrite(path.with_name(f"class{label}.tif"), ids)
     write_json(entries, mapping)
     return root

@@ -90,8 +90,8 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
 def write_csv_submissions(predictions, images: list[ImageRecord], folder: Path, ids) -> None:
     """Write `submission.csv` (id, predicted) and `submission-idx.csv` (idx, id, annotation).
 
-    predictions: `Instances` by image id, of which `visible_instances` count; without any "" or -1;
-    ids: those that the competition has, by path; for others file names without suffix.
+    predictions: `Instances` by image id, of which `visible_instances` count, "" or -1 where there
+    are none; ids: of `sample_submission.csv` by path, for other images names without suffix.
     """
     rows = []
     for image in images:

@@ -207,8 +207,8 @@ def change_config(config: Config, changes: Mapping) -> Config:
     valid = "" not in names and len(set(names)) == len(names)
     require(valid, f"Setting class_names={names}: expected one name per class, each once.")
     require(low <= high, f"Setting scale_jitter={(low, high)}: expected from <= to.")
-    valid = config.fold <= (folds if folds > 1 else 0)
-    require(valid, f"Setting fold={config.fold}: expected 0, or up to folds if above 1.")
+    most = folds if folds > 1 else 0
+    require(config.fold <= most, f"Setting fold={config.fold}: expected at most {most}, {folds=}.")
     return config
 
 

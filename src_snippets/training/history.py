@@ -47,7 +47,7 @@ class LiveHistory:
     """Draw `plot_history` into a PNG and one display, anew after epochs, 5% of the time."""
 
     def __init__(self, path: Path, names: tuple[str, ...]):
-        self.path, self.names, self.is_shown, self.next = path, names, False, 0.0
+        self.path, self.names, self.next = path, names, 0.0
 
     def __call__(self, history: list[dict], example=None, is_last: bool = False) -> None:
         row = history[-1]
@@ -57,5 +57,5 @@ class LiveHistory:
             tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
         if (start := time.time()) < self.next and not is_last:
             return
-        show_figure(plot_history(history, self.names, example), self.path, update=self.is_shown)
-        self.is_shown, self.next = True, time.time() + 20 * (time.time() - start)  # a GPU waits
+        show_figure(plot_history(history, self.names, example), self.path, update=self.next > 0)
+        self.next = time.time() + 20 * (time.time() - start)  # a GPU waits meanwhile

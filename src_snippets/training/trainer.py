@@ -151,7 +151,7 @@ def training_loader(samples, config: Config, batch_size: int) -> torch.utils.dat
         workers = min(os.cpu_count() // world_size(), 4) if on_gpu and forks else 0
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
     options |= dict(collate_fn=collate, shuffle=True)
-    if workers and forks:  # as what a notebook defines cannot be sent; SIGTERM to all ends training
+    if workers and forks:  # a notebook's classes cannot be sent; SIGTERM is for the trainer alone
         options["multiprocessing_context"] = "fork"
         options["worker_init_fn"] = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)
     drop_last = len(samples) >= batch_size * world_size()
