@@ -9,9 +9,8 @@
 # - **Colab**: upload the notebook, choose a GPU runtime, upload the dataset to `/content`, Run all.
 # - **No dataset**: a small synthetic one is drawn; all of it runs in a minute or two on a CPU.
 #
-# Bars with a title hold definitions; the open cells below them use them. Nobody has to open a bar
-# to use the notebook. To change how it works, look for "Add your own" in the bars on augmentation,
-# model and training.
+# Folded cells hold definitions; the open cells below use them. You need not open a folded cell. To
+# change how the notebook works, look for "Add your own" in those on augmentation, model and training.
 
 # %% [markdown]
 # ## Setup
@@ -44,10 +43,10 @@ from src_snippets.setup.config import (
 
 # %% [markdown]
 # ### Settings: change them here
-# Leave all as it is for a first run; for a score set `RECIPE = "best"` and `TRAIN_HOURS`. An empty
-# text, 0 or `None` takes the recipe's own value. After a change run on from here. What only changes
-# prediction or the machine goes on with the trained model; any other change trains a new one and
-# keeps the earlier.
+# Leave all as it is for a first run; for a competitive score set `RECIPE = "best"`, which trains for
+# 7 hours. An empty string, 0 or `None` takes the recipe's own value. After a change run all cells
+# from here on. A change of prediction or hardware alone uses the trained model again; any other
+# change trains a new one and keeps the old one.
 #
 # | setting | meaning |
 # |---|---|
@@ -57,7 +56,7 @@ from src_snippets.setup.config import (
 # | `RECIPE` | empty: `baseline`, or `demo` without a dataset |
 # | `EPOCHS` | 1 to 10,000 passes over the training images; more while the validation curve rises |
 # | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
-# | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (of 12: set 11.8) |
+# | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions set 11.8; no limit: `CHANGES = dict(max_hours=0)`) |
 # | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
 # | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
 # | `BACKBONE` | `resnet50`, or any name of timm as `timm:NAME`; larger ones gained .07 AP50 in public solutions |
@@ -111,10 +110,10 @@ figures = clear_folder(output / "figures", ".png")  # those of another run would
 
 # %% [markdown]
 # ## Data
-# Everything passes through two forms: `CellSample`, an image with its ground truth, and `Instances`,
+# Everything passes through two data structures: `CellSample`, an image with its ground truth, and `Instances`,
 # the prediction for one image. Masks are RLEs (run-length encoding; COCO counts down the columns):
 # a thousand cells cost kilobytes, and nothing of shape (instances, height, width) is ever made.
-# Letters of shapes everywhere: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
+# Letters in shapes: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
 # Boxes are XYXY in pixels, right and lower edge outside: a cell in column 3 spans x from 3 to 4.
 
 # %%
@@ -144,7 +143,7 @@ if is_demo:
     data_root = make_synthetic(output / ".synthetic-dataset")
     changes = {"class_names": SYNTHETIC_NAMES} | changes
     print("DEMO: the images below are synthetic; the scores say nothing about real cells.")
-    print("For your own data set DATA to a folder with train/, then run from the settings cell on.")
+    print("For your own images: set DATA to a folder with train/, run from the settings cell on.")
 trains = has_ground_truth(data_root)
 require(trains or CHECKPOINTS, f"{data_root}: no ground truth; set CHECKPOINTS to a best.pt.")
 if trains:
@@ -187,18 +186,18 @@ samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
 if trains and not (gpu_name or RECIPE or is_demo):
     print('Without a GPU training is slow: set RECIPE = "light".')
-notes = dataset_warnings(samples, splits, config) * trains
-print(f"{len(dataset.test_images)} test images. {notes}")
-show_table(dataset_table(samples, splits, config.class_names))
+print(f"{len(dataset.test_images)} test images")
 if trains:
+    print(dataset_warnings(samples, splits, config))
+    show_table(dataset_table(samples, splits, config.class_names))
     train_part = subset(samples, next(iter(splits.values()))["train"])
     shown = (train_part[i] for i in range(0, len(train_part), -(-len(train_part) // 4)))
     items = [(sample.image.numpy(), ground_truth(sample), sample.name) for sample in shown]
     show_figure(plot_samples(items, config.class_names), figures / "samples.png")
 
 # %% [markdown]
-# Each cell has an outline in the colour of its class. If outlines and cells are apart, image and
-# masks do not belong together.
+# Each cell has an outline in the colour of its class. If outlines do not lie on the cells, images
+# and masks do not match.
 
 # %%
 from src_snippets.data.transforms import TrainingSet
@@ -256,14 +255,15 @@ if trains:
     del model
 
 # %% [markdown]
-# The model learns a cell best when an anchor, a box of fixed size, overlaps it by half. Many red
-# dots ask for other `anchor_sizes`, `anchor_ratios` or another `scale`.
+# The model learns a cell best when an anchor, a box of fixed size on a grid, has an IoU of 0.5 or
+# more with it. Red dots have none. If they are many, change `anchor_sizes`, `anchor_ratios` or
+# `scale`.
 
 # %% [markdown]
 # ## Training
 # One step: losses of a batch, backward, clip the gradients, update. The state is saved after an
 # epoch, five minutes apart, at evaluations and at the end, so that a stopped session goes on from
-# there; the epoch with the best validation score is kept as `best.pt`.
+# there; the epoch with the best validation score, or the last, is kept as `best.pt` (see `best_by`).
 
 # %%
 from src_snippets.training.metrics import average_precision
@@ -292,11 +292,7 @@ from src_snippets.training.trainer import Session, train, Trainer
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
     check_same_settings(load_checkpoint(path)["config"], config, path, same=False)
 code = code_digest(TrainingSet, build_model, Trainer)
-val_count = sum(len(split["val"]) for split in splits.values())
-count = val_count + len(dataset.test_images) * (len(splits) + len(CHECKPOINTS))
-evaluations = len(splits) * count / max(val_count, 1)  # how many of them predicting will take
-views = dict(none=1, flips=3, d4=8)[config.tta] * sum(s * s for s in config.tta_scales)
-session = Session(config.max_hours, evaluations * views * (3.5 if config.tile else 1))
+session = Session(config.max_hours)
 
 # %%
 folders = {}
@@ -323,8 +319,8 @@ for fold, folder in folders.items():
 
 # %% [markdown]
 # ## Inference
-# Large images are cut into tiles that overlap by half, and shown flipped and scaled where the
-# settings say so (test-time augmentation); tiles, views and models are fused by box IoU.
+# Where `tile` is set, images are cut into tiles that overlap by half; `tta` adds flipped and turned
+# views, `tta_scales` scaled ones. Tiles, views and models are fused by box IoU.
 
 # %%
 from src_snippets.inference.predict import predict_test, predict_validation, submission_preview
@@ -335,9 +331,9 @@ from src_snippets.inference.submission import offer_download, write_csv_submissi
 # %% [markdown]
 # ### What will the submission score?
 # The validation images, predicted as the test images will be. With folds, each is predicted by the
-# one model that was not trained on it. The first row is what would be submitted; the second keeps
-# every detection from score 0.05 on, which is what AP gains from. Of CSV data `submission.csv` holds
-# only those from `export_score_threshold` on, without overlaps: DQ and PQ below are of these.
+# one model that was not trained on it. Weak detections raise AP: where `score_threshold` is above
+# 0.05, a second row shows what it costs. For CSV data `submission.csv` holds only detections from
+# `export_score_threshold` on, without overlaps: DQ and PQ below are of these.
 
 # %%
 val_parts = [(runs[fold] / "best.pt", subset(samples, splits[fold]["val"])) for fold in runs]
@@ -362,14 +358,16 @@ if predictions and dataset.layout != "images":
     _, archive = write_results(predictions, dataset.test_images, output, list(dataset.categories))
 if archive and dataset.layout == "csv":
     write_csv_submissions(above, dataset.test_images, output, dataset.test_ids)
-print("" if archive else "No test images of a dataset: there is nothing to submit.")
+if not archive:
+    print("No test images of a dataset: there is nothing to submit.")
 
 # %% [markdown]
 # ## Evaluation
-# All on the validation images. The best epoch was chosen on them, so the numbers lean a little to
-# the high side. The submission is written; an error in a figure costs nothing else. DICE,
-# AJI, DQ (detection), SQ (segmentation), PQ = DQ x SQ and F1 (centroids within 12 px) are those of
-# HoVer-Net, for comparison with publications: of all cells whatever their class, then by class.
+# All on the validation images. Where the epoch was chosen on them (`best_by` is not `last`), the
+# numbers are a little optimistic. The submission is written; an error in a figure costs nothing else.
+# DICE, AJI, DQ (detection), SQ (segmentation), PQ = DQ x SQ and F1 (centroids within 12 px) are
+# those of HoVer-Net, for comparison with publications: of all cells whatever their class, then by
+# class.
 
 # %%
 from src_snippets.evaluation.matching import (
@@ -388,7 +386,7 @@ from src_snippets.evaluation.figures import plot_evaluation, plot_mistakes
 val_truths = [ground_truth(sample, crowds=True) for sample in val_samples]
 matches = match_table(val_predictions, val_truths, config.num_classes)
 scores = by_image = None
-notes = ["The images are synthetic: scores say nothing about real cells."] * is_demo
+notes = ["The images are synthetic: scores say nothing about real cells."] if is_demo else []
 if val_samples:
     with keep_going("the table of scores"):
         scores = score_table(val_samples, val_predictions, config)
@@ -413,8 +411,8 @@ if val_samples:
         show_figure(figure, figures / "predictions.png")
 
 # %% [markdown]
-# Left the image, then ground truth, then prediction. Crosses mark cells that were missed and
-# false positives at IoU 0.5: merged, split, duplicate, of another class, or nothing.
+# Left to right: image, ground truth, prediction. Crosses mark missed cells in the ground truth and
+# false positives in the prediction: IoU below 0.5, another class, or a duplicate.
 
 # %%
 if val_samples:
@@ -423,9 +421,9 @@ if val_samples:
 
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident
-# mistakes. AP50 that rises at the left end of the threshold curve asks for a lower
-# `score_threshold`. Off the diagonal of the confusion matrix are confused classes, missed cells and
-# false positives.
+# mistakes. If AP50 is higher left of the solid red line, lower `score_threshold`; if F1 is
+# highest elsewhere than at the dashed one, change `export_score_threshold`. Off the diagonal of the
+# confusion matrix are confused classes, missed cells and false positives.
 
 # %%
 if val_samples:
@@ -434,7 +432,8 @@ if val_samples:
         show_figure(figure, figures / "mistakes.png")
 
 # %% [markdown]
-# Solid outlines are ground truth, dashed ones predictions, the worst first. A confident false
+# Solid outlines are ground truth (thick: the cell concerned), dashed ones predictions. The worst
+# come first: missed cells by size, the others by score or number of pieces. A confident false
 # positive on what looks like a cell may be a gap in the annotation.
 
 # %% [markdown]
@@ -487,13 +486,14 @@ with keep_going("the report"):
     write_report(output / "report.html", title, notes, tables)
 
 # %% [markdown]
-# ### Take it with you
+# ### Download the results
 # Submit `test-results.zip`, which holds exactly `test-results.json`; for CSV data `submission.csv`.
 # On Kaggle they also lie in the Output panel at the right. `report.html` has all figures.
 
 # %%
-print("DEMO: these cells are synthetic. Do not submit them." * is_demo)
+if is_demo:
+    print("DEMO: these cells are synthetic. Do not submit them.")
 if scores is not None:
     print(f"validation AP50 {scores['AP50'].iloc[0]:.3f} on {len(val_samples)} images")
-if archive:
+if archive and not is_demo:
     offer_download(output / "submission.csv" if dataset.layout == "csv" else archive)

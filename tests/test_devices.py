@@ -29,6 +29,8 @@ from src_snippets.setup.devices import (
     rank_indices,
     world_size,
 )
+from src_snippets.training.trainer import training_loader
+from tests.benchmarks.cases import grid_sample
 
 ROOT = Path(__file__).parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -182,6 +184,29 @@ def test_a_process_that_ignores_the_end_is_ended_too(two):
     with pytest.raises(ProcessRaisedException, match="Process 0 terminated"):
         launch(DEMO, sleep_unless_first)
     assert time.perf_counter() - start < 10
+
+
+def fail_beside_loaders():
+    config = make_config("demo", workers=2, batch_size=2, crop=64)
+    for number, _ in enumerate(training_loader([grid_sample(4, 64)] * 16, config, 2)):
+        if number:
+            raise BadInput("ten bad steps")
+
+
+def test_a_process_that_fails_beside_its_loaders_ends(two):
+    """They ignore SIGTERM, by which Python ends them before it waits for them."""
+
+    def too_late(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(60)
+    try:
+        with pytest.raises(ProcessRaisedException, match="ten bad steps"):
+            launch(DEMO, fail_beside_loaders)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_process_that_is_killed_ends_all(two):

@@ -358,7 +358,7 @@ def test_the_pixel_size_of_each_file_counts_where_none_is_set(
 ):
     images = [pink[0], grey[1]]
     counts = write_exports(predictions, images, tmp_path, CATEGORIES, Config())
-    assert "um per pixel, by the setting or the files: 0.25\n" in capsys.readouterr().out
+    assert "Pixel size in um, by the setting or the files: 0.25\n" in capsys.readouterr().out
     assert counts["area_mm2"].tolist()[0] == pytest.approx(48 / 16e6)
     assert math.isnan(counts["area_mm2"][1])
     assert math.isnan(counts["all_per_mm2"][1])
@@ -523,10 +523,13 @@ def test_no_cells_at_all(predictions, tmp_path, grey):
 
 
 def test_images_of_one_name_get_files_of_their_own(predictions, tmp_path, grey):
-    images = [grey[0], save_image(IMAGES[1]._replace(path=Path("ONE.png")), tmp_path / "c")]
-    write_exports(predictions, images, tmp_path, CATEGORIES, Config())
-    assert sorted(p.name for p in (tmp_path / "labels").iterdir()) == ["ONE-9.tif", "one-5.tif"]
-    assert [row[0] for row in read_rows(tmp_path / "counts.csv")[1:]] == ["one-5", "ONE-9"]
+    records = [IMAGES[1]._replace(path=Path(name), image_id=9) for name in ("one-8.png", "ONE.png")]
+    others = [save_image(record, tmp_path / record.path.stem) for record in records]
+    images = [grey[0], others[0], others[1]._replace(image_id=8)]
+    write_exports(predictions | {8: predictions[9]}, images, tmp_path, CATEGORIES, Config())
+    names = ["one", "one-8", "ONE-8-8"]
+    assert {p.stem for p in (tmp_path / "labels").iterdir()} == {*names}
+    assert [row[0] for row in read_rows(tmp_path / "counts.csv")[1:]] == names
 
 
 def test_bad_predictions_are_refused_before_anything_is_written(predictions, tmp_path, grey):

@@ -69,7 +69,9 @@ def test_ap50_and_f1_over_the_threshold(panels):
     assert (at[0.05], at[0.5], at[0.85]) == pytest.approx((4 / 13, 4 / 12, 2 / 9))
     lines = [submitted.get_xdata()[0], exported.get_xdata()[0]]
     assert lines == [CONFIG.score_threshold, CONFIG.export_score_threshold]
-    assert legend_texts(panels[1])[2:] == ["score_threshold", "export_score_threshold"]
+    best, *limits = legend_texts(panels[1])[1:]
+    assert best == "F1, 0.364 from 0.65 on"  # two of three
+    assert limits == ["score_threshold", "export_score_threshold"]
 
 
 def test_scores_of_true_and_false_positives(panels):
@@ -81,10 +83,10 @@ def test_scores_of_true_and_false_positives(panels):
 
 def test_confusions_are_fractions_of_the_row(panels):
     texts = axis_texts(panels[3])
-    assert texts[:4] == ["1\n25%", "0\n0%", "1\n25%", "2\n50%"]  # of four round instances
-    assert texts[4:8] == ["0\n0%", "1\n50%", "0\n0%", "1\n50%"]
-    assert texts[8:12] == ["0\n0%", "0\n0%", "0\n0%", "2\n100%"]
-    assert texts[12:] == ["0\n0%", "1\n100%", "0\n0%", ""]  # the weak one is not exported
+    assert texts[:4] == ["1\n25%", "0", "1\n25%", "2\n50%"]  # of four round instances
+    assert texts[4:8] == ["0", "1\n50%", "0", "1\n50%"]
+    assert texts[8:12] == ["0", "0", "0", "2\n100%"]
+    assert texts[12:] == ["0", "1", "0", ""]  # the weak one is not exported
     for ticks in (panels[3].get_xticklabels(), panels[3].get_yticklabels()):
         assert [label.get_text() for label in ticks] == [*NAMES, "background"]
 
@@ -95,8 +97,9 @@ def test_counts_are_moved_by_less_than_half(panels):
     expected = [[[2, 1], [2, 0]], [[1, 2], [1, 0]], [[1, 1], [1, 0]]]
     assert np.abs(np.array(dots) - expected).max() < 0.31
     assert len(np.unique(np.array(dots))) == 12  # none lies on another
-    errors = ("round, mean error 1.5", "flat, mean error 1.0", "dark, mean error 0.5")
-    assert tuple(legend_texts(panels[4])) == errors
+    errors = dict(round=1.5, flat=1.0, dark=0.5)
+    expected = [f"{name}, mean absolute error {error}" for name, error in errors.items()]
+    assert list(legend_texts(panels[4])) == expected
 
 
 def test_recall_by_size_has_error_bars(panels):
@@ -236,11 +239,11 @@ def test_the_gallery_shows_truth_and_prediction():
     assert [line.get_color() for line in wrong.lines] == [*colors, "black"]
     assert [line.get_linewidth() for line in wrong.lines] == [3, 1, 1, 2]
     assert [line.is_dashed() for line in wrong.lines] == [False] * 3 + [True]
-    assert [line.get_color() for line in again.lines[3:]] == ["black", "#d62728"]  # and the winner
+    assert [line.get_color() for line in again.lines[3:]] == ["black", "#ff00ff"]  # and the winner
     assert again.lines[4].get_xydata().max(0).tolist() == [59.5, 29.5]  # the border of pixel 59
     assert (wrong.get_xlim(), wrong.get_ylim()) == ((-0.5, 59.5), (39.5, -0.5))
     assert not wrong.axison
-    assert legend_texts(figure)[:2] == ["prediction", "prediction that has the instance"]
+    assert legend_texts(figure)[:2] == ["prediction", "better prediction of the same cell"]
     assert "true round" in legend_texts(figure)
 
 

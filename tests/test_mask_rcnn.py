@@ -292,7 +292,8 @@ def test_anchors_and_the_boxes_that_they_fit():
     config = make_config(
         "baseline", anchor_sizes=(8, 16, 32, 64, 128), anchor_ratios=(1.0, 4.0), scale=2.0
     )
-    # IoU of 22 x 22 with 16 x 16 is 256 / 484, of 23 x 23 is 256 / 529, with 32 x 32 529 / 1024.
+    # IoU of 22 x 22 with 16 x 16 is 256 / 484, of 23 x 23 is 256 / 529, with 32 x 32 529 / 1024:
+    # a quarter of the stride beside the middle, the smaller one is inside still.
     sides = np.array([[8, 8], [22, 22], [23, 23], [182, 182], [4, 16], [16, 4]])
     fits, without, anchors = drawn_anchors(sides, config)
     assert anchors[:4].tolist() == [[8, 8], [4, 16], [16, 16], [8, 32]]
@@ -300,8 +301,10 @@ def test_anchors_and_the_boxes_that_they_fit():
         sides[[0, 1, 2, 4]].tolist(),
         sides[[3, 5]].tolist(),
     )
-    exact = np.array([[16.0, 8.0]])  # IoU 0.5 with 16 x 16
-    assert drawn_anchors(exact, config)[0].tolist() == exact.tolist()
+    sides = np.array([[20.0, 25.5], [20.0, 25.7]])  # IoU 0.5 with 16 x 16 is at 25.6
+    assert drawn_anchors(sides, config)[0].tolist() == [[20.0, 25.5]]
+    beside = np.array([[16.0, 8.0]])  # IoU 0.5 with 16 x 16 were its middle the same
+    assert drawn_anchors(beside, config)[1].tolist() == beside.tolist()
 
 
 @pytest.mark.parametrize("count", [0, 50])

@@ -474,7 +474,7 @@ def test_images_by_hand_the_worst_first():
     rows = image_table(table, ["a", "b", "c"], 0.2)
     assert rows.reset_index().to_numpy()[:2].tolist() == [["a", 2, 2, 1, 0.5], ["b", 2, 2, 2, 1.0]]
     assert rows.index[2] == "c"
-    assert math.isnan(rows.F1["c"])
+    assert math.isnan(rows["F1 at IoU 0.5"]["c"])
     assert wrong_instances(table, 0) == ([1], [1])
     assert wrong_instances(table, 1) == wrong_instances(table, 2) == ([], [])
     strict = image_table(table, ["a", "b", "c"], 0.75)  # one of the second image is missed now

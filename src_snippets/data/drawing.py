@@ -59,6 +59,7 @@ def show_image_row(axes, images: list[np.ndarray], titles: list[str]) -> None:
         axis.imshow(image)
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
+        axis.set_anchor("N")
 
 
 def show_figure(figure: Figure, path: Path, alt: str = "", update: bool | None = None) -> None:

@@ -22,8 +22,8 @@ MAX_VALUES = 10**9  # of an image, all channels: RGB of 18,000 x 18,000 px
 
 
 @contextmanager
-def name_file(path: Path):
-    """Turn any error in the block into a BadInput that names the file."""
+def name_file(path: Path | str):
+    """Turn any error in the block into a BadInput that names the file, or the part of one."""
     try:
         yield
     except FileNotFoundError:

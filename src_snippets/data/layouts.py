@@ -6,8 +6,8 @@
 # `train/<name>/image.tif`; `train.csv` with an RLE per row; `train.json`, COCO polygons or RLEs;
 # label images as Cellpose and StarDist keep them or GeoJSON of QuPath, `train/a_masks.tif` or
 # `train/a.geojson` beside `train/a.tif`, `masks/a.tif` for `images/a.tif`; nowhere, images alone
-# for `CHECKPOINTS` to predict. Each becomes a `CellDataset`. The trap: results carry the dataset's
-# own ids, labels are always 1..C.
+# for `CHECKPOINTS` to predict. Each becomes a `CellDataset`. Labels are always 1..C; results carry
+# the dataset's own category ids.
 
 # %%
 # @title Find a dataset and the files of its parts
@@ -517,10 +517,10 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
     two classes claim belongs to the first.
     """
     file_name, record = records[name]
-    image, parts, wrong = read_listed(record, source, config.channels), [], []
+    image, parts = read_listed(record, source, config.channels), []
     left_out = Counter(reason for *_, reason in rows[name] if reason)
     for label, shape, number, _ in [row for row in rows[name] if row[1]]:
-        try:
+        with name_file(f"{source}, {name}, annotation {number}"):
             if isinstance(shape, Path):
                 pixels, ids, strays = read_instance_map(shape, image.shape[1:])
                 left_out["stray pieces"] += strays
@@ -529,13 +529,8 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
                 ids = np.ones(len(pixels), np.int64)
                 left_out.update([] if len(pixels) else [OUTSIDE])
             parts.append((pixels, ids, label))
-        except BadInput:
-            raise
-        except ValueError as error:
-            wrong.append(f"annotation {number}: {error}")
-    with name_file(f"{source}, {name}"):
-        require(not wrong, f"{len(wrong)} of {len(rows[name])} rows: {'; '.join(wrong[:3])}")
-        if parts and source.suffix in (".csv", ".json"):
+    if parts and source.suffix in (".csv", ".json"):
+        with name_file(f"{source}, {name}"):
             masks, is_down = [pixels for pixels, *_ in parts], source.suffix == ".json"
             check_axes(image, masks, is_down)
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last

@@ -5,6 +5,8 @@
 import numpy as np
 import pycocotools.mask
 
+from src_snippets.setup.config import require
+
 
 def encode_runs(owners, starts, ends, count: int, height: int, width: int) -> list[dict]:
     """Encode runs of pixels as `count` COCO RLEs, `{"size": [height, width], "counts": str}`.
@@ -64,8 +66,8 @@ def decode_runs(rle: dict) -> tuple[np.ndarray, np.ndarray]:
         # From the fourth on, a count is stored as the difference to the one two places before.
         counts[1::2], counts[2::2] = np.cumsum(counts[1::2]), np.cumsum(counts[2::2])
     counts, (height, width) = np.asarray(counts, np.int64), rle["size"]
-    if (counts < 0).any() or counts.sum() != height * width:
-        raise ValueError(f"RLE counts add up to {counts.sum()}, expected {height} x {width} pixels")
+    valid = (counts >= 0).all() and counts.sum() == height * width
+    require(valid, f"RLE counts add up to {counts.sum()}, expected {height} x {width} pixels")
     bounds = np.cumsum(counts)
     starts, ends = bounds[0:-1:2], bounds[1::2]
     return starts[ends > starts], ends[ends > starts]
@@ -120,12 +122,11 @@ def csv_to_pixels(text: str, count: int) -> np.ndarray:
     """
     words = text.split()
     is_whole = f"0{''.join(words)}".isdecimal() and max(map(len, words), default=0) < 19
-    if len(words) % 2 or not is_whole:
-        raise ValueError(f"{text[:40]!r}; expected pairs of start and length")
+    valid = is_whole and len(words) % 2 == 0
+    require(valid, f"{text[:40]!r}; expected pairs of start and length")
     starts, lengths = np.array(words, np.int64).reshape(-1, 2).T
-    if (np.minimum(starts, lengths) < 1).any() or (starts + lengths > count + 1).any():
-        raise ValueError(f"{text[:40]!r}; expected pixels from 1 to {count}, lengths from 1 on")
+    valid = (np.minimum(starts, lengths) > 0).all() and (starts + lengths <= count + 1).all()
+    require(valid, f"{text[:40]!r}; expected pixels from 1 to {count}, lengths from 1 on")
     pixels = np.sort(run_pixels(starts - 1, starts + lengths - 1))
-    if (np.diff(pixels) == 0).any():
-        raise ValueError("pixels that are listed twice")
+    require((np.diff(pixels) > 0).all(), "pixels that are listed twice")
     return pixels

@@ -62,7 +62,7 @@ class CellSamples(Sequence):
         lost += [("images", k, 1, str(p)) for k, paths in dataset.left_out.items() for p in paths]
         self.digest, total = digest.hexdigest(), self.counts.sum()
         lost = [("images", "read", len(self), ""), ("instances", "read", total, ""), *lost]
-        columns = ["of", "reason", "count", "example"]
+        columns = ["item", "status", "count", "example"]
         table = pd.DataFrame(lost, columns=columns).groupby(columns[:2], sort=False)
         self.summary = table.agg({"count": "sum", "example": "first"})
         outside = sum(count for _, reason, count, _ in lost if reason == OUTSIDE)
@@ -185,9 +185,12 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
-        lines.append(f"WARNING: {crowded} images have more instances than can be found, {limit}:")
-        lines.append(f"raise detections ({config.detections}) and proposals ({config.proposals}).")
-    return "\n".join(lines) or "each class has instances, none has more than can be detected"
+        found = f"{crowded} images have more than {limit} instances, which cannot all be found"
+        lines.append(f"WARNING: {found}: raise detections and proposals.")
+    return (
+        "\n".join(lines)
+        or "Each class has training images; none has more instances than can be detected."
+    )
 
 
 def image_stem(name: str | Path) -> str:

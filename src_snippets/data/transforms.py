@@ -5,7 +5,7 @@
 # The model never sees a crop twice: each is cut, scaled, flipped and recoloured at random. In: a
 # `CellSample`; out: an image (3, h, w) and a dict of boxes, labels and instance map. Image and map
 # pass through one chain as `tv_tensors.Image` and `tv_tensors.Mask`, so that they move together.
-# The trap: boxes are derived from the map afterwards, so that a transform need not know of them.
+# Boxes are derived from the map afterwards, so that a transform need not know of them.
 
 # %%
 # @title build_augmentation: random crops, flips, colours; add your own

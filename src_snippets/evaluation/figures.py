@@ -3,8 +3,8 @@
 # %% [markdown]
 # ### Show what goes wrong
 # Matches of the validation images go in; a figure of six panels and a gallery of the worst mistakes
-# come out. The trap: precision, thresholds and scores take all detections; classes, counts, recall
-# and the gallery take those that are exported, from `export_score_threshold` on.
+# come out. Precision, thresholds and scores take all detections; classes, counts, recall and the
+# gallery take those with scores from `export_score_threshold` on, duplicates included.
 
 # %%
 # @title plot_evaluation: six panels
@@ -33,11 +33,12 @@ def draw_scores(axes, table: pd.DataFrame, config: Config) -> None:
     axes[0].plot(recall, curves, label=list(config.class_names), path_effects=casing)
     axes[0].plot(recall, curves.mean(axis=1), "k", label=f"mean, AP50 {ap50(table):.3f}")
     axes[0].set(xlabel="recall", ylabel="precision", title="Precision over recall, IoU 0.5")
-    thresholds = np.linspace(0.05, 0.95, 19)
+    thresholds = np.r_[min(config.score_threshold, 0.05), np.arange(2, 20) / 20]
     parts = [matches_above(table, threshold) for threshold in thresholds]
     f1 = [2 * p.tp50.sum() / max(np.count_nonzero(p[["label", "target_label"]]), 1) for p in parts]
+    best = f"F1, {max(f1):.3f} from {thresholds[np.argmax(f1)]:g} on"
     axes[1].plot(thresholds, [ap50(part) for part in parts], "k-", label="AP50")
-    axes[1].plot(thresholds, f1, "k--", label="F1, all classes")
+    axes[1].plot(thresholds, f1, "k--", label=best)
     for name, line in (("score_threshold", "-"), ("export_score_threshold", "--")):
         axes[1].axvline(getattr(config, name), color="#d62728", linestyle=line, label=name)
     axes[1].set(xlabel="minimum score", title="AP50 and F1 over the threshold", ylim=(0, 1.02))
@@ -53,11 +54,11 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     labels, rng = [*range(1, len(names) + 1), 0], np.random.default_rng(0)
     counts = pd.crosstab(table.target_label, table.label)
     counts = counts.reindex(index=labels, columns=labels, fill_value=0).to_numpy()
-    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * (np.c_[labels] > 0)
     matrix = ConfusionMatrixDisplay(fractions, display_labels=[*names, "background"])
     matrix.plot(ax=axes[0], cmap="Blues", colorbar=False, xticks_rotation=20)
     for text, count, fraction in zip(matrix.text_.flat, counts.flat, fractions.flat, strict=True):
-        text.set_text(f"{count:,}\n{fraction:.0%}")
+        text.set_text(f"{count:,}\n{fraction:.0%}" if fraction else f"{count:,}")
     matrix.text_[-1, -1].set_text("")  # background is not counted
     axes[0].set(xlabel="predicted", ylabel="true", title="Classes, percent of the row")
     sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
@@ -66,7 +67,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         error = (predicted[label] - true[label]).abs().mean()
         dots = [side[label] + rng.uniform(-0.3, 0.3, len(side)) for side in (true, predicted)]
         style = dict(color=class_color(label), markeredgecolor="#555555", alpha=0.6)
-        axes[1].plot(*dots, "o", label=f"{name}, mean error {error:.1f}", **style)
+        axes[1].plot(*dots, "o", label=f"{name}, mean absolute error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
     axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
     known = table[table.target >= 0].sort_values("target_area")
@@ -94,7 +95,7 @@ def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
 # @title plot_mistakes: a gallery, the worst first
 MISTAKES = ("missed", "false positive", "wrong class", "merged or split", "duplicate")
 PREDICTION_STYLE = dict(color="black", gapcolor="white", ls=(0, (3, 2)), lw=2, label="prediction")
-WINNER_STYLE = PREDICTION_STYLE | dict(color="#d62728", label="prediction that has the instance")
+WINNER_STYLE = dict(color="#ff00ff", ls=":", lw=3, label="better prediction of the same cell")
 
 
 def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:

@@ -3,8 +3,8 @@
 # %% [markdown]
 # ### Match detections with the ground truth and score them
 # AP50 is one number; the table of matches says where it comes from. Predictions and ground truth of
-# the validation images go in, every score and figure below comes out of the same rows. The trap: AP
-# takes all detections; DICE, AJI, PQ, F1 and the figures take what is exported, without overlaps.
+# the validation images go in, scores and figures below come out. AP takes all detections; DICE,
+# AJI, PQ and F1 of the table of scores take what is exported, without overlaps and duplicates.
 
 # %%
 # @title match_table: one row per detection and per missed instance
@@ -99,8 +99,10 @@ def image_table(table: pd.DataFrame, names: list[str], min_score: float) -> pd.D
     table = matches_above(table, min_score)
     rows = dict(instances=table.target >= 0, detections=table.detection >= 0, right=table.tp50)
     rows = pd.DataFrame(rows).groupby(table.image).sum().reindex(range(len(names)), fill_value=0)
-    rows["F1"] = 2 * rows.right / (rows.instances + rows.detections)  # NaN: nothing there
-    return rows.set_index(pd.Index(names, name="image")).sort_values("F1", kind="stable")
+    rows["F1 at IoU 0.5"] = (
+        2 * rows.right / (rows.instances + rows.detections)
+    )  # NaN: nothing there
+    return rows.set_index(pd.Index(names, name="image")).sort_values("F1 at IoU 0.5", kind="stable")
 
 
 # %%

@@ -3,10 +3,11 @@
 # %% [markdown]
 # ### Export for Fiji, napari, QuPath and spreadsheets
 # Every file holds the same cells: overlaps are removed once, and a cell has one number in all of
-# them, from 1 on in each image. Coordinates count from the upper left edge of the image. The trap:
-# scores are lost in most of these files, so weak detections should be left out before. Correct what
-# is wrong in Fiji or QuPath, and train on it: in the folder layout a folder of `training` goes into
-# `train/`, with pairs a label image or GeoJSON beside its image.
+# them, from 1 on in each image. Coordinates count from the upper left corner of the image. Label
+# images, ROIs and overlays carry no scores: to leave out weak detections, raise
+# `export_score_threshold`. Correct what is wrong in Fiji or QuPath, and train on it: in the folder
+# layout a folder of `training` goes into `train/`, with pairs a label image or GeoJSON beside its
+# image.
 
 # %%
 # @title Pixel size; measurements and outlines of cells
@@ -159,21 +160,20 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
 def write_exports(predictions, images, folder, categories, config) -> pd.DataFrame:
     """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
-    predictions: `Instances` by image id, of which `visible_instances` count; images:
-    `ImageRecord`s, at least one; categories: names of the classes 1..C by the dataset's own ids. Of
-    the settings `um_per_px` and `channels` count.
+    predictions: `Instances` by image id, of which `visible_instances` count; images: at least one
+    `ImageRecord`; categories: names by the dataset's own ids; config: `um_per_px` and `channels`.
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, tables, counts, ums = list(categories.values()), [], [], set()
     columns = [f"class {name}" if name in ("image", "all", "area_mm2") else name for name in kinds]
-    stems = [image_stem(image.path).casefold() for image in images]
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
     for part, suffix in PARTS_OF_EXPORTS.items():
         clear_folder(folder / part, suffix)
     shutil.rmtree(folder / "training", ignore_errors=True)
     for image in tqdm(images, desc="exports"):
         instances, name = visible[image.image_id], image_stem(image.path)
-        name += f"-{image.image_id}" if stems.count(name.casefold()) > 1 else ""
+        while name.casefold() in (row["image"].casefold() for row in counts):
+            name += f"-{image.image_id}"
         paths = {part: folder / part / f"{name}{end}" for part, end in PARTS_OF_EXPORTS.items()}
         values, pixels = read_image_values(image.path, config.channels)
         with name_file(image.path):
@@ -215,5 +215,5 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"
-    print(f"um per pixel, by the setting or the files: {sizes}")
+    print(f"Pixel size in um, by the setting or the files: {sizes}")
     return counts

@@ -3,8 +3,8 @@
 # %% [markdown]
 # ### Keep a report of this run
 # Scores, figures, counts, settings, data and versions in one HTML file, which opens without
-# internet and can be sent by mail. The trap: figures are those in the folder `figures` beside it,
-# so it comes last.
+# internet and can be sent by mail. Figures are those in the folder `figures` beside it, so it comes
+# last.
 
 # %%
 # @title write_report: captions and page
@@ -44,9 +44,9 @@ td, th { padding: .1rem .7rem; text-align: right }</style></head><body><h1>{{ ti
 def environment_table(gpu: str) -> pd.DataFrame:
     """Python, system, cores, GPU, and the versions of packages that shape results."""
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pycocotools", "tifffile")
-    machine = {"system": platform.platform(), "CPU cores": os.cpu_count(), "GPU": gpu or "none"}
-    versions = {name: version(name) for name in names}
-    return pd.DataFrame({"value": {"Python": platform.python_version()} | machine | versions})
+    rows = {"Python": platform.python_version(), "system": platform.platform()}
+    rows |= {"CPU cores": os.cpu_count(), "GPU": gpu or "none"} | {n: version(n) for n in names}
+    return pd.DataFrame({"value": rows})
 
 
 def write_report(path: Path, title: str, notes: list[str], tables: dict) -> None:

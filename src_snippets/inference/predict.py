@@ -56,19 +56,20 @@ def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
 
 
 def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFrame, str]:
-    """AP (0..1) of validation predictions, as submitted and from 0.05 on; the price as text."""
+    """AP (0..1) of validation predictions as submitted, and the price of a threshold above 0.05."""
     truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
     rows, thresholds = {}, {"as submitted": config.score_threshold}
-    for name, threshold in (thresholds | {"from 0.05 on": VALIDATION_THRESHOLD}).items():
+    if config.score_threshold > VALIDATION_THRESHOLD:
+        thresholds["from 0.05 on"] = VALIDATION_THRESHOLD
+    for name, threshold in thresholds.items():
         kept = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
         rows[name] = average_precision(truth, kept)
     table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
     if not predictions:
         return table, "No validation images: nothing can be said about the score."
-    price, advice = table.AP50.diff().iloc[1], "no AP50."
+    price, advice = table.AP50.iloc[-1] - table.AP50.iloc[0], "no AP50."
     if price >= 0.0005:
-        advice = f"{price:.3f} AP50: add score_threshold=0.05 to CHANGES in the settings cell "
-        advice += "and run on from there; nothing is trained."
+        advice = f"{price:.3f} AP50: CHANGES = dict(score_threshold=0.05); nothing is trained."
     return table, f"score_threshold={config.score_threshold} costs {advice}"
 
 

@@ -4,10 +4,11 @@
 # ### Write and check the submission
 # Predictions by image id go out as COCO results in `test-results.json`, in a zip with just that
 # file, and for CSV datasets as Kaggle's tables. Every COCO entry is checked before a file gets its
-# name; a table is written as it is. The trap: category ids are the dataset's own.
+# name; a table is written as it is. Category ids are the dataset's own.
 
 # %%
 # @title Checked results, CSV submissions, download
+from contextlib import suppress
 import json
 import os
 from pathlib import Path
@@ -18,11 +19,12 @@ import IPython
 import pandas as pd
 import pycocotools.mask
 
+from src_snippets.data.images import name_file
 from src_snippets.data.layouts import ImageRecord
 from src_snippets.data.rle import decode_runs, rle_to_csv
 from src_snippets.data.structures import coco_annotations
 from src_snippets.model.detect import visible_instances
-from src_snippets.setup.config import BadInput, require
+from src_snippets.setup.config import require
 from src_snippets.setup.files import atomic_write
 
 ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
@@ -53,15 +55,13 @@ def check_entry(entry, sizes: dict[int, tuple], category_ids: list[int]) -> None
 
 def check_results(path: Path, images: list[ImageRecord], category_ids: list[int]) -> int:
     """Check every entry of a results file and return their number; raises BadInput."""
-    sizes, part = {image.image_id: (image.height, image.width) for image in images}, "JSON"
-    try:
+    sizes = {image.image_id: (image.height, image.width) for image in images}
+    with name_file(path):
         entries = json.loads(Path(path).read_text())
         require(isinstance(entries, list), f"{type(entries).__name__}; expected a list")
         for number, entry in enumerate(entries):
-            part = f"entry {number}"
-            check_entry(entry, sizes, category_ids)
-    except ValueError as error:
-        raise BadInput(f"{path}: {part}: {error}") from error
+            with name_file(f"entry {number}"):
+                check_entry(entry, sizes, category_ids)
     return len(entries)
 
 
@@ -110,7 +110,8 @@ def offer_download(path: Path) -> None:
     """Download a file on Colab; show a link in Jupyter, the path in a script."""
     if "google.colab" in sys.modules:
         sys.modules["google.colab"].files.download(str(path))
-    else:
+        return
+    with suppress(ValueError):  # on Windows, of another drive
         link = IPython.display.FileLink(os.path.relpath(path))
         link.html_link_str = "<a href='%s' download>%s</a>"  # else JupyterLab would open it
         IPython.display.display(link)

@@ -8,7 +8,7 @@
 # only ImageNet-1k is allowed, take no model of timm whose name has `in12k`, `in21k` or `in22k`.
 
 # %%
-# @title Attention: SE and CBAM
+# @title Attention, backbone, FPN and initial weights
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,8 +38,6 @@ class Attention(nn.Module):
         return self(output)
 
 
-# %%
-# @title Backbone, FPN and initial weights
 STRIDES = [4, 8, 16, 32]  # of the backbone's features; the FPN adds 64
 ALIASES = {  # short names for models of timm
     "resnet10": "resnet18",  # with one block per stage

@@ -7,7 +7,7 @@
 # that touches the edge of its tile counts only where no other tile is nearer to it: there it is
 # whole, unless it is longer than the overlap. Boxes of one instance are fused, and only for those
 # that stay does each model and view predict the 28 x 28 mask: their mean is pasted at pixel centres
-# and stored as RLE. The trap: a score becomes the mean over all models and views, those without
+# and stored as RLE. A score becomes the mean over all models and views, those without
 # such a detection too, so that fused scores are lower.
 
 # %%
@@ -55,10 +55,15 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     return rles
 
 
-def without_overlaps(instances: Instances) -> Instances:
-    """Give each pixel to its best detection, the first of equals; order stays, empty ones go."""
+def draw_by_score(instances: Instances) -> np.ndarray:
+    """(H, W) int32: index + 1 of the best detection at each pixel, the first of equals; 0: none."""
     order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
-    drawn = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)[None]
+    return draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
+
+
+def without_overlaps(instances: Instances) -> Instances:
+    """Give each pixel to its best detection; order stays, empty ones go."""
+    drawn = draw_by_score(instances)[None]
     boxes, areas, _ = instance_boxes(torch.from_numpy(drawn), len(instances))
     rles = encode_layers(drawn, len(instances))
     return replace(instances, boxes=boxes.numpy(), rles=rles).select(areas.numpy() > 0)
@@ -66,9 +71,7 @@ def without_overlaps(instances: Instances) -> Instances:
 
 def visible_instances(instances: Instances) -> Instances:
     """Instances without overlaps; one that is hidden by over half is a duplicate, left out."""
-    order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
-    drawn = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
-    areas = np.bincount(drawn.ravel(), minlength=len(instances) + 1)[1:]
+    areas = np.bincount(draw_by_score(instances).ravel(), minlength=len(instances) + 1)[1:]
     return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
 
 
@@ -186,10 +189,10 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
                 stay = ops.batched_nms(own[:, :4], own[:, 4], own[:, 5], config.fusion_iou)
                 own = own[stay[: config.detections]]
             found.append(own)
-        rows = fuse_boxes(found, config) if len(found) > 1 else found[0]
-        rows = rows[rows[:, 4] >= config.score_threshold]
-        boxes = ops.clip_boxes_to_image(rows[:, :4], size)  # means may be rounded to outside
-        scores, labels = rows[:, 4], rows[:, 5].long()
+        fused = fuse_boxes(found, config) if len(found) > 1 else found[0]
+        fused = fused[fused[:, 4] >= config.score_threshold]
+        boxes = ops.clip_boxes_to_image(fused[:, :4], size)  # means may be rounded to outside
+        scores, labels = fused[:, 4], fused[:, 5].long()
         masks, tile_of = boxes.new_zeros(len(boxes), 28, 28), nearest_tile(boxes)
         for step, (model, view, part) in enumerate(steps):
             features = None

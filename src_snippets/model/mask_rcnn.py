@@ -129,7 +129,7 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
 
 
 # %%
-# @title build_model: torchvision's parts put together; to_device
+# @title build_model: torchvision's parts put together; plot_anchors
 def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
@@ -182,14 +182,13 @@ def to_device(model: nn.Module) -> nn.Module:
     return model.to(device, memory_format=model.transform.layout)
 
 
-# %%
-# @title Anchors and the boxes that they fit
 def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
-    """Plot sides (N, 2) of boxes and anchors, network px; red where none overlaps by IoU 0.5."""
+    """Plot sides (N, 2) of boxes and anchors, network px; red where no IoU is 0.5 or more."""
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
     anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
-    boxes = (torch.from_numpy(np.c_[0 * v, v]).double() for v in (sides, anchors))
-    fits = (ops.box_iou(*boxes).amax(1) >= 0.5).numpy()
+    beside = np.repeat(2.0 ** np.arange(len(sizes)), len(ratios))[:, None]  # stride / 4, the mean
+    corners = np.c_[-sides, sides] / 2, np.c_[beside - anchors / 2, beside + anchors / 2]
+    fits = (ops.box_iou(*map(torch.from_numpy, corners)).amax(1) >= 0.5).numpy()
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axes = figure.subplots()
     for chosen, color, label in ((fits, "0.5", "box"), (~fits, "tab:red", "box without anchor")):

@@ -91,7 +91,7 @@ class Config:
     ema: float = within(0.0, 0.0, 0.99999)  # decay of the EMA of the weights; 0: off
     precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU
     eval_every: int = within(1, 1, 10_000)  # epochs between evaluations
-    best_by: str = one_of("AP50", "AP", "loss")  # validation metric that chooses best.pt
+    best_by: str = one_of("AP50", "AP", "loss", "last")  # what chooses the epoch of best.pt
     patience: int = within(0, 0, 10_000)  # evaluations without improvement to stop after; 0: never
     # Prediction
     score_threshold: float = within(0.05, 0.0, 1.0)  # minimum score in test-results.json
@@ -116,8 +116,9 @@ class Config:
 # fmt: off
 BEST = dict(
     backbone="timm:resnet101.tv2_in1k", crop=576, scale=1.333, scale_jitter=(0.5, 2.0),
-    class_crops=0.5, copy_paste=0.5, epochs=1000, train_hours=7.0, schedule="cosine",
-    ema=0.999, eval_every=25, score_threshold=0.01, detections=1500, tile=768, tta="d4",
+    anchor_sizes=(12, 24, 48, 96, 192), class_crops=0.5, copy_paste=0.5, epochs=1000,
+    train_hours=7.0, schedule="cosine", ema=0.999, eval_every=25, best_by="last",
+    score_threshold=0.01, detections=1500, tile=768, tta="d4",
 )
 RECIPES = {
     # torchvision's maskrcnn_resnet50_fpn_v2 with small anchors
@@ -154,10 +155,11 @@ RECIPES = {
     # For a laptop or a session without a GPU: a small backbone from ImageNet weights
     "light": dict(
         crop=256, class_crops=0.5, copy_paste=0.5, backbone="timm:tf_efficientnet_lite0.in1k",
-        fpn_channels=96, scale=1.5, rpn_convs=1, box_convs=0, box_features=512, proposals=1000,
-        roi_batch_size=128, epochs=1000, train_hours=2.0, batch_size=4, lr=1e-3,
-        lr_factors=(0.3, 0.3, 1.0, 1.0), weight_decay=0.05, warmup_steps=100, schedule="cosine",
-        ema=0.998, eval_every=25, score_threshold=0.01, detections=1500, tta="d4",
+        fpn_channels=96, scale=1.5, anchor_sizes=(12, 24, 48, 96, 192), rpn_convs=1, box_convs=0,
+        box_features=512, proposals=1000, roi_batch_size=128, epochs=1000, train_hours=2.0,
+        batch_size=4, lr=1e-3, lr_factors=(0.3, 0.3, 1.0, 1.0), weight_decay=0.05,
+        warmup_steps=100, schedule="cosine", ema=0.998, eval_every=25, best_by="last",
+        score_threshold=0.01, detections=1500, tta="d4",
     ),
     # Small enough for the synthetic dataset on a CPU
     "demo": dict(

@@ -106,7 +106,13 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
     distributed.barrier()  # one that ended sooner would look like one that failed
     sys.stdout = sys.stdout if is_main() else StringIO()
-    result = function(*arguments)
+    try:
+        result = function(*arguments)
+    except BaseException:  # loaders ignore SIGTERM, and the end of a process waits for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise another error
+        for loader in torch.multiprocessing.active_children():
+            loader.kill()
+        raise
     if is_main():
         torch.save(result, file)
         file.flush()

@@ -38,7 +38,8 @@ def show_table(table: pd.DataFrame) -> None:
         print(table.to_string(na_rep="-", float_format="{:.3f}".format))
     else:
         pd.set_option("styler.html.mathjax", False)  # "$" in a name begins no formula
-        IPython.display.display(table.style.format(precision=3, na_rep="-"))
+        style = table.style.format_index(escape="html").format_index(escape="html", axis="columns")
+        IPython.display.display(style.format(precision=3, na_rep="-", escape="html"))
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def write_json(content, path: Path) -> None:
 
 def output_folder(out: str) -> Path:
     """The folder for results, made if absent."""
-    folder = Path(out or (KAGGLE_WORKING if KAGGLE_WORKING.is_dir() else "results"))
+    folder = Path(out or (KAGGLE_WORKING if KAGGLE_WORKING.is_dir() else "results")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -79,8 +80,7 @@ def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        known = {k: v for k, v in state["config"].items() if k != "trainable_stages"}  # is gone
-        return state | dict(model=state["model"], config=Config(**known))
+        return state | dict(model=state["model"], config=Config(**state["config"]))
     except Exception as error:  # of many types; each means a file that cannot be used
         found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
         raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error

@@ -46,8 +46,9 @@ def code_digest(*roots) -> str:
         with suppress(OSError):  # nor have methods that `dataclass` makes
             sources.add(inspect.getsource(item))
         codes = [item.__code__]
-        for code in codes:  # grows by the functions inside
-            codes += filter(inspect.iscode, code.co_consts)
+        while codes:
+            code = codes.pop()
+            codes += filter(inspect.iscode, code.co_consts)  # functions inside
             used = {i.argval for i in get_instructions(code) if i.opname == "LOAD_GLOBAL"}
             pending += [(n, item.__globals__[n]) for n in used & item.__globals__.keys()]
     return sha256("\n".join(sorted(sources)).encode()).hexdigest()
@@ -61,6 +62,8 @@ def training_settings(config: Config) -> dict:
 
 def run_folder(out: Path, config: Config, data: dict, code: str) -> Path:
     """`out/runs/<recipe>-<fingerprint>`, made if absent; data: JSON that identifies the images."""
+    if (weights := Path(config.weights)).is_file():
+        data = data | dict(weights=sha256(weights.read_bytes()).hexdigest())
     text = json.dumps([training_settings(config), data, code], sort_keys=True)
     name = f"{config.recipe}-{sha256(text.encode()).hexdigest()[:8]}"
     (out / "runs" / name).mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def open_run(folder: Path, resume: bool) -> dict | None:
 def check_same_settings(saved: Config, config: Config, path: Path, same: bool = True) -> None:
     """Raises ValueError where what shapes training, else (`same=False`) the classes, differ."""
     before, now = (asdict(each) | training_settings(each) for each in (saved, config))
-    names = ["class_names" if {*saved.class_names} == {*config.class_names} else "num_classes"]
+    names = ["class_names" if {*saved.class_names} & {*config.class_names} else "num_classes"]
     names = training_settings(config) if same else names
     if differ := [k for k in names if before[k] != now[k]]:
         pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)

@@ -4,7 +4,7 @@
 # ### Watch the training
 # One figure says how a training goes: losses, validation scores, and a validation image with its
 # ground truth beside the prediction. In: the history, a dict for each epoch; out: a PNG that is
-# drawn anew in place. The trap: a script has no display, so it prints a line for each epoch.
+# drawn anew in place. A script has no display, so it prints a line for each epoch.
 
 # %%
 # @title plot_history, LiveHistory

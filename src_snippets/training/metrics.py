@@ -2,9 +2,9 @@
 
 # %% [markdown]
 # ### Score with COCO average precision
-# AP50 is the area under the precision-recall curve when a detection counts as correct from a mask
-# IoU of 0.5 on; AP is the mean over IoU 0.50 to 0.95. COCO's own evaluation code computes both.
-# The trap: it keeps the best 100 detections per image and class, fewer than many images have
+# AP50 is the area under the precision-recall curve where a detection is correct from a mask IoU of
+# 0.5 on, the mean over classes; AP is the mean over IoU 0.50 to 0.95. COCO's own evaluation code
+# computes both. It keeps the best 100 detections per image and class, fewer than many images have
 # instances, so the scores are given with that cap (`_100`) and without.
 
 # %%
@@ -35,8 +35,7 @@ def precision_table(ground_truth: dict, predictions, caps: list[int]) -> np.ndar
     results = coco_annotations(predictions, [c["id"] for c in ground_truth["categories"]])
     with redirect_stdout(None):  # both libraries print their progress
         for annotations in (ground_truth["annotations"], results):
-            # Ids from 1 on, since COCOeval takes 0 for "matched by none"
-            rows = [{**row, "id": k} for k, row in enumerate(annotations, start=1)]
+            rows = [{**row, "id": k} for k, row in enumerate(annotations, 1)]  # 0 is "unmatched"
             sides.append(coco())
             sides[-1].dataset = {**ground_truth, "annotations": rows}
             sides[-1].createIndex()

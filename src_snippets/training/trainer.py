@@ -4,8 +4,8 @@
 # ### The training loop
 # A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
 # precision and several GPUs. The whole state goes to `last.pt` five minutes apart and at
-# evaluations, the weights of the best epoch to `best.pt`. A stopped run continues from there with
-# the same draws, since those of each epoch depend on the seed and its number alone.
+# evaluations, the weights of the best epoch (see `best_by`) to `best.pt`. A stopped run continues
+# from there with the same draws, since those of each epoch depend on the seed and its number alone.
 
 # %%
 # @title Session, optimizer, learning rate, batches, memory
@@ -58,22 +58,16 @@ from src_snippets.training.metrics import average_precision
 
 
 class Session:
-    """When training has to stop: in time to predict before the session ends, or at SIGTERM.
+    """When training has to stop: at SIGTERM, or when 85% of `max_hours` (see `Config`) are over."""
 
-    max_hours: since this process began, see `Config`; evaluations: time to predict, in these.
-    """
-
-    def __init__(self, max_hours: float, evaluations: float = 0.0):
+    def __init__(self, max_hours: float):
         max_hours = max_hours if max_hours >= 0 else 8.8 * KAGGLE_WORKING.is_dir()
-        self.seconds, self.evaluations = 3600 * max_hours or inf, evaluations
-        self.end, self.terminated = Process().create_time() + self.seconds, False
-        self.evaluation_seconds = torch.zeros(()).share_memory_()  # measured in forks too
+        self.end = Process().create_time() + (0.85 * 3600 * max_hours or inf)  # the rest: predict
+        self.terminated = False
 
     def is_over(self) -> bool:
         """Whether training has to stop now."""
-        predicting = 1.5 * self.evaluations * float(self.evaluation_seconds)
-        reserve = min(120 + predicting, self.seconds / 2)
-        return self.terminated or time.time() >= self.end - reserve
+        return self.terminated or time.time() >= self.end
 
     @contextmanager
     def listen(self):
@@ -128,6 +122,8 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
 
 def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
     """The score of each evaluation, higher is better; 0 where there is nothing to score."""
+    if best_by == "last":
+        return [row["epoch"] for row in history if "AP50" in row]
     if best_by == "loss":
         losses = [row["val_loss"] for row in history if "val_loss" in row]
         return [-loss if isfinite(loss) else -inf for loss in losses]
@@ -162,7 +158,7 @@ def training_loader(samples, config: Config, batch_size: int) -> torch.utils.dat
 def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     """The batch size, halved until a training step on crops full of instances fits into memory.
 
-    copies: of all weights, that the optimizer is going to keep. Leaves all as it was.
+    copies: of all weights, that are going to be kept, and one to spare. Leaves all as it was.
     """
     row, device = torch.arange(config.crop) // 24, default_device()
     ids = (row[:, None] * (row[-1] + 1) + row + 1).int()[None]  # a grid of instances of 24 px
@@ -236,7 +232,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
 
 MAX_BAD_STEPS = 10  # in a row
 SAVE_SECONDS = 300  # at most between two `last.pt`; evaluations and the end write it too
-PROGRESS = ("history", "steps", "max_steps", "seconds", "evaluation_seconds")  # in last.pt
+PROGRESS = ("history", "steps", "max_steps", "seconds")  # in last.pt
 
 
 class TrainingState:
@@ -244,8 +240,7 @@ class TrainingState:
 
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
-        self.history, self.steps, self.max_steps = [], 0, 0
-        self.seconds = self.evaluation_seconds = 0.0
+        self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
         # On a mounted Drive each replaced file stays in the bin: there at evaluations alone
         self.save_seconds = inf if "drive" in self.folder.parts else SAVE_SECONDS
         self.saved, self.saved_epochs = time.time(), 0
@@ -328,7 +323,6 @@ class Trainer(TrainingState):
         super().__init__(config, folder, resume)
         self.train_samples, self.val_samples = train_samples, val_samples
         self.session, self.callback, self.example = session or Session(0.0), callback, None
-        self.session.evaluation_seconds.clamp_(min=self.evaluation_seconds)  # of a session before
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
 
     def step(self, images, targets) -> list[dict]:
@@ -352,7 +346,6 @@ class Trainer(TrainingState):
                 group["lr"] = factor * peak
             self.optimizer.step()
             self.steps, self.bad_steps = self.steps + 1, 0
-            self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
             if self.config.ema:
                 self.parts["ema"].update(self.model, self.steps)
         else:
@@ -362,7 +355,7 @@ class Trainer(TrainingState):
                 hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
                 raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times {hint}")
             for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
-                buffer.copy_(good)  # what norms have seen
+                buffer.copy_(good)  # what norms had seen before this epoch
             if scaler := self.accelerator.scaler:
                 scaler.update(scaler.get_scale() / 2)
             if not scaler or not all(isfinite(sum(row.values())) for row in losses):
@@ -413,8 +406,6 @@ class Trainer(TrainingState):
         is_last = self.seconds >= limit or epoch == config.epochs
         if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
-            self.evaluation_seconds = time.perf_counter() - start - self.seconds
-            self.session.evaluation_seconds.fill_(self.evaluation_seconds)
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
@@ -424,12 +415,11 @@ class Trainer(TrainingState):
         """Trains to the end, or the session's; epoch, lr, losses, `scale`, scores of each epoch."""
         config, start, batch_size = self.config, len(self.history), self.config.batch_size
         if reason := stop_reason(self.history, self.seconds, config):
-            print(f"ALREADY TRAINED: {self.folder} is used again ({start} epochs, {reason}).")
-            print("Set RESUME = False to train again.")
+            print(f"ALREADY TRAINED ({reason}): {self.folder} is used. RESUME = False trains anew.")
         elif start:
             print(f"{self.folder}: {start} of {config.epochs} epochs are done, training continues.")
         if default_device().type == "cuda" and not reason:
-            batch_size = fit_memory(self.model, config, 0 if start else 2)  # Adam keeps two
+            batch_size = fit_memory(self.model, config, 1 if start else 3)  # Adam keeps two
         accumulate = config.accumulate * config.batch_size // batch_size
         if batch_size < config.batch_size:
             print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
@@ -443,7 +433,8 @@ class Trainer(TrainingState):
         if not reason:
             crops, lr = batch_size * accumulate * world_size(), self.peak_lrs[-1]
             print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr:.2g}")
-        options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
+        total = None if config.train_hours else config.epochs * batches  # None: seen as it goes
+        options = dict(total=total, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
         with self.session.listen(), bar:

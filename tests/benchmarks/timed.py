@@ -54,7 +54,8 @@ def choose_clock(parser: argparse.ArgumentParser, device: str) -> None:
 def timed_config(options, samples: CellSamples, minutes: float, **changes) -> Config:
     """Settings that train until the minutes are over, without a validation in between."""
     names = [str(name) for name in samples.dataset.categories.values()]
-    limits = dict(epochs=10_000, eval_every=10_000, train_hours=minutes / 60, detections=600)
+    limits = dict(epochs=10_000, eval_every=10_000, train_hours=minutes / 60)
+    limits |= dict(detections=600, score_threshold=0.05)
     config = make_config(options.recipe, **limits | options.settings | changes)
     return change_config(config, dict(class_names=names))
 
