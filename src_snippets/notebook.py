@@ -43,7 +43,7 @@ from src_snippets.setup.config import (
 
 # %% [markdown]
 # ### Settings: change them here
-# Leave all as it is for a first run; for a competitive score set `RECIPE = "best"`, which trains for
+# Leave all as it is for a first run; for a higher score set `RECIPE = "best"`, which trains for
 # 7 hours. An empty string, 0 or `None` takes the recipe's own value. After a change run all cells
 # from here on. A change of prediction or hardware alone uses the trained model again; any other
 # change trains a new one and keeps the old one.
@@ -219,7 +219,7 @@ if trains:
 
 # %% [markdown]
 # ## Model
-# A Mask R-CNN of torchvision's parts on a timm backbone, with anchors from 8 px on. What differs:
+# A Mask R-CNN of torchvision's parts on a timm backbone, with small anchors. What differs:
 # mask targets are sampled from the instance map, anchors are matched block by block, and predicted
 # masks become RLEs inside their boxes, so memory does not grow with the number of cells.
 
@@ -432,7 +432,8 @@ if val_samples:
         show_figure(figure, figures / "mistakes.png")
 
 # %% [markdown]
-# Solid outlines are ground truth (thick: the cell concerned), dashed ones predictions. The worst
+# Solid outlines are ground truth (thick: the cell concerned), dashed ones predictions (dotted: the
+# better one of a duplicate). The worst
 # come first: missed cells by size, the others by score or number of pieces. A confident false
 # positive on what looks like a cell may be a gap in the annotation.
 
@@ -495,5 +496,5 @@ if is_demo:
     print("DEMO: these cells are synthetic. Do not submit them.")
 if scores is not None:
     print(f"validation AP50 {scores['AP50'].iloc[0]:.3f} on {len(val_samples)} images")
-if archive and not is_demo:
+if archive:
     offer_download(output / "submission.csv" if dataset.layout == "csv" else archive)

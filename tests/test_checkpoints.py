@@ -106,10 +106,10 @@ def test_the_checkpoint_of_a_run(tmp_path):
 
 def test_checkpoints_of_an_ensemble_have_the_classes_in_this_order():
     config = make_config("demo", class_names=["a", "b"])
-    for names in (("a", "b"), ("nucleus", "other")):  # the same, or other names for them
+    for names in (("a", "b"), ("nucleus", "other"), ("a", "other")):  # or other names for them
         saved = replace(config, class_names=names, lr=0.5)
         check_same_settings(saved, config, Path("best.pt"), same=False)
-    for names in (("b", "a"), ("a", "b", "c")):
+    for names in (("b", "a"), ("a", "b", "c"), ("c", "a")):
         saved = replace(config, class_names=names)
         with pytest.raises(ValueError, match=r"best\.pt: made with other settings"):
             check_same_settings(saved, config, Path("best.pt"), same=False)
@@ -122,6 +122,12 @@ def test_run_folders_tell_settings_data_and_code_apart(tmp_path):
         return run_folder(tmp_path, config, dict(data=data), code).name
 
     assert name().startswith("demo-")
+    start = tmp_path / "start.pt"
+    from_file, names = replace(config, weights=str(start)), set()
+    for content in (b"one", b"other"):
+        start.write_bytes(content)
+        names.add(name(config=from_file))
+    assert len(names) == 2
     assert (tmp_path / "runs" / name()).is_dir()
     renamed = replace(config, class_names=("p", "q", "r", "s"), score_threshold=0.3, workers=2)
     assert name() == name(renamed)

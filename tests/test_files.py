@@ -82,3 +82,6 @@ def test_tables_are_printed_or_displayed_as_they_are(monkeypatch, capsys):
     assert "$a_1$" in html
     assert "0.123<" in html
     assert 'class="tex2jax_ignore' in html  # a name with dollars is no formula
+    show_table(pd.DataFrame({"<b>c": ["<b>v"]}, index=["<b>i"]))
+    assert "<b>" not in shown[1].to_html()
+    assert shown[1].to_html().count("&lt;b&gt;") == 3

@@ -240,11 +240,11 @@ def test_the_preview_shows_the_price_of_the_threshold():
     table, advice = predict.submission_preview([sample], predictions, config)
     assert table.index.tolist() == ["as submitted", "from 0.05 on"]
     assert table.AP50.tolist() == pytest.approx([51 / 101, 1.0])
-    assert "costs 0.495 AP50: CHANGES = dict(score_threshold=0.05)" in advice
+    assert "costs 0.495 AP50; add score_threshold=0.05 to CHANGES" in advice
     low = replace(config, score_threshold=0.01)
     table, advice = predict.submission_preview([sample], predictions, low)
     assert table.index.tolist() == ["as submitted"]
-    assert "costs no AP50" in advice
+    assert "costs 0.000 AP50." in advice
     empty, advice = predict.submission_preview([], [], config)
     assert len(empty) == 2
     assert advice.startswith("No validation images")

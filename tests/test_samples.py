@@ -126,7 +126,7 @@ def test_more_than_one_in_twenty_left_out_is_a_warning(lost, warned):
     samples = drawn(["x"], lambda name: replace(sample, left_out={"outside": lost}))
     told = dataset_warnings(samples, {}, CONFIG)
     assert ("WARNING" in told) is warned
-    assert told.startswith("WARNING: 2 of 21 instances" if warned else "Each class has training")
+    assert told.startswith("WARNING: 2 of 21 instances" if warned else "Each class has instances;")
 
 
 def test_outlines_of_another_resolution_are_refused():

@@ -26,7 +26,7 @@ def name_file(path: Path | str):
     """Turn any error in the block into a BadInput that names the file, or the part of one."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error

@@ -520,15 +520,15 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
     image, parts = read_listed(record, source, config.channels), []
     left_out = Counter(reason for *_, reason in rows[name] if reason)
     for label, shape, number, _ in [row for row in rows[name] if row[1]]:
-        with name_file(f"{source}, {name}, annotation {number}"):
-            if isinstance(shape, Path):
-                pixels, ids, strays = read_instance_map(shape, image.shape[1:])
-                left_out["stray pieces"] += strays
-            else:
+        if isinstance(shape, Path):
+            pixels, ids, strays = read_instance_map(shape, image.shape[1:])
+            left_out["stray pieces"] += strays
+        else:
+            with name_file(f"{source}, {name}, annotation {number}"):
                 pixels = shape_pixels(shape, *image.shape[1:])
-                ids = np.ones(len(pixels), np.int64)
-                left_out.update([] if len(pixels) else [OUTSIDE])
-            parts.append((pixels, ids, label))
+            ids = np.ones(len(pixels), np.int64)
+            left_out.update([] if len(pixels) else [OUTSIDE])
+        parts.append((pixels, ids, label))
     if parts and source.suffix in (".csv", ".json"):
         with name_file(f"{source}, {name}"):
             masks, is_down = [pixels for pixels, *_ in parts], source.suffix == ".json"

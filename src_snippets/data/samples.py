@@ -187,10 +187,7 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         found = f"{crowded} images have more than {limit} instances, which cannot all be found"
         lines.append(f"WARNING: {found}: raise detections and proposals.")
-    return (
-        "\n".join(lines)
-        or "Each class has training images; none has more instances than can be detected."
-    )
+    return "\n".join(lines) or "Each class has instances; no image has more than can be found."
 
 
 def image_stem(name: str | Path) -> str:

@@ -99,10 +99,9 @@ def image_table(table: pd.DataFrame, names: list[str], min_score: float) -> pd.D
     table = matches_above(table, min_score)
     rows = dict(instances=table.target >= 0, detections=table.detection >= 0, right=table.tp50)
     rows = pd.DataFrame(rows).groupby(table.image).sum().reindex(range(len(names)), fill_value=0)
-    rows["F1 at IoU 0.5"] = (
-        2 * rows.right / (rows.instances + rows.detections)
-    )  # NaN: nothing there
-    return rows.set_index(pd.Index(names, name="image")).sort_values("F1 at IoU 0.5", kind="stable")
+    name = "F1 at IoU 0.5"  # NaN: nothing there
+    rows[name] = 2 * rows.right / (rows.instances + rows.detections)
+    return rows.set_index(pd.Index(names, name="image")).sort_values(name, kind="stable")
 
 
 # %%

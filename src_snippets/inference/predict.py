@@ -67,10 +67,9 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
     if not predictions:
         return table, "No validation images: nothing can be said about the score."
-    price, advice = table.AP50.iloc[-1] - table.AP50.iloc[0], "no AP50."
-    if price >= 0.0005:
-        advice = f"{price:.3f} AP50: CHANGES = dict(score_threshold=0.05); nothing is trained."
-    return table, f"score_threshold={config.score_threshold} costs {advice}"
+    price = table.AP50.iloc[-1] - table.AP50.iloc[0]
+    advice = "; add score_threshold=0.05 to CHANGES, nothing is trained" if price >= 0.0005 else ""
+    return table, f"score_threshold={config.score_threshold} costs {price:.3f} AP50{advice}."
 
 
 def open_predictions(checkpoints, images, folder: Path, config: Config) -> tuple[Path, list]:

@@ -91,7 +91,8 @@ def open_run(folder: Path, resume: bool) -> dict | None:
 def check_same_settings(saved: Config, config: Config, path: Path, same: bool = True) -> None:
     """Raises ValueError where what shapes training, else (`same=False`) the classes, differ."""
     before, now = (asdict(each) | training_settings(each) for each in (saved, config))
-    names = ["class_names" if {*saved.class_names} & {*config.class_names} else "num_classes"]
+    moved = {a for a, b in zip(saved.class_names, config.class_names, strict=False) if a != b}
+    names = ["class_names" if moved & {*config.class_names} else "num_classes"]
     names = training_settings(config) if same else names
     if differ := [k for k in names if before[k] != now[k]]:
         pairs = ", ".join(f"{k}={before[k]!r} (now {now[k]!r})" for k in differ)

@@ -132,9 +132,10 @@ def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
 
 def stop_reason(history: list[dict], seconds: float, config: Config) -> str:
     """Why no epoch follows a history that took so many seconds, empty where one does."""
-    scores, patience = evaluation_scores(history, config.best_by), config.patience
+    metric, patience = config.best_by.replace("last", "AP50"), config.patience
+    scores = evaluation_scores(history, metric)
     if patience and scores[:-patience] and max(scores[-patience:]) < max(scores[:-patience]):
-        return f"no better {config.best_by} in {patience} evaluations"
+        return f"no better {metric} in {patience} evaluations"
     if config.train_hours and seconds >= 3600 * config.train_hours:
         return f"train_hours={config.train_hours:g} are over"
     return "all epochs are done" if len(history) >= config.epochs else ""
@@ -158,7 +159,7 @@ def training_loader(samples, config: Config, batch_size: int) -> torch.utils.dat
 def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     """The batch size, halved until a training step on crops full of instances fits into memory.
 
-    copies: of all weights, that are going to be kept, and one to spare. Leaves all as it was.
+    copies: of all weights, those that will be kept and one to spare. Leaves all as it was.
     """
     row, device = torch.arange(config.crop) // 24, default_device()
     ids = (row[:, None] * (row[-1] + 1) + row + 1).int()[None]  # a grid of instances of 24 px
@@ -300,7 +301,8 @@ class TrainingState:
     def save_last(self) -> None:
         """Writes `last.pt`, with all that training needs to continue."""
         self.saved, self.saved_epochs = time.time(), len(self.history)
-        if not evaluation_scores(self.history, self.config.best_by):
+        best_by = self.config.best_by
+        if best_by == "last" or not evaluation_scores(self.history, best_by):
             self.save_best()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
@@ -352,13 +354,14 @@ class Trainer(TrainingState):
             self.bad_steps += 1
             message = f"Gradients are not finite on {', '.join(gather(list(names)))}: {losses}"
             if self.bad_steps == MAX_BAD_STEPS:
-                hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
-                raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times {hint}")
-            for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
-                buffer.copy_(good)  # what norms had seen before this epoch
+                raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times in a row. Lower lr.")
+            are_finite = all(isfinite(sum(row.values())) for row in losses)
+            if not are_finite:  # nor may be what norms have seen since the epoch began
+                for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
+                    buffer.copy_(good)
             if scaler := self.accelerator.scaler:
                 scaler.update(scaler.get_scale() / 2)
-            if not scaler or not all(isfinite(sum(row.values())) for row in losses):
+            if not (scaler and are_finite):
                 tqdm.write(f"{message}: this step is skipped.")  # else fp16's scale was too high
             losses = []
         self.optimizer.zero_grad()
@@ -381,6 +384,8 @@ class Trainer(TrainingState):
             if used * self.steps:  # the schedule ends with the steps that fit into `train_hours`
                 self.total_steps = min(self.steps / min(used, 1), self.max_steps)
                 bar.total = ceil(bar.n * self.total_steps / self.steps)
+                if hasattr(bar, "container"):  # a notebook's, which keeps its own
+                    bar.container.children[1].max = bar.total
             losses += self.step(images, targets)
             bar.update()
             bar.set_postfix(losses[-1] if losses else {}, refresh=False)
@@ -433,8 +438,7 @@ class Trainer(TrainingState):
         if not reason:
             crops, lr = batch_size * accumulate * world_size(), self.peak_lrs[-1]
             print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr:.2g}")
-        total = None if config.train_hours else config.epochs * batches  # None: seen as it goes
-        options = dict(total=total, initial=start * batches, unit="batch")
+        options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
         with self.session.listen(), bar:

@@ -28,8 +28,8 @@ from src_snippets.data.layouts import open_dataset
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.evaluation.matching import score_table
 from src_snippets.inference.predict import predict_validation
-from src_snippets.setup.config import Config, read_settings
-from src_snippets.setup.files import saved_config, show_table
+from src_snippets.setup.config import change_config, Config, read_settings
+from src_snippets.setup.files import load_checkpoint, show_table
 
 COLUMNS = ["DICE", "AJI", "DQ", "SQ", "PQ", "F1"]
 THRESHOLDS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
@@ -108,7 +108,8 @@ def compare(fields: list[CellSample], predictions, config: Config) -> pd.DataFra
 
 def main(checkpoints: list[Path], data: Path) -> pd.DataFrame:
     """Predict, stitch and compare; prints and returns the table."""
-    config = saved_config(checkpoints[0], read_settings({}, os.environ))
+    config = load_checkpoint(checkpoints[0])["config"]
+    config = change_config(config, read_settings({}, os.environ))
     parts, whole = [], []
     dataset = open_dataset(data, config)
     for path in checkpoints:
