@@ -118,7 +118,7 @@ BEST = dict(
     backbone="timm:resnet101.tv2_in1k", crop=576, scale=1.333, scale_jitter=(0.5, 2.0),
     anchor_sizes=(12, 24, 48, 96, 192), class_crops=0.5, copy_paste=0.5, epochs=1000,
     train_hours=7.0, schedule="cosine", ema=0.999, eval_every=25, best_by="last",
-    score_threshold=0.01, detections=1500, tile=768, tta="d4",
+    score_threshold=0.01, detections=1500, tile=768, tta="d4", export_score_threshold=0.3,
 )
 RECIPES = {
     # torchvision's maskrcnn_resnet50_fpn_v2 with small anchors
@@ -159,7 +159,7 @@ RECIPES = {
         box_features=512, proposals=1000, roi_batch_size=128, epochs=1000, train_hours=2.0,
         batch_size=4, lr=1e-3, lr_factors=(0.3, 0.3, 1.0, 1.0), weight_decay=0.05,
         warmup_steps=100, schedule="cosine", ema=0.998, eval_every=25, best_by="last",
-        score_threshold=0.01, detections=1500, tta="d4",
+        score_threshold=0.01, detections=1500, tta="d4", export_score_threshold=0.3,
     ),
     # Small enough for the synthetic dataset on a CPU
     "demo": dict(

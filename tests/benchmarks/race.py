@@ -264,7 +264,7 @@ def plot_race(results: dict[str, dict[str, dict]], path: Path) -> None:
     axis.set(xlabel="minutes of training", ylabel="AP50, validation", ylim=(0, None))
     axis.set_xlim(0, None)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper center", ncols=len(SIDES))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
