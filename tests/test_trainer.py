@@ -424,7 +424,7 @@ def test_every_weight_gets_a_gradient(run):
 
 def test_steps_that_are_not_finite_are_skipped_and_named(run, capsys):
     poison(run, 2, 3)
-    weights, norms = [], [run.model.backbone.body.bn1.running_mean.clone()]
+    weights, norms = [], []
     losses = []
     for batch in batches(run, 4):
         losses.append(run.step(*batch))
@@ -433,9 +433,8 @@ def test_steps_that_are_not_finite_are_skipped_and_named(run, capsys):
     assert [len(row) for row in losses] == [1, 0, 0, 1]
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[2], weights[3])
-    assert torch.equal(norms[0], norms[3])  # as before the epoch
-    assert not torch.equal(norms[0], norms[1])
-    assert not torch.equal(norms[3], norms[4])
+    assert torch.equal(norms[0], norms[2])
+    assert not torch.equal(norms[2], norms[3])
     assert (run.steps, run.bad_steps) == (2, 0)
     out = capsys.readouterr().out
     assert out.count("this step is skipped") == 2

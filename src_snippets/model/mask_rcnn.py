@@ -183,7 +183,7 @@ def to_device(model: nn.Module) -> nn.Module:
 
 
 def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
-    """Plot sides (N, 2) of boxes and anchors, network px; red: no IoU of 0.5 at a mean shift."""
+    """Plot sides (N, 2) of boxes and anchors, network px; red: IoU below 0.5 on their grid."""
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
     anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
     beside = np.repeat(2.0 ** np.arange(len(sizes)), len(ratios))[:, None]  # stride / 4, the mean

@@ -348,20 +348,20 @@ class Trainer(TrainingState):
                 group["lr"] = factor * peak
             self.optimizer.step()
             self.steps, self.bad_steps = self.steps + 1, 0
+            self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
             if self.config.ema:
                 self.parts["ema"].update(self.model, self.steps)
         else:
             self.bad_steps += 1
             message = f"Gradients are not finite on {', '.join(gather(list(names)))}: {losses}"
             if self.bad_steps == MAX_BAD_STEPS:
-                raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times in a row. Lower lr.")
-            are_finite = all(isfinite(sum(row.values())) for row in losses)
-            if not are_finite:  # nor may be what norms have seen since the epoch began
-                for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
-                    buffer.copy_(good)
+                hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
+                raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times {hint}")
+            for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
+                buffer.copy_(good)  # what norms have seen
             if scaler := self.accelerator.scaler:
                 scaler.update(scaler.get_scale() / 2)
-            if not (scaler and are_finite):
+            if not scaler or not all(isfinite(sum(row.values())) for row in losses):
                 tqdm.write(f"{message}: this step is skipped.")  # else fp16's scale was too high
             losses = []
         self.optimizer.zero_grad()

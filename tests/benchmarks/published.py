@@ -5,8 +5,9 @@ results are of CoNSeP's 27 training and 14 test fields of 1000 x 1000 px; its ti
 where the borders of two validation images go on in each other, and cells that a border cut are one
 again. What is printed are means over the fields, so tiles without their neighbours count as fields;
 first those of scores from the checkpoint's `export_score_threshold` on, then from others on, and
-from the one that has the best PQ on the other fields. The published models learned from all 27
-fields, ours from some of them. Last come the scores of the validation images as they are.
+from the one with the best PQ on the other fields, whose F1 is a mean too, not pooled. The published
+models learned from all 27 fields, ours from some of them. Last come the scores of the validation
+images as they are.
 `HW3_SETTINGS` changes settings of prediction, as in the notebook.
 """
 
