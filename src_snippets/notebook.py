@@ -15,7 +15,7 @@
 # %% [markdown]
 # ## Setup
 # Kaggle and Colab bring most packages; only missing ones are installed, and numpy and torch keep
-# their versions. The GPU is tried in a process of its own: some are listed and cannot compute.
+# their versions. A process of its own tests the GPU: some are listed but cannot compute.
 
 # %%
 from src_snippets.setup.install import check_gpu, install_missing
@@ -26,6 +26,7 @@ gpu_name = check_gpu()
 
 # %%
 import os
+import time
 
 import numpy as np
 import pandas as pd
@@ -45,8 +46,9 @@ from src_snippets.setup.config import (
 # ### Settings: change them here
 # Leave all as it is for a first run; for a higher score set `RECIPE = "best"`, which trains for
 # 7 hours. An empty string, 0 or `None` takes the recipe's own value. After a change run all cells
-# from here on. A change of prediction or hardware alone uses the trained model again; any other
-# change trains a new one and keeps the old one.
+# from here on. Changing only settings of prediction or hardware reuses the trained model; any other
+# change trains a new one and keeps the old one. Environment variables (`HW3_RECIPE`, ..) come before
+# what stands here.
 #
 # | setting | meaning |
 # |---|---|
@@ -84,7 +86,6 @@ CHANGES = dict()  # @param {type:"raw"}
 # %%
 from src_snippets.setup.files import (
     atomic_write,
-    clear_folder,
     keep_going,
     load_checkpoint,
     output_folder,
@@ -105,8 +106,8 @@ if isinstance(CHECKPOINTS, str):
 fields_set = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
 fields_set |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
 changes = read_settings({k: v for k, v in fields_set.items() if v} | CHANGES, os.environ)
-output = output_folder(OUT)
-figures = clear_folder(output / "figures", ".png")  # those of another run would enter the report
+output, started = output_folder(OUT), time.time()
+figures = output / "figures"
 
 # %% [markdown]
 # ## Data
@@ -141,16 +142,16 @@ data_root = find_dataset(DATA)
 is_demo = data_root is None
 if is_demo:
     data_root = make_synthetic(output / ".synthetic-dataset")
-    changes = {"class_names": SYNTHETIC_NAMES} | changes
+    changes |= {"class_names": SYNTHETIC_NAMES}
     print("DEMO: the images below are synthetic; the scores say nothing about real cells.")
     print("For your own images: set DATA to a folder with train/, run from the settings cell on.")
 trains = has_ground_truth(data_root)
-require(trains or CHECKPOINTS, f"{data_root}: no ground truth; set CHECKPOINTS to a best.pt.")
+require(trains or CHECKPOINTS, f"{data_root}: no ground truth in train/; set DATA or CHECKPOINTS.")
 if trains:
     config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)
 else:
     config = saved_config(CHECKPOINTS[0], changes)
-print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}")
+print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}; changed settings:")
 show_table(config_table(config).astype(str))
 
 # %% [markdown]
@@ -191,7 +192,7 @@ if trains:
     print(dataset_warnings(samples, splits, config))
     show_table(dataset_table(samples, splits, config.class_names))
     train_part = subset(samples, next(iter(splits.values()))["train"])
-    shown = (train_part[i] for i in range(0, len(train_part), -(-len(train_part) // 4)))
+    shown = [train_part[i] for i in range(0, len(train_part), max(len(train_part) // 4, 1))][:4]
     items = [(sample.image.numpy(), ground_truth(sample), sample.name) for sample in shown]
     show_figure(plot_samples(items, config.class_names), figures / "samples.png")
 
@@ -220,8 +221,8 @@ if trains:
 # %% [markdown]
 # ## Model
 # A Mask R-CNN of torchvision's parts on a timm backbone, with small anchors. What differs:
-# mask targets are sampled from the instance map, anchors are matched block by block, and predicted
-# masks become RLEs inside their boxes, so memory does not grow with the number of cells.
+# mask targets are sampled from the instance map, anchors are matched block by block, RoIAlign has a
+# quick form for CPUs, and predicted masks become RLEs inside their boxes: no array of N masks is made.
 
 # %%
 from src_snippets.model.backbone import build_backbone
@@ -256,14 +257,12 @@ if trains:
 
 # %% [markdown]
 # The model learns a cell best when an anchor, a box of fixed size on a grid, has an IoU of 0.5 or
-# more with it. Red dots have none. If they are many, change `anchor_sizes`, `anchor_ratios` or
-# `scale`.
+# more with it (from 0.7 on every anchor counts, below only a cell's best). Red dots have none. If
+# they are many, change `anchor_sizes`, `anchor_ratios` or `scale`.
 
 # %% [markdown]
 # ## Training
-# One step: losses of a batch, backward, clip the gradients, update. The state is saved after an
-# epoch, five minutes apart, at evaluations and at the end, so that a stopped session goes on from
-# there; the epoch with the best validation score, or the last, is kept as `best.pt` (see `best_by`).
+# Validation scores, checkpoints, the figure of the training, and the `Trainer` that uses them.
 
 # %%
 from src_snippets.training.metrics import average_precision
@@ -283,10 +282,8 @@ from src_snippets.training.trainer import Session, train, Trainer
 
 # %% [markdown]
 # ### Train
-# A run has a folder of its own, named after its recipe and a fingerprint of settings, images and
-# training code. The figure is drawn anew as epochs end: losses should fall and level off. A
-# validation score that falls while losses go on falling means too many epochs; one that still rises
-# at the end, too few.
+# The figure is drawn anew as epochs end: losses should fall and level off. A validation score that
+# falls while losses go on falling means too many epochs; one that still rises at the end, too few.
 
 # %%
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
@@ -306,7 +303,7 @@ for fold, split in splits.items():
 # %%
 runs = {}
 for fold, folder in folders.items():
-    if runs and session.is_over():
+    if runs and session.is_over() and not (RESUME and (folder / "last.pt").exists()):
         print(f"fold {fold} is not trained: the session ends")
         continue
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
@@ -411,8 +408,8 @@ if val_samples:
         show_figure(figure, figures / "predictions.png")
 
 # %% [markdown]
-# Left to right: image, ground truth, prediction. Crosses mark missed cells in the ground truth and
-# false positives in the prediction: IoU below 0.5, another class, or a duplicate.
+# The validation images with most cells: image, ground truth, prediction. Crosses mark missed cells in
+# the ground truth and false positives in the prediction: IoU below 0.5, another class, a duplicate.
 
 # %%
 if val_samples:
@@ -428,7 +425,7 @@ if val_samples:
 # %%
 if val_samples:
     with keep_going("the gallery of mistakes"):
-        figure = plot_mistakes(val_samples, val_predictions, matches, config)
+        figure = plot_mistakes(val_samples, val_truths, val_predictions, matches, config)
         show_figure(figure, figures / "mistakes.png")
 
 # %% [markdown]
@@ -465,14 +462,14 @@ with keep_going("the exports"):
 
 # %%
 with keep_going("the figure of test images"):
-    shown = records[:: -(-len(records) // 4) or 1]
+    shown = records[:: max(len(records) // 4, 1)][:4]
     images = [read_image(record.path, config.channels) for record in shown]
     items = [(i, to_export[r.image_id], r.path) for i, r in zip(images, shown, strict=True)]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 
 # %% [markdown]
-# Test images above, the cells predicted in them below.
+# Upper row: images, of the test part where there is one; lower row: the cells predicted in them.
 
 # %%
 with keep_going("the report"):
@@ -484,7 +481,7 @@ with keep_going("the report"):
     tables["Environment"] = environment_table(gpu_name)
     tables["Settings that differ from the defaults"] = config_table(config).astype(str)
     title = "Synthetic cells" if is_demo else f"Cells in {data_root.name}"
-    write_report(output / "report.html", title, notes, tables)
+    write_report(output / "report.html", title, notes, tables, since=started)
 
 # %% [markdown]
 # ### Download the results

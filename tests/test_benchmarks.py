@@ -367,9 +367,9 @@ def test_checkpoints_stand_beside_published_results(options, demo_samples, capsy
     (folder / "split.json").write_text(json.dumps(dict(train=[], val=names)))
     table = published.main([folder / "best.pt"], demo_samples.dataset.root)
     assert table.columns.tolist() == ["DICE", "AJI", "DQ", "SQ", "PQ", "F1"]
-    assert table.index[0] == "all instances"
+    assert table.index[0] == "overall"
     assert table.loc["Mask R-CNN"].tolist() == [0.74, 0.474, 0.619, 0.74, 0.46, 0.692]
-    assert table.loc["all instances"].between(0, 1).all()
+    assert table.loc["overall"].between(0, 1).all()
     assert "2 tiles make 2 fields" in capsys.readouterr().out
 
 

@@ -138,4 +138,5 @@ def test_the_table_shows_what_differs_and_who_changed_it():
     assert "epochs" not in table.index
     named = config_table(make_config("demo", class_names=["a", "b"]))
     assert named.loc["class_names", "value"] == ("a", "b")
-    assert config_table(Config()).empty
+    back = config_table(make_config("baseline", box_nms=0.5))  # the default, but not the recipe's
+    assert back.loc["box_nms"].tolist() == [0.5, 0.3, 0.5]

@@ -113,9 +113,9 @@ def test_figures_say_what_they_show(sample):
     figure = plot_predictions([sample, sample], [known, known.select([])], wrong, NAMES)
     assert titles(figure)[1:3] == [
         "ground truth: 2 cells, 1 missed",
-        "prediction: 2 cells, 2 wrong",
+        "prediction: 2 cells, 2 false positives",
     ]
-    assert titles(figure)[5] == "prediction: 0 cells, 0 wrong"
+    assert titles(figure)[5] == "prediction: 0 cells, 0 false positives"
     crosses = [axis.lines[0].get_xydata() for axis in figure.axes if axis.lines]
     assert [len(points) for points in crosses] == [1, 2, 2, 0]
     x1, y1, x2, y2 = known.boxes[1]  # 60 px are drawn 8 times as large

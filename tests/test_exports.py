@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 import json
 import math
+import os
 from pathlib import Path
 import tempfile
 import tracemalloc
@@ -264,6 +265,23 @@ def test_many_cells_have_wider_numbers(count, kind, tmp_path):
         assert np.asarray(image).tolist() == [[0, count]]
 
 
+def test_exports_corrected_by_hand_are_kept(predictions, tmp_path, capsys, pink):
+    folder = tmp_path / "exports"
+    for _ in range(2):
+        write_exports(predictions, pink, folder, CATEGORIES, Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["exports"]
+    corrected = folder / "training" / "one" / "class1.tif"
+    os.utime(corrected, (corrected.stat().st_atime, corrected.stat().st_mtime + 60))
+    content = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    write_exports(predictions, pink, folder, CATEGORIES, Config())
+    said = capsys.readouterr().out
+    (kept,) = (path for path in tmp_path.iterdir() if path != folder)
+    assert {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()} == content
+    assert f"files are newer than its last; with all corrections kept as {kept}" in said
+    assert (folder / "counts.csv").is_file()
+
+
 # All files
 
 
@@ -339,18 +357,19 @@ def test_channels_stay_in_tables_and_in_what_is_trained_on(predictions, tmp_path
     images = [IMAGES[0]._replace(path=source)]
     tifffile.imwrite(source, planes, photometric="minisblack")
     config = Config(channels=(2, 1))
-    write_exports(predictions, images, tmp_path, CATEGORIES, config)
-    header, *rows = read_rows(tmp_path / "cells.csv")
+    folder = tmp_path / "exports"
+    write_exports(predictions, images, folder, CATEGORIES, config)
+    header, *rows = read_rows(folder / "cells.csv")
     assert header[-2:] == ["intensity_1", "intensity_2"]
     assert [float(row[-1]) - float(row[-2]) for row in rows] == [24_000.0] * 3
-    copy = tmp_path / "training" / "one" / "image.tif"
+    copy = folder / "training" / "one" / "image.tif"
     assert np.array_equal(tifffile.imread(copy), planes)
     assert np.array_equal(read_image(copy, (2, 1)), read_image(source, (2, 1)))
     dark = np.full((6, 8, 3), 40, np.uint8)
     dark[..., 1] = 90
     tifffile.imwrite(source, dark, photometric="rgb")  # fluorescence has no stains
-    write_exports(predictions, images, tmp_path, CATEGORIES, Config())
-    assert read_rows(tmp_path / "cells.csv")[0][-3:] == [f"intensity_{k}" for k in (1, 2, 3)]
+    write_exports(predictions, images, folder, CATEGORIES, Config())
+    assert read_rows(folder / "cells.csv")[0][-3:] == [f"intensity_{k}" for k in (1, 2, 3)]
 
 
 def test_the_pixel_size_of_each_file_counts_where_none_is_set(

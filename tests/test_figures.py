@@ -70,7 +70,7 @@ def test_ap50_and_f1_over_the_threshold(panels):
     lines = [submitted.get_xdata()[0], exported.get_xdata()[0]]
     assert lines == [CONFIG.score_threshold, CONFIG.export_score_threshold]
     best, *limits = legend_texts(panels[1])[1:]
-    assert best == "F1, 0.364 from 0.65 on"  # two of three
+    assert best == "F1, best 0.364 from 0.65 on"  # two of three
     assert limits == ["score_threshold", "export_score_threshold"]
 
 
@@ -131,7 +131,7 @@ def test_figures_of_many_and_of_no_images(num_classes, tmp_path):
     ):
         truths = [ground_truth(sample, crowds=True) for sample in group]
         table = match_table(found, truths, num_classes)
-        figures = plot_evaluation(table, config), plot_mistakes(group, found, table, config)
+        figures = plot_evaluation(table, config), plot_mistakes(group, truths, found, table, config)
         for figure in figures:
             assert figure.get_label()
             figure.savefig(tmp_path / "figure.png", dpi=20)
@@ -225,7 +225,7 @@ def test_the_gallery_shows_truth_and_prediction():
         ]
     )
     table = match_table([found], [ground_truth(sample)], 3)
-    figure = plot_mistakes([sample], [found], table, CONFIG, columns=2)
+    figure = plot_mistakes([sample], [ground_truth(sample)], [found], table, CONFIG, 2)
     axes = figure.axes
     counts = ("1", "none", "1", "none", "1")
     rows = [axes[2 * k].texts[-1].get_text() for k in range(5)]
@@ -253,7 +253,7 @@ def test_a_crop_shows_what_is_near():
     sample = make_sample([ids], [1])
     found = ground_truth(sample).select([])
     table = match_table([found], [ground_truth(sample)], 3)
-    figure = plot_mistakes([sample], [found], table, CONFIG, columns=3)
+    figure = plot_mistakes([sample], [ground_truth(sample)], [found], table, CONFIG, 3)
     first, _, last = figure.axes[:3]
     assert (first.get_xlim(), first.get_ylim()) == ((122.5, 186.5), (136.5, 72.5))
     assert len(first.lines) == 2  # the third is far

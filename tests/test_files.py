@@ -9,7 +9,6 @@ import pytest
 from src_snippets.setup import files
 from src_snippets.setup.files import (
     atomic_write,
-    clear_folder,
     keep_going,
     output_folder,
     show_table,
@@ -51,13 +50,6 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json([float("nan")], path)
     assert json.loads(path.read_text()) == [1, {"a": None}]
-
-
-def test_a_cleared_folder_has_no_files_of_that_suffix(tmp_path):
-    folder = clear_folder(tmp_path / "new", ".png")
-    for name in ("a.png", "b.txt"):
-        (folder / name).touch()
-    assert [path.name for path in clear_folder(folder, ".png").iterdir()] == ["b.txt"]
 
 
 def test_an_optional_part_that_fails_is_shown_and_the_rest_goes_on(capsys):

@@ -235,6 +235,15 @@ def test_chosen_channels_become_red_green_and_blue(tmp_path, kind):
         read_image(path, (5, 1))
 
 
+@pytest.mark.parametrize("axes", ["CZYX", "TCYX", "ZCYX"])
+def test_planes_of_z_and_time_are_not_taken_for_channels(tmp_path, axes):
+    planes = np.stack([PLANES, PLANES])
+    options = dict(ome=True) if axes == "CZYX" else dict(imagej=True)
+    path = save(tmp_path / "a.tif", planes, metadata=dict(axes=axes), **options)
+    with refused(r"axes ...X, shape \(2, 4, .*8 pages of similar size; expected one image", path):
+        read_image(path, (1, 2))
+
+
 def test_channels_of_colour_images(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
     expected = [RGB[..., 1], RGB[..., 0], 0 * GREY]

@@ -40,6 +40,15 @@ def test_only_what_is_missing_is_installed_and_torch_keeps_its_version(commands)
     assert {f"{name}=={version(name)}" for name in ("numpy", "torch", "torchvision")} < {*command}
 
 
+def test_packages_that_lie_twice_or_are_broken_do_no_harm(commands, monkeypatch):
+    """The version that is imported counts, not that of a second copy behind it on the path."""
+    names = ("numpy", "torch", None)  # None: what an uninstall that failed leaves
+    there = [SimpleNamespace(name=name, version="0.1") for name in names]
+    monkeypatch.setattr(install, "distributions", lambda: there)
+    install_missing({"no-such-package>=1": "x"})
+    assert {f"numpy=={version('numpy')}", f"torch=={version('torch')}"} < {*commands[0]}
+
+
 def test_offline_a_needed_package_stops_and_another_one_does_not(monkeypatch, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)

@@ -17,7 +17,7 @@ import torch
 
 from src_snippets.data.images import fill_rings, read_image
 from src_snippets.data.layouts import (
-    check_axes,
+    check_outlines,
     dataset_roots,
     encode_outline,
     find_dataset,
@@ -382,6 +382,24 @@ def test_light_that_falls_off_to_one_side_does_not_decide(tmp_path, order):
         assert len(open_dataset(tmp_path, CONFIG).read("a").labels) == len(masks)
 
 
+def test_one_cell_with_a_thin_process_and_specks_is_read(tmp_path):
+    mask = np.eye(120, dtype=bool)  # touches itself at corners alone
+    mask[50:70, 50:70] = True
+    mask[5, 60:100:4] = True  # specks
+    make_field(tmp_path, np.full((120, 120, 3), 90, np.uint8), [mask], "F", "coco")
+    (name,) = (dataset := open_dataset(tmp_path, CONFIG)).names
+    assert len(dataset.read(name).labels) == 1
+
+
+@pytest.mark.parametrize("layout", ["csv", "coco"])
+def test_one_annotation_for_all_cells_is_refused(tmp_path, layout):
+    image, masks = field_with_cells(96, 96, contrast=-60)
+    make_field(tmp_path, image, [np.any(masks, axis=0)], "C" if layout == "csv" else "F", layout)
+    (name,) = (dataset := open_dataset(tmp_path, CONFIG)).names
+    with refused("1 annotations in .. pieces; expected one per cell", tmp_path):
+        dataset.read(name)
+
+
 def test_branched_cells_on_a_narrow_image_are_no_stripes(tmp_path):
     mask = np.zeros((100, 1000), bool)
     for left in (100, 110, 120):
@@ -417,12 +435,12 @@ def test_no_real_cells_are_refused_for_their_axes_and_mirrored_ones_are():
         parts = [np.flatnonzero((maps == owner).any(axis=0)) for owner in owners]
         height, width = sample.size
         down = [np.sort(pixels % width * height + pixels // width) for pixels in parts]
-        check_axes(image, parts, is_down=False)
-        check_axes(image, parts, is_down=True)
+        check_outlines(image, parts, is_down=False)
+        check_outlines(image, parts, is_down=True)
         if height != width or len(parts) >= 10:
             refusals["all"] += 1
             try:
-                check_axes(image, down, is_down=False)
+                check_outlines(image, down, is_down=False)
             except BadInput:
                 refusals["refused"] += 1
     assert refusals["all"] > 20
@@ -448,6 +466,10 @@ def test_csv_with_wells_and_a_sample_submission(tmp_path):
     paths = [tmp_path / "test" / name for name in ("c_mask.png", "c.png", "s/c.png")]
     assert [image.path for image in dataset.test_images] == paths
     assert [dataset.test_ids[path] for path in paths] == ids  # as the competition has them
+    (tmp_path / "sample_submission.csv").write_text("idx,id,annotation\n0,c,-1\n")
+    assert [i.path.name for i in open_dataset(tmp_path, CONFIG).test_images] == ["c.png"]
+    (tmp_path / "sample_submission.csv").write_text("ImageId,rle\nc,\n")
+    assert [i.path.name for i in open_dataset(tmp_path, CONFIG).test_images] == ["c.png"]
     (tmp_path / "sample_submission.csv").write_text("id,predicted\n../train/a,1 1\n")
     with refused("train/a'.*not there", tmp_path / "sample_submission.csv"):
         open_dataset(tmp_path, CONFIG)
@@ -782,26 +804,6 @@ def test_boxes_as_outlines_are_told(tmp_path, capsys):
         assert (told in capsys.readouterr().out) == is_told
 
 
-@pytest.mark.parametrize(
-    ("places", "size", "is_told"),
-    [
-        (range(1, 92, 4), (300, 400), True),  # in percent
-        (range(1, 92, 4), (180, 400), False),
-        (range(1, 70, 4), (300, 400), False),  # 18: by chance
-        ([*range(1, 92, 4), 98], (300, 400), False),  # up to 101 px
-    ],
-)
-def test_coordinates_in_percent_are_told(tmp_path, capsys, places, size, is_told):
-    height, width = size
-    images = [dict(file_name="a.png", id=4, height=height, width=width)]
-    rows = [square_row(k, shift=place - 1) for k, place in enumerate(places)]
-    make_coco(tmp_path, coco_content(images=images, annotations=rows))
-    dataset = open_dataset(tmp_path, CONFIG)
-    assert ("in percent? Export pixels" in capsys.readouterr().out) == is_told
-    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "train" / "a.png")
-    assert len(dataset.read("a.png").labels) == len(places)  # read as they are
-
-
 def test_an_image_that_is_listed_twice_keeps_the_cells_of_both_ids(tmp_path, capsys):
     images = [dict(file_name="a.png", id=k, height=10, width=14) for k in (4, 5)]
     rows = [square_row(0), square_row(1, image_id=5), square_row(2, 3, image_id=5)]
@@ -868,6 +870,7 @@ def test_validation_images_of_the_dataset(tmp_path):
         ("images/default", "annotations/instances_default.json"),
         ("images", "annotations/instances_default.json"),
         ("images/train", "annotations/instances_train.json"),
+        ("images/Train", "annotations/instances_Train.json"),
     ],
 )
 def test_folders_of_coco_and_cvat(tmp_path, folder, file):
@@ -1183,7 +1186,21 @@ def test_a_region_around_detections_is_no_cell(tmp_path):
     sample = dataset.read("a.tif")
     assert dataset.categories == {1: "cell"}
     assert sample.labels.tolist() == [1] * 4
-    assert sample.left_out == {"annotations around detections": 1}
+    assert sample.left_out == {"annotations around others": 1}
+    places = [(1 + 3 * row, 1 + 3 * column) for row in range(3) for column in range(4)]
+    many = [outline(ring(top, left, top + 2, left + 2)) for top, left in places]
+    tissue = outline(ring(0, 0, 10, 13), kind="Tissue")
+    root = pair_root(
+        tmp_path, [tissue, *many]
+    )  # all of them drawn, or corrected and exported again
+    assert open_dataset(root, CONFIG).read("a.tif").left_out == {"annotations around others": 1}
+    assert len(open_dataset(root, CONFIG).read("a.tif").labels) == 12
+    points = [dict(outline(ring(1, 1, 2, 2)), geometry=dict(type="Point", coordinates=[1, 1]))] * 11
+    root = pair_root(tmp_path, [outline(ring(0, 0, 10, 13)), outline(ring(1, 1, 3, 3)), *points])
+    with refused("outlines without an area", tmp_path):
+        open_dataset(root, CONFIG)
+    root = pair_root(tmp_path, [outline(ring(0, 0, 10, 13)), *many[:9]])  # a large cell
+    assert len(open_dataset(root, CONFIG).read("a.tif").labels) == 10
     region["properties"]["classification"]["name"] = "Ignore*"
     root = pair_root(tmp_path, [*[region] * 3, drawn])  # meant to be left out: no loss
     assert open_dataset(root, CONFIG).read("a.tif").labels.tolist() == [1]
@@ -1354,7 +1371,8 @@ def test_label_images_beside_images_are_left_out(tmp_path):
     kept = ["a.png", "b.png", "c_masks.png", "d_img.png", "h.ome.tif"]
     outputs = ["a_cp_masks.png", "a_cp_output.png", "a_flows.tif", "a_outlines_cp_masks.png"]
     outputs += ["b_masks.tif", "d_img_cp_masks.tif", "d_labels.png", "d_masks.png"]
-    outputs += ["h.ome_cp_masks.tif", "h_masks.ome.tif"]
+    outputs += ["h.ome_cp_masks.tif", "h_masks.ome.tif", "a_dP.tif", "a_flows_cp_masks.tif"]
+    outputs = sorted(outputs)
     others = ["e.webp", "f.czi"]
     for name in (*kept, *outputs):
         Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / name)

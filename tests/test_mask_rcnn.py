@@ -91,6 +91,18 @@ def test_losses_equal_torchvisions_on_dense_masks(both, monkeypatch):
     assert theirs == pytest.approx(ours, abs=1e-5)
 
 
+@torch.inference_mode()
+def test_the_strides_that_anchors_take_from_the_features_are_those_of_the_features():
+    """torchvision divides the sides; 96 px would give the top level a stride of 48, not 64."""
+    model = build_model(make_config("demo")).eval()
+    for size in ((96, 200), (33, 64), (1, 700)):
+        images, _ = model.transform([torch.zeros(3, *size, dtype=torch.uint8)])
+        height, width = images.tensors.shape[-2:]
+        levels = model.backbone(images.tensors).values()
+        grids = [(height / level.shape[-2], width / level.shape[-1]) for level in levels]
+        assert grids == [(2**k, 2**k) for k in range(2, 7)]
+
+
 def test_detections_equal_torchvisions(both):
     theirs, ours = both
     image = field_of_cells(1).image

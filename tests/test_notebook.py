@@ -253,7 +253,7 @@ def test_images_without_a_checkpoint_are_refused(tmp_path, demo_root):
     environ = dict(HW3_DATA=str(demo_root / "test_release"), HW3_OUT=str(tmp_path))
     command = [sys.executable, "-m", "src_snippets.notebook"]
     done = subprocess.run(command, cwd=ROOT, env=kept | environ, capture_output=True, text=True)
-    assert "no ground truth; set CHECKPOINTS to a best.pt" in done.stderr
+    assert "no ground truth in train/; set DATA or CHECKPOINTS" in done.stderr
 
 
 def execute(notebook, folder: Path, **environ) -> str:
@@ -357,6 +357,25 @@ def test_a_fold_that_is_cut_in_its_first_epoch_does_not_join_the_ensemble(tmp_pa
     assert "Training ends after epoch 0: the session ends" in said
     assert len(list((tmp_path / "results" / "runs").glob("*/best.pt"))) == 2
     assert re.search(r"validation AP50 0\.\d+ on 4 images", said)
+
+
+AGAIN = """
+Session.is_over = lambda self: True  # in the same kernel, after the session's end
+runs = {}
+"""
+
+
+def test_folds_that_are_finished_predict_after_the_end_of_the_session(tmp_path, demo_root):
+    notebook, _ = code_cells()
+    (cell,) = (cell for cell in notebook.cells if cell.source.startswith("runs = {}"))
+    again = nbformat.v4.new_code_cell(cell.source.replace("runs = {}\n", AGAIN))
+    notebook.cells.insert(notebook.cells.index(cell) + 1, again)
+    settings = json.dumps(QUICK | {"folds": 2})
+    environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_SETTINGS=settings)
+    said = execute(notebook, tmp_path, **environ)
+    assert said.count("ALREADY TRAINED") == 2
+    assert "is not trained" not in said
+    assert re.search(r"validation AP50 0\.\d+ on 8 images", said)
 
 
 def test_the_notebook_becomes_a_script_and_a_page(tmp_path):

@@ -1,6 +1,7 @@
 """The report: all of it in one file, names never taken for code."""
 
 from html.parser import HTMLParser
+import os
 import shutil
 import subprocess
 
@@ -36,11 +37,11 @@ def save_figure(folder, name):
     Image.fromarray(noise).save(folder / f"{name}.png")
 
 
-def write(path, notes=(), scores=None, facts=(), counts=None, **changes):
+def write(path, notes=(), scores=None, facts=(), counts=None, since=0.0, **changes):
     config = make_config("demo", **changes)
     tables = {"Scores": scores, "Data": pd.Series(dict(facts), dtype=object).to_frame("value")}
     tables |= {"Environment": environment_table(""), "Settings": config_table(config).astype(str)}
-    write_report(path, "Cells in <data>", notes, tables | {"Exported cells": counts})
+    write_report(path, "Cells in <data>", notes, tables | {"Exported cells": counts}, since)
     return Page(path.read_text())
 
 
@@ -85,6 +86,14 @@ def test_figures_have_headings_captions_and_alt_texts(page):
         assert heading in page.texts
         assert caption in page.texts
         assert caption.endswith(".")
+
+
+def test_figures_of_an_earlier_run_stay_out(tmp_path):
+    for name in ("samples", "history1"):
+        save_figure(tmp_path / "figures", name)
+    os.utime(tmp_path / "figures" / "history1.png", (1e9, 1e9))
+    assert write(tmp_path / "report.html", since=1e9 + 1).alts == [CAPTIONS["samples"]]
+    assert write(tmp_path / "report.html", since=1e9).tags.count("img") == 2
 
 
 def test_nothing_to_show_is_a_report_too(tmp_path):

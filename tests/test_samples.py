@@ -126,7 +126,7 @@ def test_more_than_one_in_twenty_left_out_is_a_warning(lost, warned):
     samples = drawn(["x"], lambda name: replace(sample, left_out={"outside": lost}))
     told = dataset_warnings(samples, {}, CONFIG)
     assert ("WARNING" in told) is warned
-    assert told.startswith("WARNING: 2 of 21 instances" if warned else "Each class has instances;")
+    assert told.startswith("WARNING: 2 of 21 instances" if warned else "Every class has instances;")
 
 
 def test_outlines_of_another_resolution_are_refused():
@@ -135,17 +135,6 @@ def test_outlines_of_another_resolution_are_refused():
     assert len(samples) == 2
     with refused(r"10 annotations without a pixel in the image \(coordinates of another size"):
         drawn([*"xy"], lambda name: replace(sample, left_out={OUTSIDE: 5}))
-
-
-def test_a_plateau_without_validation_images_is_told():
-    samples = drawn(["x"], lambda name: make_sample([np.arange(1, 5).reshape(1, 4)], [1]))
-    config = replace(CONFIG, class_names=("a", "b"), schedule="plateau")
-    splits = {0: dict(train=["x"], val=[])}
-    assert "without validation images schedule='plateau'" in dataset_warnings(
-        samples, splits, config
-    )
-    config = replace(config, schedule="cosine")
-    assert "plateau" not in dataset_warnings(samples, splits, config)
 
 
 def test_all_left_out_is_an_error_that_counts():
@@ -371,6 +360,16 @@ def test_a_class_of_two_groups_is_in_every_fold_for_training():
     assert sum("no c in fold" in line for line in told.splitlines()) == 1
 
 
+def test_validation_images_that_trained_the_initial_weights_are_told(tmp_path):
+    samples = counted(["a", "b", "c"])
+    splits = {1: dict(train=["b", "c"], val=["a"]), 2: dict(train=["a"], val=["b", "c"])}
+    config = replace(CONFIG, class_names=("a", "b", "c"), weights=str(tmp_path / "best.pt"))
+    assert "trained" not in dataset_warnings(samples, splits, config)
+    (tmp_path / "split.json").write_text('{"train": ["a", "c", "x"], "val": ["b"]}')
+    told = f"WARNING: 2 validation images trained {tmp_path}/best.pt: scores too high."
+    assert told in dataset_warnings(samples, splits, config)
+
+
 # A validation part of the dataset's own
 
 
@@ -403,7 +402,7 @@ def test_parts_facts_and_names(tmp_path):
     samples = Counted("ab", [[0, 2, 1], [0, 0, 4]])
     splits = {0: {"train": ["a", "b"], "val": []}, 2: {"train": ["a"], "val": ["b"]}}
     table = dataset_table(samples, splits, ["x", "y"])
-    assert table.columns.tolist() == ["images", "x", "y", "min per image", "max per image"]
+    assert table.columns.tolist() == ["images", "x", "y", "fewest per image", "most per image"]
     assert table.loc["train"].tolist() == [2, 2, 5, 3, 4]
     assert table.loc["val"].tolist() == [0, 0, 0, 0, 0]
     assert table.loc["fold 2, val"].tolist() == [1, 0, 4, 4, 4]

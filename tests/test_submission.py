@@ -50,7 +50,7 @@ def test_the_written_files_are_a_valid_submission(predictions, tmp_path, capsys)
     with zipfile.ZipFile(archive) as file:
         assert file.namelist() == ["test-results.json"]
         assert file.read("test-results.json") == results.read_bytes()
-    assert "checked, 1 detections, 1 of 2 images without" in capsys.readouterr().out
+    assert "checked, 1 detections, 1 of 2 images empty" in capsys.readouterr().out
     assert check_results(results, IMAGES, [1, 2]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["test-results.json", "test-results.zip"]
 

@@ -1,7 +1,7 @@
 """Find images that look alike, as those of one slide or patient do."""
 
 # %%
-# @title Features, seams and groups of images
+# @title Group similar and adjacent images
 from collections.abc import Sequence
 
 import numpy as np

@@ -107,7 +107,7 @@ def plot_predictions(samples: list[CellSample], predictions, wrong, names) -> Fi
     for row, sample, prediction, marks in zip(rows, samples, predictions, wrong, strict=True):
         image, sides = sample.image.numpy(), (ground_truth(sample), prediction)
         drawn = [brighten(image), *(draw_outlines(image, side) for side in sides)]
-        texts = "ground truth: {} cells, {} missed", "prediction: {} cells, {} wrong"
+        texts = "ground truth: {} cells, {} missed", "prediction: {} cells, {} false positives"
         titles = [t.format(len(s), len(m)) for t, s, m in zip(texts, sides, marks, strict=True)]
         show_image_row(row, drawn, [image_stem(sample.name)[:12], *titles])
         for axis, side, index in zip(row[1:], sides, marks, strict=True):

@@ -82,6 +82,7 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
         found = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
         help_text = "Save one plane or RGB (Fiji: Type > RGB Color), or set channels of images."
         known = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
+        known &= len(planes) == 1 or sum(n > 1 for n in series.shape) <= 3  # no z, time beside
         require(known, f"{found} one image. {help_text}")
         require(count * prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
         places = [zip(p.dataoffsets, p.databytecounts, strict=False) for p in planes]
@@ -170,11 +171,11 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     """
     unique, owners = np.unique(values.ravel()[pixels], return_inverse=True)
     areas, count = np.bincount(owners), len(unique)
-    distances = np.zeros(len(pixels))  # squared, in units of 2 px
+    spread = np.zeros(len(pixels))  # squared distance to the centre / 4, to compare with areas
     for places in np.divmod(pixels, max(values.shape[1], 1)):
         centres = np.bincount(owners, places) / areas
-        distances += (places - centres[owners]) ** 2 / 4
-    if (distances <= areas[owners]).all() and 20 * areas.max(initial=0) <= values.size:
+        spread += (places - centres[owners]) ** 2 / 4
+    if (spread <= areas[owners]).all() and 20 * areas.max(initial=0) <= values.size:
         return pixels, 0
     border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
     name = unique[areas.argmax()]
@@ -188,7 +189,7 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     index, first, sizes = np.unique(pieces, return_index=True, return_counts=True)
     if len(index) == count:
         return pixels, 0
-    far = ndimage.maximum(distances, pieces, index)
+    far = ndimage.maximum(spread, pieces, index)
     parts = pd.DataFrame(dict(id=owners[first], size=sizes, far=far), index=index)
     small = 10 * parts["size"] < parts.groupby("id")["size"].transform("max")
     large = parts[~small].groupby("id")["far"].agg(["size", "max"])
@@ -248,14 +249,15 @@ def read_geojson(path: Path) -> list[tuple]:
             reason = f"regions that QuPath ignores ({name})" if name.endswith("*") else reason
             shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
             rows.append((name, shape, number, reason))
-            points = np.concatenate(rings) if rings else np.zeros((1, 2))
+            points = np.concatenate(rings) if shape else np.full((1, 2), np.nan)
             boxes.append([*points.min(axis=0), *-points.max(axis=0)])  # inside is >= in all four
         types = [(feature.get("properties") or {}).get("objectType") for feature in features]
-        types, boxes = np.array(types, object), np.array(boxes).reshape(-1, 4)
-        cells = boxes[np.isin(types, ["detection", "cell"])]
-        for index in np.flatnonzero(types == "annotation") if len(cells) else ():
-            if (cells >= boxes[index]).all(axis=1).sum() > 2:  # fewer may be a cell in pieces
-                rows[index] = rows[index][0], "", index + 1, "annotations around detections"
+        is_cell, boxes = np.isin(types, ["detection", "cell"]), np.array(boxes).reshape(-1, 4)
+        areas = (-boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+        cells, most = (boxes[is_cell], 2) if is_cell.any() else (boxes, 10)  # a large cell has few
+        for index in np.flatnonzero(~is_cell & (areas > 4 * np.nanmedian(np.append(areas, 0)))):
+            if (cells >= boxes[index]).all(axis=1).sum() > most:
+                rows[index] = rows[index][0], "", index + 1, "annotations around others"
     return rows
 
 

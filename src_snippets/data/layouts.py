@@ -2,12 +2,16 @@
 
 # %% [markdown]
 # ### Find the dataset
-# Five layouts are known by where their ground truth is: `class1.tif ..` beside each
-# `train/<name>/image.tif`; `train.csv` with an RLE per row; `train.json`, COCO polygons or RLEs;
-# label images as Cellpose and StarDist keep them or GeoJSON of QuPath, `train/a_masks.tif` or
-# `train/a.geojson` beside `train/a.tif`, `masks/a.tif` for `images/a.tif`; nowhere, images alone
-# for `CHECKPOINTS` to predict. Each becomes a `CellDataset`. Labels are always 1..C; results carry
-# the dataset's own category ids.
+# The layout follows from the ground truth that is found:
+#
+# - folders: `class1.tif ..` beside each `train/<name>/image.tif`
+# - CSV: `train.csv` with an RLE per row
+# - COCO: `train.json` with polygons or RLEs
+# - pairs: a label image, as of Cellpose or StarDist, or GeoJSON of QuPath for each image:
+#   `train/a_masks.tif` or `train/a.geojson` beside `train/a.tif`, `masks/a.tif` for `images/a.tif`
+# - none: images alone, which `CHECKPOINTS` predict
+#
+# Each becomes a `CellDataset`. Labels are always 1..C; results have the dataset's own category ids.
 
 # %%
 # @title Find a dataset and the files of its parts
@@ -46,7 +50,8 @@ TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
 MAPPING_NAME = "test_image_name_to_ids.json"
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
 # What a part of a dataset is called, by Roboflow and CVAT too, and where its files are
-PARTS = dict(train=("train", "default"), val=("val", "valid", "validation"), test=("test",))
+PARTS = dict(train=("train", "default", "Train"), val=("val", "valid", "validation", "Validation"))
+PARTS |= dict(test=("test", "Test"))
 IMAGE_FOLDERS = ("{}", "{}2017", "images/{}", "images/{}2017")
 COCO_FOLDERS = (*IMAGE_FOLDERS, "images")
 COCO_FILES = ("{}.json", "{}_gt.json", "annotations/{}.json", "annotations/instances_{}.json")
@@ -54,7 +59,9 @@ COCO_FILES += ("annotations/instances_{}2017.json", "{}/_annotations.coco.json")
 # How the names of images and label images end, and of what else Cellpose writes beside an image
 IMAGE_END = re.compile(r"(_img)?(\.ome)?$")
 LABEL_END = re.compile(r"(?<!_outlines)(_cp)?_(masks?|labels?)(\.ome)?$", re.IGNORECASE)
-OUTPUT_END = re.compile(r"(_outlines)?(_cp)?_(masks?|labels?|flows|output)(\.ome)?$", re.IGNORECASE)
+OUTPUT_END = re.compile(
+    r"(?i)(_outlines|_flows|_dP)?(_cp)?_(masks?|labels?|flows|dP|output)(\.ome)?$"
+)
 
 
 class ImageRecord(NamedTuple):
@@ -147,7 +154,7 @@ def find_dataset(data: str, searched=("/kaggle/input", "/content", "data")) -> P
     data: the root, a folder above it, or a folder of images; "demo"; "" to search. Raises
     FileNotFoundError where no dataset is in `data` or in what was uploaded.
     """
-    folders = [Path(folder) for folder in ([data] if data else searched) if data != "demo"]
+    folders = [Path(f).expanduser() for f in ([data] if data else searched) if data != "demo"]
     roots = [root for folder in folders for root in dataset_roots(folder)]
     roots = roots or [folder for folder in folders if data and image_files(folder)]
     if others := ", ".join(map(str, roots[1:])):
@@ -267,11 +274,10 @@ def read_listed(record: ImageRecord, source: Path, channels: Sequence[int]) -> n
 
 def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
     """Read `groups.csv`, columns name and group (patient, slide), if any. Raises BadInput."""
-    path = root / "groups.csv"
+    path, by_nfc = root / "groups.csv", {normalize("NFC", n): n for n in names}
     table = read_table(path, {"name", "group"}) if path.is_file() else dict(name=[], group=[])
-    known = {normalize("NFC", name): name for name in names}  # macOS has another form on disk
-    table["name"] = [known.get(normalize("NFC", name), name) for name in table["name"]]
-    rows = [(n, g) for n, g in zip(table["name"], table["group"], strict=True) if g]
+    listed = [by_nfc.get(normalize("NFC", n), n) for n in table["name"]]  # macOS: another form
+    rows = [(n, g) for n, g in zip(listed, table["group"], strict=True) if g]
     groups, known = dict(rows), set(names)
     wrong = [(name, g) for name, g in rows if groups[name] != g or name not in known]
     with name_file(path):
@@ -409,14 +415,10 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
         table.loc[cells, "crowd"] = False
         print(f"{source}: {len(cells)} crowds of a cell's size (brush masks of CVAT) are cells")
     rles = [rle for rle in table["shape"] if rle]
-    left, top, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
+    width, height = pycocotools.mask.toBbox(rles).T[2:] if rles else np.zeros((2, 0))
     boxes = int((mask_areas(rles) == width * height).sum())
     if boxes >= 10 and 2 * boxes > len(rles):
         print(f"WARNING: {source}: {boxes} of {len(rles)} outlines are upright boxes, not cells?")
-    is_large = min((min(rle["size"]) for rle in rles), default=0) >= 200
-    is_percent = is_large and max(*(left + width), *(top + height)) <= 100
-    if len(rles) >= 20 and is_percent and table["segmentation"].map(type).eq(list).all():
-        print(f"WARNING: {source}: all polygons within 100 px, in percent? Export pixels.")
     groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)
@@ -483,12 +485,12 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
     return rows
 
 
-def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) -> None:
-    """Raise BadInput where rows and columns of instances are exchanged.
+def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool | None) -> None:
+    """Raise BadInput for many cells in one instance, or where rows and columns are exchanged.
 
     They are stripes then, with runs as far apart as the image's other side is long. In a square
     image they are mirrored at its diagonal and fit its brightness less than if mirrored back.
-    image: (3, H, W); parts: row-major offsets; is_down: their RLEs go down the columns.
+    image: (3, H, W); parts: row-major offsets; is_down: RLEs go down the columns, None: no RLEs.
     """
     height, width = image.shape[1:]
     if is_down:
@@ -496,14 +498,19 @@ def check_axes(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool) ->
         image, height, width = image.transpose(0, 2, 1), width, height
     pixels = np.concatenate(parts)
     steps = np.diff(pixels[np.diff(pixels, prepend=-2) != 1])  # between starts of runs
-    step = np.median(steps[steps > 0]) if len(steps) >= 20 else width
+    step = np.median(steps[steps > 0]) if len(steps) >= 20 and is_down is not None else width
     found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
     help_text = "CSV counts row by row, COCO column by column: transpose the masks."
     require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{found}. {help_text}")
-    if height == width and len(parts) >= 10:
-        inside, grey = np.zeros((height, width), bool), image.sum(axis=0, dtype=np.float32)
+    inside = np.zeros((height, width), bool)
+    inside.flat[pixels] = True
+    sizes = np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].flat)[1:]
+    pieces = np.count_nonzero(10 * sizes >= sizes.max(initial=0))
+    found = f"{len(parts)} annotations in {pieces} pieces; expected one per cell. Split them."
+    require(pieces <= 5 * len(parts) + 5, found)
+    if height == width and len(parts) >= 10 and is_down is not None:
+        grey = image.sum(axis=0, dtype=np.float32)
         grey -= ndimage.uniform_filter(grey, 1 + height // 4)  # light that falls off to one side
-        inside.flat[pixels] = True
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
         found = "cells fit the image only if mirrored at its diagonal"
@@ -517,7 +524,7 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
     two classes claim belongs to the first.
     """
     file_name, record = records[name]
-    image, parts = read_listed(record, source, config.channels), []
+    image, parts, outlines = read_listed(record, source, config.channels), [], []
     left_out = Counter(reason for *_, reason in rows[name] if reason)
     for label, shape, number, _ in [row for row in rows[name] if row[1]]:
         if isinstance(shape, Path):
@@ -528,11 +535,11 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
                 pixels = shape_pixels(shape, *image.shape[1:])
             ids = np.ones(len(pixels), np.int64)
             left_out.update([] if len(pixels) else [OUTSIDE])
+            outlines += [pixels] if label > 0 else []
         parts.append((pixels, ids, label))
-    if parts and source.suffix in (".csv", ".json"):
+    if outlines:
         with name_file(f"{source}, {name}"):
-            masks, is_down = [pixels for pixels, *_ in parts], source.suffix == ".json"
-            check_axes(image, masks, is_down)
+            check_outlines(image, outlines, {".csv": False, ".json": True}.get(source.suffix))
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
     packed = pack_layers(parts, image.shape[1:], config.overlaps)
     return CellSample(torch.from_numpy(image), *packed, file_name, left_out, record.path)
@@ -540,7 +547,7 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
 
 def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple[list, dict]:
     """Those of the mapping, COCO or `sample_submission.csv`, else all in `folder`; ids by path."""
-    mapping, table = root / MAPPING_NAME, root / "sample_submission.csv"
+    mapping, listing = root / MAPPING_NAME, root / "sample_submission.csv"
     if source := mapping if mapping.is_file() else find_part(root, "test", COCO_FILES):
         images = read_image_list(source, folder)[1]
         for image in images:
@@ -549,8 +556,9 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple
     paths, ids = image_files(folder), {}
     names = {n for p in paths for n in (p.stem, IMAGE_END.sub("", p.stem))}  # outputs are left out
     paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
-    if table.is_file():
-        paths = match_images([folder], read_table(table, {"id"})["id"], table)
+    if listing.is_file():
+        table = read_table(listing, set())
+        paths = match_images([folder], table.get("id", table.iloc[:, 0]), listing)
         ids = {path: name for name, path in paths.items()}
         paths = list(ids)
     images, errors = [], []
@@ -560,7 +568,7 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple
         except (BadInput, FileNotFoundError) as error:
             errors.append(str(error))
     found = f"{len(errors)} of {len(paths)} images: {'; '.join(errors[:3])}"
-    require(not errors or (images and not table.is_file()), found)
+    require(not errors or (images and not listing.is_file()), found)
     if errors:
         print(f"WARNING: left out, {found}")
     return images, ids

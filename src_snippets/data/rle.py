@@ -121,8 +121,7 @@ def csv_to_pixels(text: str, count: int) -> np.ndarray:
     count: pixels of the image. Raises ValueError for other text, pixels outside or listed twice.
     """
     words = text.split()
-    is_whole = f"0{''.join(words)}".isdecimal() and max(map(len, words), default=0) < 19
-    valid = is_whole and len(words) % 2 == 0
+    valid = len(words) % 2 == 0 and all(w.isdecimal() and len(w) < 19 for w in words)
     require(valid, f"{text[:40]!r}; expected pairs of start and length")
     starts, lengths = np.array(words, np.int64).reshape(-1, 2).T
     valid = (np.minimum(starts, lengths) > 0).all() and (starts + lengths <= count + 1).all()

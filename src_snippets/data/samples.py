@@ -1,9 +1,10 @@
 """The samples of a dataset, read once and checked; their split into training and validation."""
 
 # %%
-# @title CellSamples: read once; groups of images
+# @title CellSamples: read, check and cache the training images
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+import json
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ class CellSamples(Sequence):
 
 
 # %%
-# @title make_splits: groups on one side; facts about the parts
+# @title make_splits: groups stay together; table of the parts
 def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, list[str]]]:
     """Split images so that groups stay whole and each part has its fraction of images and classes.
 
@@ -126,15 +127,16 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     for _ in range(50):
         chosen, totals = np.zeros(len(unique), int), np.zeros((len(fractions), counts.shape[1]))
         for number, group in enumerate(rng.permutation(len(unique))):
-            costs = (2 * totals + shares[group]) @ shares[group] / fractions  # squared distance
-            empty, after = ~totals.any(1), totals[: config.folds] + shares[group]
+            share, empty = shares[group], ~totals.any(1)
+            costs = (2 * totals + share) @ share / fractions  # growth of totals**2 / fractions
             costs[empty] = -1  # none stays empty
             if len(unique) - number > empty.sum():
-                costs[: config.folds] += 1e6 * (after[:, shares[group] > 0] > 0.999999).any(1)
-            chosen[group] = part = int(costs.argmin())
-            totals[part] += shares[group]
-        val, distance = totals[: config.folds], np.abs(totals - fractions[:, None]).sum()
-        rank = (val > 0.999999).sum(), (~val[:, 1:].any(1)).sum(), distance
+                takes_all = (totals[: config.folds] + share)[:, share > 0] > 0.999999
+                costs[: config.folds] += 1e6 * takes_all.any(1)
+            chosen[group] = costs.argmin()
+            totals[chosen[group]] += share
+        held, distance = totals[: config.folds], np.abs(totals - fractions[:, None]).sum()
+        rank = (held > 0.999999).sum(), (~held[:, 1:].any(1)).sum(), distance
         if rank < best:
             best, parts = rank, chosen[codes]
     splits = {}
@@ -160,7 +162,7 @@ def dataset_table(samples: CellSamples, splits: Mapping, names: Sequence[str]) -
             totals = counts.sum(1) if images else np.zeros(1, int)
             facts = len(images), *counts.sum(0), totals.min(), totals.max()
             rows[f"fold {fold}, {part}" if fold else part] = facts
-    columns = ["images", *names, "min per image", "max per image"]
+    columns = ["images", *names, "fewest per image", "most per image"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
@@ -181,13 +183,17 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         lines.append(f"The dataset's own {len(own)} validation images {use}.")
         if alone and (copies := groups.drop(own).isin(groups[own]).sum()):
             lines.append(f"WARNING: {copies} training images are copies of these, or of one group.")
-    if not any(split["val"] for split in splits.values()) and config.schedule == "plateau":
-        lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
+    earlier, is_ours = Path(config.weights).parent / "split.json", config.weights.endswith(".pt")
+    seen = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
+    if count := sum(name in seen for split in splits.values() for name in split["val"]):
+        lines.append(
+            f"WARNING: {count} validation images trained {config.weights}: scores too high."
+        )
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         found = f"{crowded} images have more than {limit} instances, which cannot all be found"
         lines.append(f"WARNING: {found}: raise detections and proposals.")
-    return "\n".join(lines) or "Each class has instances; no image has more than can be found."
+    return "\n".join(lines) or "Every class has instances; `detections` suffices for every image."
 
 
 def image_stem(name: str | Path) -> str:

@@ -8,7 +8,7 @@
 # Boxes are derived from the map afterwards, so that a transform need not know of them.
 
 # %%
-# @title build_augmentation: random crops, flips, colours; add your own
+# @title Augmentation (add your own); TrainingSet: mosaics, crops by class, copy-paste, targets
 from dataclasses import replace
 from functools import partial
 
@@ -63,8 +63,6 @@ def build_augmentation(config: Config, size=None, contains: int | None = None) -
     return v2.Compose(steps)
 
 
-# %%
-# @title TrainingSet: mosaics, crops by class, copy-paste, targets
 MIN_AREA = 4  # px; instances with fewer visible pixels are no targets
 
 

@@ -7,7 +7,7 @@
 # gallery take those with scores from `export_score_threshold` on, duplicates included.
 
 # %%
-# @title plot_evaluation: six panels
+# @title plot_evaluation: six panels; plot_mistakes: a gallery, the worst first
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -19,8 +19,9 @@ from sklearn.metrics import ConfusionMatrixDisplay
 
 from src_snippets.data.drawing import add_class_legend, brighten, class_color
 from src_snippets.data.rle import crop_mask
-from src_snippets.data.structures import ground_truth, Instances
+from src_snippets.data.structures import Instances
 from src_snippets.evaluation.matching import ap50, mask_pairs, matches_above, precision_curve
+from src_snippets.model.detect import LOW_SCORE
 from src_snippets.setup.config import Config
 
 
@@ -33,20 +34,20 @@ def draw_scores(axes, table: pd.DataFrame, config: Config) -> None:
     axes[0].plot(recall, curves, label=list(config.class_names), path_effects=casing)
     axes[0].plot(recall, curves.mean(axis=1), "k", label=f"mean, AP50 {ap50(table):.3f}")
     axes[0].set(xlabel="recall", ylabel="precision", title="Precision over recall, IoU 0.5")
-    thresholds = np.r_[min(config.score_threshold, 0.05), np.arange(2, 20) / 20]
+    thresholds = np.r_[min(config.score_threshold, LOW_SCORE), np.arange(2, 20) / 20]
     parts = [matches_above(table, threshold) for threshold in thresholds]
     f1 = [2 * p.tp50.sum() / max(np.count_nonzero(p[["label", "target_label"]]), 1) for p in parts]
-    best = f"F1, {max(f1):.3f} from {thresholds[np.argmax(f1)]:g} on"
+    best = f"F1, best {max(f1):.3f} from {thresholds[np.argmax(f1)]:g} on"
     axes[1].plot(thresholds, [ap50(part) for part in parts], "k-", label="AP50")
     axes[1].plot(thresholds, f1, "k--", label=best)
     for name, line in (("score_threshold", "-"), ("export_score_threshold", "--")):
         axes[1].axvline(getattr(config, name), color="#d62728", linestyle=line, label=name)
-    axes[1].set(xlabel="minimum score", title="AP50 and F1 over the threshold", ylim=(0, 1.02))
+    axes[1].set(xlabel="minimum score", title="AP50 and F1 by score threshold", ylim=(0, 1.02))
     found = table[table.detection >= 0]
     style = dict(color=["#d62728", "#2ca02c"], label=["false positives", "true positives"])
     groups = [found.score[~found.tp50], found.score[found.tp50]]
     axes[2].hist(groups, np.linspace(0, 1, 21), histtype="step", linewidth=2, **style)
-    axes[2].set(xlabel="score", ylabel="detections", title="Scores, IoU 0.5", yscale="symlog")
+    axes[2].set(xlabel="score", ylabel="detections", title="Scores at IoU 0.5", yscale="symlog")
 
 
 def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
@@ -60,7 +61,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     for text, count, fraction in zip(matrix.text_.flat, counts.flat, fractions.flat, strict=True):
         text.set_text(f"{count:,}\n{fraction:.0%}" if fraction else f"{count:,}")
     matrix.text_[-1, -1].set_text("")  # background is not counted
-    axes[0].set(xlabel="predicted", ylabel="true", title="Classes, percent of the row")
+    axes[0].set(xlabel="predicted", ylabel="true", title="Confusion matrix, % of row")
     sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
     true, predicted = (side.reindex(columns=labels, fill_value=0) for side in sides)
     for label, name in enumerate(names, start=1):
@@ -75,7 +76,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         test = stats.binomtest(int((group.label == group.target_label).sum()), len(group))
         errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
         axes[2].errorbar(np.sqrt(group.target_area).mean(), test.statistic, errors, fmt="C0o")
-    axes[2].set(xlabel="root of the area, px", title="Recall by size, 95% CI", ylim=(0, 1.02))
+    axes[2].set(xlabel="√area, px", title="Recall of right classes by size, 95% CI", ylim=(0, 1.02))
 
 
 def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
@@ -91,8 +92,6 @@ def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
     return figure
 
 
-# %%
-# @title plot_mistakes: a gallery, the worst first
 MISTAKES = ("missed", "false positive", "wrong class", "merged or split", "duplicate")
 PREDICTION_STYLE = dict(color="black", gapcolor="white", ls=(0, (3, 2)), lw=2, label="prediction")
 WINNER_STYLE = dict(color="#ff00ff", ls=":", lw=3, label="better prediction of the same cell")
@@ -158,9 +157,8 @@ def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Inst
     axis.set_title("\n".join([*texts[:2], *sorted(true)[:2]]), fontsize=8)
 
 
-def plot_mistakes(samples, predictions, table: pd.DataFrame, config: Config, columns=6) -> Figure:
+def plot_mistakes(samples, truths, predictions, table, config: Config, columns=6) -> Figure:
     """Plot the worst mistakes, a row for each kind; table: `match_table`, crowds included."""
-    truths = [ground_truth(sample, crowds=True) for sample in samples]
     exported = matches_above(table, config.export_score_threshold)
     mistakes, names = find_mistakes(truths, predictions, exported), config.class_names
     groups = {kind: mistakes[mistakes.kind == kind] for kind in MISTAKES}

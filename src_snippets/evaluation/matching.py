@@ -7,7 +7,7 @@
 # AJI, PQ and F1 of the table of scores take what is exported, without overlaps and duplicates.
 
 # %%
-# @title match_table: one row per detection and per missed instance
+# @title match_table: detections and missed instances; score_table: AP, DICE, AJI, PQ, F1
 import numpy as np
 import pandas as pd
 import pycocotools.mask
@@ -104,8 +104,6 @@ def image_table(table: pd.DataFrame, names: list[str], min_score: float) -> pd.D
     return rows.set_index(pd.Index(names, name="image")).sort_values(name, kind="stable")
 
 
-# %%
-# @title score_table: AP with its interval; DICE, AJI, PQ and F1 of detection
 def precision_curve(table: pd.DataFrame, label: int) -> np.ndarray:
     """Precision (101,) of a class at recall 0, 0.01 .. 1, as in COCOeval; NaN: no instances."""
     hits, total = table.tp50[table.label == label].cumsum(), (table.target_label == label).sum()
@@ -187,8 +185,7 @@ def score_table(samples, predictions, config: Config) -> pd.DataFrame:
     exported = [p.select(table.detection[table.image == k]) for k, p in enumerate(exported)]
     truths = [without_overlaps(truth.select(truth.labels > 0)) for truth in truths]
     quality = quality_table(exported, truths, len(categories))
-    capped = {name: scores[f"{name}_100"] for name in ("AP", "AP50", "AP75")}
-    rows = {0: scores, "best 100 per image and class": scores | capped} | scores["classes"]
+    rows = {0: scores} | scores["classes"]
     columns = dict(AP=float, AP50=float, AP75=float, instances=int)
     table = pd.DataFrame(rows).T[list(columns)].astype(columns)
-    return table.join(quality).rename({0: "all instances"} | categories)
+    return table.join(quality).rename({0: "overall"} | categories)

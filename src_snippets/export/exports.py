@@ -13,6 +13,7 @@
 # @title Pixel size; measurements and outlines of cells
 from contextlib import suppress
 import importlib.util
+from math import inf
 import os
 from pathlib import Path
 import re
@@ -33,7 +34,7 @@ from src_snippets.data.samples import image_stem
 from src_snippets.data.structures import coco_dataset
 from src_snippets.model.detect import visible_instances
 from src_snippets.setup.config import require
-from src_snippets.setup.files import atomic_write, clear_folder, write_json
+from src_snippets.setup.files import atomic_write, write_json
 
 REGION_PROPERTIES = ("label", "area", "centroid", "axis_major_length", "axis_minor_length")
 REGION_PROPERTIES += ("eccentricity", "solidity", "bbox", "intensity_mean")
@@ -157,6 +158,14 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
         save_label_image(own, folder / f"class{label}.tif", 0)
 
 
+def keep_corrections(folder: Path) -> None:
+    """Move exports aside, all of them, where one was changed since they were written."""
+    times = {p: max(p.stat().st_mtime, p.stat().st_ctime) for p in folder.rglob("[!.]*")}
+    if (latest := max(times.values(), default=0)) > times.get(folder / "cells.coco.json", inf):
+        kept = folder.rename(f"{folder}-{latest:.0f}")
+        print(f"{folder}: files are newer than its last; with all corrections kept as {kept}")
+
+
 def write_exports(predictions, images, folder, categories, config) -> pd.DataFrame:
     """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
@@ -167,9 +176,10 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     kinds, tables, counts, ums = list(categories.values()), [], [], set()
     columns = [f"class {name}" if name in ("image", "all", "area_mm2") else name for name in kinds]
     classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
-    for part, suffix in PARTS_OF_EXPORTS.items():
-        clear_folder(folder / part, suffix)
-    shutil.rmtree(folder / "training", ignore_errors=True)
+    keep_corrections(folder)
+    for part in (*PARTS_OF_EXPORTS, "training"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / part).mkdir(parents=True, exist_ok=True)
     for image in tqdm(images, desc="exports"):
         instances, name = visible[image.image_id], image_stem(image.path)
         while name.casefold() in (row["image"].casefold() for row in counts):

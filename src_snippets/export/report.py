@@ -49,17 +49,18 @@ def environment_table(gpu: str) -> pd.DataFrame:
     return pd.DataFrame({"value": rows})
 
 
-def write_report(path: Path, title: str, notes: list[str], tables: dict) -> None:
+def write_report(path: Path, title: str, notes: list[str], tables: dict, since=0.0) -> None:
     """Write the report, with figures from `figures` and links to `exports`, folders beside `path`.
 
-    notes: lines of text; tables: by heading, or None; the figures come after the first one.
+    notes: lines of text; tables: by heading, or None; figures written before `since` stay out.
     """
     options = dict(border=0, na_rep="-", float_format="{:.3f}".format)
     tables = {name: t.to_html(**options) for name, t in tables.items() if t is not None}
     figures = []
     for name, text in CAPTIONS.items():
         for file in sorted(path.parent.glob(f"figures/{name}*.png")):  # history1.png: a fold
-            figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
+            if file.stat().st_mtime >= since:
+                figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
     exports = sorted(file.name for file in path.parent.glob("exports/[!.]*"))
     content = dict(title=title, lines=notes, tables=tables, figures=figures, exports=exports)
     with atomic_write(path) as partial:

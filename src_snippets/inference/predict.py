@@ -22,14 +22,13 @@ from tqdm.auto import tqdm
 
 from src_snippets.data.images import read_image
 from src_snippets.data.structures import coco_ground_truth, Instances
-from src_snippets.model.detect import detect, View, without_overlaps
+from src_snippets.model.detect import detect, LOW_SCORE, View, without_overlaps
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices
 from src_snippets.setup.files import atomic_write, FREE_SETTINGS
 from src_snippets.training.checkpoints import code_digest, load_trained
 from src_snippets.training.metrics import average_precision
 
-VALIDATION_THRESHOLD = 0.05  # validation keeps scores from here on, or from a lower setting on
 SYMMETRIES = {  # quarter turns, mirrored
     "none": [(0, False)],
     "flips": [(0, False), (0, True), (2, True)],  # as it is, left to right, upside down
@@ -46,7 +45,7 @@ def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instan
 
 def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
     """Predict the samples of all parts: a checkpoint, and samples that it was not trained on."""
-    threshold = min(config.score_threshold, VALIDATION_THRESHOLD)
+    threshold = min(config.score_threshold, LOW_SCORE)
     config, predictions = replace(config, score_threshold=threshold), []
     for path, samples in parts:
         members = [load_trained(path, config)]
@@ -59,14 +58,14 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     """AP (0..1) of validation predictions as submitted, and the price of a threshold above 0.05."""
     truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
     rows, thresholds = {}, {"as submitted": config.score_threshold}
-    if config.score_threshold > VALIDATION_THRESHOLD:
-        thresholds["from 0.05 on"] = VALIDATION_THRESHOLD
+    if config.score_threshold > LOW_SCORE:
+        thresholds["from 0.05 on"] = LOW_SCORE
     for name, threshold in thresholds.items():
         kept = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
         rows[name] = average_precision(truth, kept)
     table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
-    if not predictions:
-        return table, "No validation images: nothing can be said about the score."
+    if not predictions or len(table) == 1:
+        return table, "" if predictions else "No validation images: the score is unknown."
     price = table.AP50.iloc[-1] - table.AP50.iloc[0]
     advice = "; add score_threshold=0.05 to CHANGES, nothing is trained" if price >= 0.0005 else ""
     return table, f"score_threshold={config.score_threshold} costs {price:.3f} AP50{advice}."

@@ -83,7 +83,7 @@ def write_results(predictions, images, folder: Path, category_ids) -> tuple[Path
         member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
         file.writestr(member, results.read_bytes())
     empty = sum(not len(predictions[image.image_id]) for image in images)
-    print(f"{results}: checked, {len(rows)} detections, {empty} of {len(images)} images without.")
+    print(f"{results}: checked, {len(rows)} detections, {empty} of {len(images)} images empty.")
     return results, archive
 
 

@@ -7,8 +7,8 @@
 # that touches the edge of its tile counts only where no other tile is nearer to it: there it is
 # whole, unless it is longer than the overlap. Boxes of one instance are fused, and only for those
 # that stay does each model and view predict the 28 x 28 mask: their mean is pasted at pixel centres
-# and stored as RLE. A score becomes the mean over all models and views, those without
-# such a detection too, so that fused scores are lower.
+# and stored as RLE. The fused score is the mean over models and views, 0 where one finds nothing,
+# so it is lower than that of a single view.
 
 # %%
 # @title Paste masks, separate instances; views of an image and their boxes fused
@@ -129,6 +129,7 @@ def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
 
 # %%
 # @title detect: boxes of all models, views and tiles, then masks of those that stay
+LOW_SCORE = 0.05  # validation keeps scores from here on, or from a lower setting on
 TILE_BATCH = 4  # tiles at a time
 KEPT_FEATURES = 2**30  # bytes of features that masks take from the boxes; others are recomputed
 MIN_TILE = 128  # px; smaller tiles would cut too many instances
@@ -215,7 +216,7 @@ def detect(models: Sequence[nn.Module], image: Tensor, config: Config, views=Non
     """
     limits, longest = models[0].__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
     for heads in (model.eval().roi_heads for model in models):
-        heads.score_thresh = min(config.score_threshold, 0.05)  # fused scores are compared later
+        heads.score_thresh = min(config.score_threshold, LOW_SCORE)  # fused ones are compared later
         heads.nms_thresh, heads.detections_per_img = config.box_nms, config.detections
     while True:
         tile, batch = limits.get(config.tile, (config.tile or longest, TILE_BATCH))

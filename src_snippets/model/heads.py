@@ -2,9 +2,8 @@
 
 # %% [markdown]
 # ### Match instances and compute the losses
-# Parts and losses are torchvision's (`maskrcnn_resnet50_fpn_v2`), so its weights load. Two things
-# differ: mask targets are read from the instance map at points under each box, and boxes are
-# compared block by block. Neither ever makes an array of N image-size masks.
+# Parts and losses are torchvision's (`maskrcnn_resnet50_fpn_v2`), so its weights load. Mask targets
+# are read from the instance map at points under each box, and boxes are compared block by block.
 
 # %%
 # @title Mask targets, matcher, RoI heads
@@ -78,7 +77,7 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     Boxes are network pixels; the `layers` of the targets may have another resolution.
     """
 
-    def check_targets(self, targets):
+    def check_targets(self, targets):  # in place of torchvision's, as the next one
         known = all("layer_index" in target for target in targets or [{}])
         require(known, "A target without layer_index; expected those of training_target.")
 

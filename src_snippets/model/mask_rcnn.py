@@ -7,7 +7,7 @@
 # 28 x 28 inside their boxes. Anchors need sizes like those of the cells: see the figure.
 
 # %%
-# @title InputTransform, and initial weights
+# @title InputTransform, initial weights, build_model, plot_anchors
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -40,7 +40,7 @@ MODEL_SETTINGS += ("anchor_sizes", "anchor_ratios")
 class InputTransform(detection.transform.GeneralizedRCNNTransform):
     """uint8 images -> one normalised float32 batch at network scale; instance maps stay.
 
-    Sides are padded to multiples of 32. Detections leave with boxes in image pixels.
+    Sides are padded to multiples of 64 (else anchors of the FPN's top level drift from its pixels).
     """
 
     def __init__(self, config: Config, mean, std):
@@ -63,11 +63,8 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
             target = target | dict(boxes=boxes)
         return image, target
 
-    def batch_images(self, images, size_divisible=32):
-        # Of 32 px the top level of the FPN is one pixel, too few for batch norm in training.
-        is_tiny = max(max(image.shape[-2:]) for image in images) <= 32
-        batch = super().batch_images(images, 64 if is_tiny else size_divisible)
-        return batch.contiguous(memory_format=self.layout)
+    def batch_images(self, images, size_divisible=64):
+        return super().batch_images(images, 64).contiguous(memory_format=self.layout)
 
     def postprocess(self, result, image_shapes, original_image_sizes):
         for found, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
@@ -128,8 +125,6 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
         print(f"Not in these weights, so left as built: {', '.join(differ)}")
 
 
-# %%
-# @title build_model: torchvision's parts put together; plot_anchors
 def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
@@ -151,7 +146,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
     rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
     rpn.box_similarity = lambda *boxes: boxes  # BlockMatcher compares them itself
-    sampling = 0.5, 0.5, config.roi_batch_size, 0.25  # at most a quarter of them positive
+    box_sampling = 0.5, 0.5, config.roi_batch_size, 0.25  # at most a quarter of them positive
     layers, classes = [config.box_features] * config.box_layers, config.num_classes + 1
     faster, mask = detection.faster_rcnn, detection.mask_rcnn
     box_head = faster.FastRCNNConvFCHead((width, 7, 7), [width] * config.box_convs, layers, norm)
@@ -159,8 +154,8 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     mask_head = mask.MaskRCNNHeads(width, [width] * config.mask_convs, 1, norm)
     mask_parts = CellRoIAlign(14), mask_head, mask.MaskRCNNPredictor(width, width, classes)
     limits = config.score_threshold, config.box_nms, config.detections
-    roi_heads = CellRoIHeads(*box_parts, *sampling, None, *limits, *mask_parts)
-    roi_heads.proposal_matcher = BlockMatcher(*sampling[:2])
+    roi_heads = CellRoIHeads(*box_parts, *box_sampling, None, *limits, *mask_parts)
+    roi_heads.proposal_matcher = BlockMatcher(*box_sampling[:2])
     # Add your own head here: roi_heads.my_head = .., its loss goes into CellRoIHeads.forward
     transform = InputTransform(config, backbone.mean, backbone.std)
     model = detection.generalized_rcnn.GeneralizedRCNN(backbone, rpn, roi_heads, transform)
@@ -191,7 +186,7 @@ def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
     fits = (ops.box_iou(*map(torch.from_numpy, corners)).amax(1) >= 0.5).numpy()
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axes = figure.subplots()
-    for chosen, color, label in ((fits, "0.5", "box"), (~fits, "tab:red", "box without anchor")):
+    for chosen, color, label in ((fits, "0.5", "matched box"), (~fits, "tab:red", "unmatched box")):
         label = f"{label} ({chosen.sum():,})"
         axes.scatter(*sides[chosen].T, s=3, alpha=0.3, color=color, label=label)
     axes.scatter(*anchors.T, s=60, marker="+", color="tab:blue", label=f"anchor ({len(anchors)})")

@@ -1,13 +1,13 @@
 """RoIAlign that is fast on CPUs too, with the strides of our FPN."""
 
 # %% [markdown]
-# ### Cut features under boxes
+# ### RoIAlign on the feature pyramid
 # RoIAlign (arXiv:1703.06870) turns the features under each box into a grid of bins. torchvision's
 # kernel does it on a GPU; on a CPU, where it would take most of a training step, each bin is one
 # weighted sum of 16 features. Both give equal values.
 
 # %%
-# @title RoIAlign on all levels of the FPN
+# @title RoIAlign on all levels of the FPN, quick on a CPU
 import torch
 from torch import Tensor
 import torch.nn.functional as F

@@ -125,7 +125,7 @@ RECIPES = {
     "baseline": dict(
         scale=2.0, box_nms=0.3, detections=200, score_threshold=0.5, mask_threshold=0.6,
     ),
-    # CBAM after each stage; 250 steps are three epochs of HW3
+    # CBAM after each stage; 250 steps are three epochs of HW3's 167 training images
     "attention": dict(
         scale=2.0, attention="cbam", warmup_steps=250, schedule="cosine", best_by="AP",
         patience=30, box_nms=0.3,
@@ -145,7 +145,7 @@ RECIPES = {
         folds=5, crop=1024, scale_jitter=(0.1, 2.0), optimizer="adam", schedule="cosine",
         lr_factors=(0.1, 0.3, 1.0, 1.0), weight_decay=0.0,
     ),
-    # What scored in public solutions of this task, and gained here; a T4, one session of 9 hours
+    # What scored in public solutions for HW3's images (untested here): a T4, one session of 9 hours
     "best": BEST | dict(batch_size=4),
     # The backbone of the best of them: a larger GPU, or several sessions
     "best_large": BEST | dict(
@@ -159,7 +159,7 @@ RECIPES = {
         box_features=512, proposals=1000, roi_batch_size=128, epochs=1000, train_hours=2.0,
         batch_size=4, lr=1e-3, lr_factors=(0.3, 0.3, 1.0, 1.0), weight_decay=0.05,
         warmup_steps=100, schedule="cosine", ema=0.998, eval_every=25, best_by="last",
-        score_threshold=0.01, detections=1500, tta="d4", export_score_threshold=0.3,
+        score_threshold=0.01, detections=1500, tile=512, tta="d4", export_score_threshold=0.3,
     ),
     # Small enough for the synthetic dataset on a CPU
     "demo": dict(
@@ -168,8 +168,7 @@ RECIPES = {
         lr=2e-3, warmup_steps=50, schedule="cosine", eval_every=6, detections=200,
     ),
 }
-# Names of earlier versions, refused with the present one
-RENAMED = dict(
+RENAMED = dict(  # names of earlier versions, refused with the present one
     zoom="scale_jitter", quarter_turns="flips", rare_crops="class_crops", rois="roi_batch_size",
     group_lr="lr_factors", score_floor="score_threshold", show_floor="export_score_threshold",
     test_views="tta", test_scales="tta_scales", num_classes="class_names",
@@ -180,13 +179,14 @@ FREE_LENGTH = dict(class_names=255, anchor_ratios=32, tta_scales=32, channels=3)
 
 def check_setting(item, value):
     """A field's value, of JSON too (lists, whole numbers); ValueError says what is valid."""
-    default, limits, is_tuple = item.default, item.metadata, isinstance(item.default, tuple)
-    kind, count = item.type.__args__[0] if is_tuple else item.type, len(default) if is_tuple else 1
+    default, limits = item.default, item.metadata
+    is_tuple, most = isinstance(default, tuple), FREE_LENGTH.get(item.name, 0)
+    kind = item.type.__args__[0] if is_tuple else item.type
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if kind is float and type(v) is int else v for v in values)
-    most = FREE_LENGTH.get(item.name, 0)
-    valid = (len(values) == count or 0 < len(values) <= most) and {*map(type, values)} <= {kind}
-    expected = f"{kind.__name__} as in the default {default!r}" + f", {most} at most" * (most > 0)
+    has_length = len(values) == (len(default) if is_tuple else 1) or 0 < len(values) <= most
+    valid = has_length and all(type(v) is kind for v in values)
+    expected = f"{kind.__name__} as in the default {default!r}{f', {most} at most' if most else ''}"
     if "choices" in limits:
         expected = f"one of {', '.join(limits['choices'])}"
         valid = value in limits["choices"]
@@ -232,10 +232,10 @@ def with_class_names(config: Config, names: Sequence[str]) -> Config:
 
 
 def config_table(config: Config) -> pd.DataFrame:
-    """The settings that differ from the defaults: their value, the recipe's and the default."""
+    """The settings that differ from recipe or default, with the values of both."""
     columns = {"value": config, "recipe": make_config(config.recipe), "default": Config()}
     table = pd.DataFrame({name: vars(settings) for name, settings in columns.items()}, dtype=object)
-    return table[table["value"] != table["default"]]
+    return table[(table["value"] != table["recipe"]) | (table["value"] != table["default"])]
 
 
 def read_settings(changes: Mapping, environ: Mapping[str, str]) -> dict:

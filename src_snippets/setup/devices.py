@@ -29,7 +29,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
     """`no`, `fp16` or `bf16` for a device; ValueError for a setting that it cannot compute."""
     on_gpu = device.type == "cuda"
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    possible = ["no"] + ["fp16"] * on_gpu + ["bf16"] * has_bf16
+    possible = ["no", *(["fp16"] if on_gpu else []), *(["bf16"] if has_bf16 else [])]
     expected = f"expected auto, {' or '.join(possible)} on this {device.type}"
     known = config.precision in ("auto", *possible)
     require(known, f"Setting precision={config.precision!r}: {expected}.")

@@ -68,19 +68,11 @@ def output_folder(out: str) -> Path:
     return folder
 
 
-def clear_folder(folder: Path, suffix: str) -> Path:
-    """Make a folder, or remove the files with that suffix (all of them for "") from it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"*{suffix}"):
-        path.unlink()
-    return folder
-
-
 def load_checkpoint(path: Path) -> dict:
     """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state | dict(model=state["model"], config=Config(**state["config"]))
+        return state | dict(model=state["model"], config=Config(**state["config"]))  # or KeyError
     except Exception as error:  # of many types; each means a file that cannot be used
         found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
         raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error

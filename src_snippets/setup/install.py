@@ -3,7 +3,7 @@
 # %%
 # @title Install missing packages, check the GPU
 from importlib import invalidate_caches
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 import os
 import subprocess
 import sys
@@ -31,10 +31,10 @@ if torch.cuda.is_available():
 def install_missing(packages=PACKAGES) -> None:
     """Install what is missing of `PACKAGES`; ModuleNotFoundError where a needed one cannot be."""
     filterwarnings("ignore", "IProgress not found")  # progress bars are text then
-    present = {item.name.lower().replace("_", "-"): item.version for item in distributions()}
+    present = {str(item.name).lower().replace("_", "-") for item in distributions()}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=10"]
-    fixed = {"numpy", "torch", "torchvision"} & present.keys()
-    pip += [f"{name}=={present[name]}" for name in fixed]  # these keep their versions
+    fixed = {"numpy", "torch", "torchvision"} & present
+    pip += [f"{name}=={version(name)}" for name in fixed]  # these keep their versions
     for requirement, without in packages.items():
         if requirement.split(">")[0] not in present:
             print(f"Installing {requirement}")  # alone: one that fails does not stop others

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from src_snippets.data.structures import CellSample, coco_ground_truth
 from src_snippets.data.transforms import collate, training_target, TrainingSet
 from src_snippets.model.backbone import backbone_stages
-from src_snippets.model.detect import detect
+from src_snippets.model.detect import detect, LOW_SCORE
 from src_snippets.model.mask_rcnn import build_model, to_device
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import (
@@ -87,7 +87,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     parts.append((heads, [model.rpn, model.roi_heads]))
     stages = backbone_stages(model.backbone.body)
     for depth, stage in enumerate(reversed(stages)):  # the highest stage has the whole factor
-        factor = stem if 0 < depth == len(stages) - 1 else body
+        factor = stem if depth > 0 and depth == len(stages) - 1 else body
         parts.append((factor * config.layer_decay**depth, stage))
     groups = []
     for factor, modules in parts:
@@ -132,7 +132,7 @@ def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
 
 def stop_reason(history: list[dict], seconds: float, config: Config) -> str:
     """Why no epoch follows a history that took so many seconds, empty where one does."""
-    metric, patience = config.best_by.replace("last", "AP50"), config.patience
+    metric, patience = config.best_by if config.best_by != "last" else "AP50", config.patience
     scores = evaluation_scores(history, metric)
     if patience and scores[:-patience] and max(scores[-patience:]) < max(scores[:-patience]):
         return f"no better {metric} in {patience} evaluations"
@@ -148,12 +148,11 @@ def training_loader(samples, config: Config, batch_size: int) -> torch.utils.dat
         workers = min(os.cpu_count() // world_size(), 4) if on_gpu and forks else 0
     options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=on_gpu)
     options |= dict(collate_fn=collate, shuffle=True)
+    options["drop_last"] = len(samples) >= batch_size * world_size()
     if workers and forks:  # a notebook's classes cannot be sent; SIGTERM is for the trainer alone
         options["multiprocessing_context"] = "fork"
         options["worker_init_fn"] = lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    drop_last = len(samples) >= batch_size * world_size()
-    dataset = TrainingSet(samples, config)
-    return torch.utils.data.DataLoader(dataset, batch_size, drop_last=drop_last, **options)
+    return torch.utils.data.DataLoader(TrainingSet(samples, config), batch_size, **options)
 
 
 def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
@@ -214,12 +213,12 @@ def validation_loss(model: nn.Module, samples, config: Config) -> float:
 
 
 def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
-    """Evaluates on whole, unaugmented images, from a score of 0.05 on.
+    """Evaluates on whole, unaugmented images, from `LOW_SCORE` on.
 
     Returns AP, AP50, AP75 (0..1, uncapped, None without ground truth), val_loss where a setting
     needs it (of the middle); the sample with most instances and its predictions.
     """
-    config = replace(config, tile=0, score_threshold=min(config.score_threshold, 0.05))
+    config = replace(config, tile=0, score_threshold=min(config.score_threshold, LOW_SCORE))
     images = (samples[i].image for i in rank_indices(len(samples)))
     predictions = gather([detect([model], image, config) for image in images])
     truth = coco_ground_truth(samples, dict(enumerate(config.class_names, start=1)))
@@ -242,8 +241,7 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
-        # On a mounted Drive each replaced file stays in the bin: there at evaluations alone
-        self.save_seconds = inf if "drive" in self.folder.parts else SAVE_SECONDS
+        self.save_seconds = 3600 if "drive" in self.folder.parts else SAVE_SECONDS  # bins fill up
         self.saved, self.saved_epochs = time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
@@ -314,16 +312,16 @@ class TrainingState:
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
 
-    Without `val_samples` the last epoch is the best. At the end of `session` training stops; the
+    Without a `val_set` the last epoch is the best. At the end of `session` training stops; the
     same call continues it later. callback: called in the main process with (history, example,
     is_last) after each epoch and at the end; example: a validation sample and its predictions.
     """
 
     def __init__(
-        self, config, train_samples, val_samples, folder, session=None, callback=None, resume=True
+        self, config, train_set, val_set, folder, session=None, callback=None, resume=True
     ):
         super().__init__(config, folder, resume)
-        self.train_samples, self.val_samples = train_samples, val_samples
+        self.train_set, self.val_set = train_set, val_set
         self.session, self.callback, self.example = session or Session(0.0), callback, None
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
 
@@ -340,8 +338,8 @@ class Trainer(TrainingState):
 
     def update(self) -> list[dict]:
         """Updates the weights, unless the gradients, equal in all processes, are not finite."""
-        (losses, names), self.pending = zip(*self.pending, strict=True), []
-        max_norm = self.config.clip_norm or inf
+        losses, names = zip(*self.pending, strict=True)
+        self.pending, max_norm = [], self.config.clip_norm or inf
         if self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm).isfinite():
             factor = lr_factor(self.steps, self.total_steps, self.config, self.history)
             for group, peak in zip(self.optimizer.param_groups, self.peak_lrs, strict=True):
@@ -381,7 +379,7 @@ class Trainer(TrainingState):
         self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
         for images, targets in self.loader:
             used, is_over = all_max((time.perf_counter() - start) / limit, self.session.is_over())
-            if used * self.steps:  # the schedule ends with the steps that fit into `train_hours`
+            if used and self.steps:  # the schedule ends with the steps that fit into `train_hours`
                 self.total_steps = min(self.steps / min(used, 1), self.max_steps)
                 bar.total = ceil(bar.n * self.total_steps / self.steps)
                 if hasattr(bar, "container"):  # a notebook's, which keeps its own
@@ -409,8 +407,8 @@ class Trainer(TrainingState):
                 bar.write(f"WARNING: fp16 scale {row['scale']:g}, below 1: set precision='no'.")
         self.seconds = all_max(time.perf_counter() - start)[0]
         is_last = self.seconds >= limit or epoch == config.epochs
-        if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
-            scores, self.example = evaluate(self.best_model, self.val_samples, config)
+        if len(self.val_set) and (epoch % config.eval_every == 0 or is_last):
+            scores, self.example = evaluate(self.best_model, self.val_set, config)
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
@@ -429,7 +427,7 @@ class Trainer(TrainingState):
         if batch_size < config.batch_size:
             print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
         self.accelerator.gradient_accumulation_steps = accumulate
-        loader = training_loader(self.train_samples, config, batch_size)
+        loader = training_loader(self.train_set, config, batch_size)
         self.loader = self.accelerator.prepare(loader)
         batches = len(self.loader)
         max_steps = config.epochs * ceil(batches / accumulate)
@@ -437,7 +435,7 @@ class Trainer(TrainingState):
         self.max_steps = self.total_steps = max_steps
         if not reason:
             crops, lr = batch_size * accumulate * world_size(), self.peak_lrs[-1]
-            print(f"At most {self.max_steps:,} updates by {crops} crops, lr {lr:.2g}")
+            print(f"At most {self.max_steps:,} steps of {crops} crops, lr {lr:.2g}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from src_snippets.data.appearance import find_seams, image_borders
 from src_snippets.data.layouts import open_dataset
-from src_snippets.data.structures import CellSample, pack_layers
-from src_snippets.evaluation.matching import score_table
+from src_snippets.data.structures import CellSample, ground_truth, pack_layers
+from src_snippets.evaluation.matching import ap_interval, match_table, matches_above, score_table
 from src_snippets.inference.predict import predict_validation
 from src_snippets.setup.config import change_config, Config, read_settings
 from src_snippets.setup.files import load_checkpoint, show_table
@@ -124,7 +124,12 @@ def main(checkpoints: list[Path], data: Path) -> pd.DataFrame:
     table = compare(fields, predict_validation(parts, config), config)
     show_table(table)
     tiles = [tile for _, own in whole for tile in own]
-    show_table(score_table(tiles, predict_validation(whole, config), config))
+    predictions = predict_validation(whole, config)
+    show_table(score_table(tiles, predictions, config))
+    truths = [ground_truth(tile, crowds=True) for tile in tiles]
+    matches = match_table(predictions, truths, config.num_classes)
+    interval = ap_interval(matches_above(matches, config.score_threshold))
+    print(f"AP50 of the tiles, 95% CI over them: {interval}")
     return table
 
 

@@ -66,6 +66,9 @@ SIDES = {  # fraction of the minutes, changes of the settings
     "ours": (1, {}),
     "ours, random weights": (1, dict(weights="none")),
 }
+LABELS = {"ours, a sixth": "this notebook", "ours": "this notebook"}
+LABELS |= {"ultralytics": "YOLO11n-seg from random weights"}
+LABELS |= {"ours, random weights": "this notebook from random weights"}
 COLORS = ("#6ab0ff", "#b04a2f", "#e0a030", "#1f6fb4", "#888888")
 
 
@@ -252,19 +255,18 @@ def plot_race(results: dict[str, dict[str, dict]], path: Path) -> None:
     """AP50 of all sides against minutes of training."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
+    labels = set()
     for side, color in zip(SIDES, COLORS, strict=True):
-        for number, row in enumerate(results.get(side, {}).values()):
+        for row in results.get(side, {}).values():
             points = [(point["minutes"], point["AP50"] or 0.0) for point in row]
-            label = (
-                side.replace("a sixth", f"{row[-1]['minutes']:.0f} minutes")
-                if number == 0
-                else None
-            )
-            axis.plot(*zip(*points, strict=True), "o-", color=color, label=label)
+            label = f"{LABELS.get(side, side)}, {row[-1]['minutes']:.0f} min"
+            known = None if label in labels else label
+            axis.plot(*zip(*points, strict=True), "o-", color=color, label=known)
+            labels.add(label)
     axis.set(xlabel="minutes of training", ylabel="AP50, validation", ylim=(0, None))
     axis.set_xlim(0, None)
     axis.grid(alpha=0.3)
-    figure.legend(frameon=False, loc="outside upper center", ncols=len(SIDES))
+    figure.legend(frameon=False, loc="outside upper center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
