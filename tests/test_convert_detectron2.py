@@ -158,7 +158,7 @@ def test_a_converted_checkpoint_gives_the_same_layer_by_layer(checkpoint, tmp_pa
     settings = main(str(path), str(tmp_path / "made.pt"))
     settings |= dict(weights=str(tmp_path / "made.pt"), class_names=tuple("abcdef"))
     model = build_model(make_config("demo", **settings)).eval()
-    image = torch.randint(0, 256, (3, 64, 96), generator=torch.manual_seed(1))
+    image = torch.randint(0, 256, (3, 64, 128), generator=torch.manual_seed(1))
     batch, _ = model.transform([image.to(torch.uint8)])
     with torch.inference_mode():
         theirs = checkpoint.levels(image.float())

@@ -143,8 +143,7 @@ def read_image_values(path: Path, channels: Sequence[int]) -> tuple[np.ndarray, 
         if pixels.dtype != np.uint8 or bits < 8:
             pixels = scale_brightness(pixels, bits)
         pixels = 255 - pixels if kind == "MINISWHITE" else pixels
-        image = np.broadcast_to(pixels, (3, *pixels.shape[1:])).astype(np.uint8, order="C")
-        return values, image
+        return values, np.broadcast_to(pixels, (3, *pixels.shape[1:])).astype(np.uint8, order="C")
 
 
 def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:

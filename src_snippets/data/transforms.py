@@ -8,7 +8,7 @@
 # Boxes are derived from the map afterwards, so that a transform need not know of them.
 
 # %%
-# @title Augmentation (add your own); TrainingSet: mosaics, crops by class, copy-paste, targets
+# @title Augmentation (add your own); TrainingSet: mosaics, class crops, copy-paste
 from dataclasses import replace
 from functools import partial
 

@@ -7,7 +7,7 @@
 # gallery take those with scores from `export_score_threshold` on, duplicates included.
 
 # %%
-# @title plot_evaluation: six panels; plot_mistakes: a gallery, the worst first
+# @title plot_evaluation: six panels
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -92,6 +92,8 @@ def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
     return figure
 
 
+# %%
+# @title plot_mistakes: a gallery, the worst first
 MISTAKES = ("missed", "false positive", "wrong class", "merged or split", "duplicate")
 PREDICTION_STYLE = dict(color="black", gapcolor="white", ls=(0, (3, 2)), lw=2, label="prediction")
 WINNER_STYLE = dict(color="#ff00ff", ls=":", lw=3, label="better prediction of the same cell")

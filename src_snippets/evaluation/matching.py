@@ -7,7 +7,7 @@
 # AJI, PQ and F1 of the table of scores take what is exported, without overlaps and duplicates.
 
 # %%
-# @title match_table: detections and missed instances; score_table: AP, DICE, AJI, PQ, F1
+# @title match_table: one row per detection and per missed instance
 import numpy as np
 import pandas as pd
 import pycocotools.mask
@@ -104,6 +104,8 @@ def image_table(table: pd.DataFrame, names: list[str], min_score: float) -> pd.D
     return rows.set_index(pd.Index(names, name="image")).sort_values(name, kind="stable")
 
 
+# %%
+# @title score_table: AP with its interval; DICE, AJI, PQ and F1 of detection
 def precision_curve(table: pd.DataFrame, label: int) -> np.ndarray:
     """Precision (101,) of a class at recall 0, 0.01 .. 1, as in COCOeval; NaN: no instances."""
     hits, total = table.tp50[table.label == label].cumsum(), (table.target_label == label).sum()

@@ -123,9 +123,8 @@ def imagej_roi(polygons: list, name: str):
 
 def qupath_feature(polygons: list, label: int, cell: dict) -> dict:
     """A row of `cells.csv` as the GeoJSON feature that QuPathTypeAdapters of QuPath 0.4 reads."""
-    shape = dict(type="MultiPolygon", coordinates=polygons)
-    if len(polygons) == 1:
-        shape = dict(type="Polygon", coordinates=polygons[0])
+    many = dict(type="MultiPolygon", coordinates=polygons)
+    shape = many if len(polygons) > 1 else dict(type="Polygon", coordinates=polygons[0])
     kind = dict(name=cell["class"], color=list(bytes.fromhex(class_color(label)[1:])))
     properties = dict(objectType="annotation", name=str(cell["cell"]), classification=kind)
     properties["measurements"] = {k: v for k, v in list(cell.items())[3:] if v == v}  # no NaN

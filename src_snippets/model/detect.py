@@ -123,8 +123,7 @@ def fuse_boxes(parts: Sequence[Tensor], config: Config) -> Tensor:
     zeros, pairs = boxes[:, 4] * 0, zip(groups.split(sizes), parts, strict=True)
     best = torch.stack([zeros.scatter_reduce(0, own, part[:, 4], "amax") for own, part in pairs])
     fused = torch.column_stack([boxes[:, :4] / boxes[:, 4:], best.mean(0), leads[:, 5]])
-    fused = fused[fused[:, 4].argsort(descending=True, stable=True)]
-    return fused[: config.detections]
+    return fused[fused[:, 4].argsort(descending=True, stable=True)][: config.detections]
 
 
 # %%

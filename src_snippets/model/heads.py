@@ -134,5 +134,4 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     logits: (R, C + 1, M, M); labels: (R,) int64, 1..C; targets: (R, M, M) float32, 0..1.
     """
     own = logits[torch.arange(len(labels), device=labels.device), labels]
-    loss = F.binary_cross_entropy_with_logits(own, targets, reduction="sum")
-    return loss / max(own.numel(), 1)
+    return F.binary_cross_entropy_with_logits(own, targets, reduction="sum") / max(own.numel(), 1)

@@ -7,7 +7,7 @@
 # 28 x 28 inside their boxes. Anchors need sizes like those of the cells: see the figure.
 
 # %%
-# @title InputTransform, initial weights, build_model, plot_anchors
+# @title InputTransform, and initial weights
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -125,6 +125,8 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
         print(f"Not in these weights, so left as built: {', '.join(differ)}")
 
 
+# %%
+# @title build_model: torchvision's parts put together; plot_anchors
 def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
 
