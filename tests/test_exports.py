@@ -278,7 +278,7 @@ def test_exports_corrected_by_hand_are_kept(predictions, tmp_path, capsys, pink)
     said = capsys.readouterr().out
     (kept,) = (path for path in tmp_path.iterdir() if path != folder)
     assert {p.relative_to(kept): p.read_bytes() for p in kept.rglob("*") if p.is_file()} == content
-    assert f"files are newer than its last; with all corrections kept as {kept}" in said
+    assert f"exports: changed since it was written; kept as {kept}" in said
     assert (folder / "counts.csv").is_file()
 
 

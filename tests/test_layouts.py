@@ -804,6 +804,26 @@ def test_boxes_as_outlines_are_told(tmp_path, capsys):
         assert (told in capsys.readouterr().out) == is_told
 
 
+@pytest.mark.parametrize(
+    ("places", "size", "is_told"),
+    [
+        (range(1, 92, 4), (300, 400), True),  # in percent
+        (range(1, 92, 4), (180, 400), False),
+        (range(1, 70, 4), (300, 400), False),  # 18: by chance
+        ([*range(1, 92, 4), 98], (300, 400), False),  # up to 101 px
+    ],
+)
+def test_coordinates_in_percent_are_told(tmp_path, capsys, places, size, is_told):
+    height, width = size
+    images = [dict(file_name="a.png", id=4, height=height, width=width)]
+    rows = [square_row(k, shift=place - 1) for k, place in enumerate(places)]
+    make_coco(tmp_path, coco_content(images=images, annotations=rows))
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert ("in percent? Export pixels" in capsys.readouterr().out) == is_told
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / "train" / "a.png")
+    assert len(dataset.read("a.png").labels) == len(places)  # read as they are
+
+
 def test_an_image_that_is_listed_twice_keeps_the_cells_of_both_ids(tmp_path, capsys):
     images = [dict(file_name="a.png", id=k, height=10, width=14) for k in (4, 5)]
     rows = [square_row(0), square_row(1, image_id=5), square_row(2, 3, image_id=5)]
@@ -1190,9 +1210,7 @@ def test_a_region_around_detections_is_no_cell(tmp_path):
     places = [(1 + 3 * row, 1 + 3 * column) for row in range(3) for column in range(4)]
     many = [outline(ring(top, left, top + 2, left + 2)) for top, left in places]
     tissue = outline(ring(0, 0, 10, 13), kind="Tissue")
-    root = pair_root(
-        tmp_path, [tissue, *many]
-    )  # all of them drawn, or corrected and exported again
+    root = pair_root(tmp_path, [tissue, *many])  # all are drawn, or exported anew
     assert open_dataset(root, CONFIG).read("a.tif").left_out == {"annotations around others": 1}
     assert len(open_dataset(root, CONFIG).read("a.tif").labels) == 12
     points = [dict(outline(ring(1, 1, 2, 2)), geometry=dict(type="Point", coordinates=[1, 1]))] * 11

@@ -360,13 +360,24 @@ def test_a_class_of_two_groups_is_in_every_fold_for_training():
     assert sum("no c in fold" in line for line in told.splitlines()) == 1
 
 
+def test_a_plateau_without_validation_images_is_told():
+    samples = drawn(["x"], lambda name: make_sample([np.arange(1, 5).reshape(1, 4)], [1]))
+    config = replace(CONFIG, class_names=("a", "b"), schedule="plateau")
+    splits = {0: dict(train=["x"], val=[])}
+    assert "without validation images schedule='plateau'" in dataset_warnings(
+        samples, splits, config
+    )
+    config = replace(config, schedule="cosine")
+    assert "plateau" not in dataset_warnings(samples, splits, config)
+
+
 def test_validation_images_that_trained_the_initial_weights_are_told(tmp_path):
     samples = counted(["a", "b", "c"])
     splits = {1: dict(train=["b", "c"], val=["a"]), 2: dict(train=["a"], val=["b", "c"])}
     config = replace(CONFIG, class_names=("a", "b", "c"), weights=str(tmp_path / "best.pt"))
     assert "trained" not in dataset_warnings(samples, splits, config)
     (tmp_path / "split.json").write_text('{"train": ["a", "c", "x"], "val": ["b"]}')
-    told = f"WARNING: 2 validation images trained {tmp_path}/best.pt: scores too high."
+    told = f"WARNING: 2 validation images trained {tmp_path}/best.pt: biased scores."
     assert told in dataset_warnings(samples, splits, config)
 
 

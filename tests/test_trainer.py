@@ -383,7 +383,7 @@ def ready(run):
 
 
 def batches(run, count):
-    loader = training_loader(run.train_set, run.config, 2)
+    loader = training_loader(run.train_samples, run.config, 2)
     return [batch for _ in range(count) for batch in loader][:count]
 
 
@@ -417,7 +417,7 @@ def test_every_weight_gets_a_gradient(run):
     run.optimizer.step = lambda: grads.extend(name for name, w in weights if w.grad is None)
     empty = empty_sample(64, 64)
     run.step(*batches(run, 1)[0])
-    run.train_set = [empty, empty]
+    run.train_samples = [empty, empty]
     run.step(*batches(run, 1)[0])
     assert grads == []
 
@@ -439,7 +439,7 @@ def test_steps_that_are_not_finite_are_skipped_and_named(run, capsys):
     out = capsys.readouterr().out
     assert out.count("this step is skipped") == 2
     assert "'loss_mask': nan" in out
-    assert any(sample.name in out for sample in run.train_set)
+    assert any(sample.name in out for sample in run.train_samples)
 
 
 def test_ten_in_a_row_stop(run):
@@ -489,6 +489,10 @@ def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
     saved.clear()
     train(config, parts[0], [], tmp_path / "drive" / "all", None, callback)
     assert saved == [7]  # at the end
+    now[0], saved[:] = 0.0, []
+    monkeypatch.setattr(time, "time", lambda: 10 * now[0])  # 2,000 s an epoch: hourly on a Drive
+    train(config, parts[0], [], tmp_path / "drive" / "slow", None, callback)
+    assert saved == [3, 5, 7]
     assert load_checkpoint(tmp_path / "drive" / "all" / "best.pt")["history"][-1]["epoch"] == 7
 
 
@@ -895,7 +899,7 @@ def learned(config, samples, val, folder):
     """The gradients of each step of a run, its history and what its model predicts."""
     run, gradients = Trainer(config, samples, val, folder), []
     run.model.rpn.fg_bg_sampler.batch_size_per_image = 8192
-    run.train_set, run.session = samples, Session(0.0)
+    run.train_samples, run.session = samples, Session(0.0)
     really = run.optimizer.step
 
     def watched():

@@ -225,8 +225,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
         require(not len(wrong), f"ids {wrong[:3]}; expected whole numbers from 0 to 2^63 - 1.")
         pixels, strays = drop_strays(values, pixels)
         ids = values.ravel()[pixels]
-        dtype = np.int32 if ids.max(initial=0) < 2**31 else np.int64
-        return pixels, ids.astype(dtype), strays
+        return pixels, ids.astype(np.int32 if ids.max(initial=0) < 2**31 else np.int64), strays
 
 
 def read_geojson(path: Path) -> list[tuple]:

@@ -59,9 +59,7 @@ COCO_FILES += ("annotations/instances_{}2017.json", "{}/_annotations.coco.json")
 # How the names of images and label images end, and of what else Cellpose writes beside an image
 IMAGE_END = re.compile(r"(_img)?(\.ome)?$")
 LABEL_END = re.compile(r"(?<!_outlines)(_cp)?_(masks?|labels?)(\.ome)?$", re.IGNORECASE)
-OUTPUT_END = re.compile(
-    r"(?i)(_outlines|_flows|_dP)?(_cp)?_(masks?|labels?|flows|dP|output)(\.ome)?$"
-)
+OUTPUT_END = re.compile(r"(?i)(_(outlines|flows|dP|cp))*_(masks?|labels?|flows|dP|output)(\.ome)?$")
 
 
 class ImageRecord(NamedTuple):
@@ -359,8 +357,7 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
 def find_brush_masks(table: pd.DataFrame) -> pd.Index:
     """Rows of crowds that are one cell: an RLE in one piece, up to 4 times the median area."""
     areas = table["shape"].map(lambda rle: pycocotools.mask.area(rle) if rle else np.nan)
-    typical = areas.groupby(table["kind"]).transform("median")
-    found = (table["crowd"] == 1) & (areas <= 4 * typical)
+    found = (table["crowd"] == 1) & (areas <= 4 * areas.groupby(table["kind"]).transform("median"))
     found &= table["segmentation"].map(lambda shape: isinstance(shape, dict))
     pieces = table["shape"][found].map(lambda rle: ndimage.label(crop_mask(rle)[0])[1])
     return pieces.index[pieces == 1]
@@ -415,10 +412,14 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
         table.loc[cells, "crowd"] = False
         print(f"{source}: {len(cells)} crowds of a cell's size (brush masks of CVAT) are cells")
     rles = [rle for rle in table["shape"] if rle]
-    width, height = pycocotools.mask.toBbox(rles).T[2:] if rles else np.zeros((2, 0))
+    left, top, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
     boxes = int((mask_areas(rles) == width * height).sum())
     if boxes >= 10 and 2 * boxes > len(rles):
         print(f"WARNING: {source}: {boxes} of {len(rles)} outlines are upright boxes, not cells?")
+    is_large = min((min(rle["size"]) for rle in rles), default=0) >= 200
+    is_percent = is_large and max(*(left + width), *(top + height)) <= 100
+    if len(rles) >= 20 and is_percent and table["segmentation"].map(type).eq(list).all():
+        print(f"WARNING: {source}: all polygons within 100 px, in percent? Export pixels.")
     groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)

@@ -186,9 +186,9 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     earlier, is_ours = Path(config.weights).parent / "split.json", config.weights.endswith(".pt")
     seen = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
     if count := sum(name in seen for split in splits.values() for name in split["val"]):
-        lines.append(
-            f"WARNING: {count} validation images trained {config.weights}: scores too high."
-        )
+        lines.append(f"WARNING: {count} validation images trained {config.weights}: biased scores.")
+    if not any(split["val"] for split in splits.values()) and config.schedule == "plateau":
+        lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         found = f"{crowded} images have more than {limit} instances, which cannot all be found"

@@ -162,7 +162,7 @@ def keep_corrections(folder: Path) -> None:
     times = {p: max(p.stat().st_mtime, p.stat().st_ctime) for p in folder.rglob("[!.]*")}
     if (latest := max(times.values(), default=0)) > times.get(folder / "cells.coco.json", inf):
         kept = folder.rename(f"{folder}-{latest:.0f}")
-        print(f"{folder}: files are newer than its last; with all corrections kept as {kept}")
+        print(f"{folder}: changed since it was written; kept as {kept}")
 
 
 def write_exports(predictions, images, folder, categories, config) -> pd.DataFrame:

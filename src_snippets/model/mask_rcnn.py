@@ -44,7 +44,7 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
     """
 
     def __init__(self, config: Config, mean, std):
-        super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std)
+        super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std, size_divisible=64)
         self.scale, self.grey = config.scale, config.grey
         self.fixed_scale = None  # takes the place of `scale`
         self.layout = torch.channels_last
@@ -63,8 +63,8 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
             target = target | dict(boxes=boxes)
         return image, target
 
-    def batch_images(self, images, size_divisible=64):
-        return super().batch_images(images, 64).contiguous(memory_format=self.layout)
+    def batch_images(self, images, size_divisible):
+        return super().batch_images(images, size_divisible).contiguous(memory_format=self.layout)
 
     def postprocess(self, result, image_shapes, original_image_sizes):
         for found, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):

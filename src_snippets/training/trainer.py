@@ -312,16 +312,16 @@ class TrainingState:
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
 
-    Without a `val_set` the last epoch is the best. At the end of `session` training stops; the
+    Without `val_samples` the last epoch is the best. At the end of `session` training stops; the
     same call continues it later. callback: called in the main process with (history, example,
     is_last) after each epoch and at the end; example: a validation sample and its predictions.
     """
 
     def __init__(
-        self, config, train_set, val_set, folder, session=None, callback=None, resume=True
+        self, config, train_samples, val_samples, folder, session=None, callback=None, resume=True
     ):
         super().__init__(config, folder, resume)
-        self.train_set, self.val_set = train_set, val_set
+        self.train_samples, self.val_samples = train_samples, val_samples
         self.session, self.callback, self.example = session or Session(0.0), callback, None
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
 
@@ -407,8 +407,8 @@ class Trainer(TrainingState):
                 bar.write(f"WARNING: fp16 scale {row['scale']:g}, below 1: set precision='no'.")
         self.seconds = all_max(time.perf_counter() - start)[0]
         is_last = self.seconds >= limit or epoch == config.epochs
-        if len(self.val_set) and (epoch % config.eval_every == 0 or is_last):
-            scores, self.example = evaluate(self.best_model, self.val_set, config)
+        if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
+            scores, self.example = evaluate(self.best_model, self.val_samples, config)
             row |= scores
             self.seconds = all_max(time.perf_counter() - start)[0]
         self.save(row)
@@ -427,7 +427,7 @@ class Trainer(TrainingState):
         if batch_size < config.batch_size:
             print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
         self.accelerator.gradient_accumulation_steps = accumulate
-        loader = training_loader(self.train_set, config, batch_size)
+        loader = training_loader(self.train_samples, config, batch_size)
         self.loader = self.accelerator.prepare(loader)
         batches = len(self.loader)
         max_steps = config.epochs * ceil(batches / accumulate)
