@@ -44,11 +44,11 @@ from src_snippets.setup.config import (
 
 # %% [markdown]
 # ### Settings: change them here
-# Leave all as it is for a first run; for a higher score set `RECIPE = "best"`, which trains for
-# 7 hours. An empty string, 0 or `None` takes the recipe's own value. After a change run all cells
-# from here on. Changing only settings of prediction or hardware reuses the trained model; any other
-# change trains a new one and keeps the old one. Environment variables (`HW3_RECIPE`, ..) come before
-# what stands here.
+# Leave all as it is for a first run; for a real one set `RECIPE = "best"`: 7 hours, made for a T4, not
+# measured yet (without a GPU `light`: 2 hours). An empty string, 0 or `None` takes the recipe's own
+# value. After a change run all cells from here on. Changing only settings of prediction (but `channels`
+# and `overlaps`), `gpus`, `workers` or `cache_gb` reuses the trained model; any other change trains a new
+# one and keeps the old one. Environment variables (`HW3_RECIPE`, ..) override these settings.
 #
 # | setting | meaning |
 # |---|---|
@@ -61,7 +61,7 @@ from src_snippets.setup.config import (
 # | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions set 11.8; no limit: `CHANGES = dict(max_hours=0)`) |
 # | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
 # | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
-# | `BACKBONE` | `resnet50`, or any name of timm as `timm:NAME`; larger ones gained .07 AP50 in public solutions |
+# | `BACKBONE` | `resnet50`, or a model of timm with features at strides 4 to 32, as `timm:NAME` (no plain ViT) |
 # | `WEIGHTS` | `imagenet`, `coco` (data beyond ImageNet: check the rules), `none`, or the path of a file |
 # | `FOLDS` | 5: five models, each validated on another fifth of the images, predict the test together |
 # | `RESUME` | `False`: train anew although a finished run with the same settings, images and code is there |
@@ -100,20 +100,20 @@ from src_snippets.setup.devices import launch
 # %%
 DATA, OUT = os.environ.get("HW3_DATA", DATA), os.environ.get("HW3_OUT", OUT)
 RECIPE = os.environ.get("HW3_RECIPE", RECIPE)
-CHECKPOINTS = os.environ.get("HW3_CHECKPOINTS", CHECKPOINTS)
+CHECKPOINTS = os.environ.get("HW3_CHECKPOINTS", CHECKPOINTS) or []
 if isinstance(CHECKPOINTS, str):
     CHECKPOINTS = [path for path in CHECKPOINTS.split(os.pathsep) if path]
 fields_set = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
 fields_set |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
-changes = read_settings({k: v for k, v in fields_set.items() if v} | CHANGES, os.environ)
+changes = read_settings({k: v for k, v in fields_set.items() if v} | (CHANGES or {}), os.environ)
 output, started = output_folder(OUT), time.time()
 figures = output / "figures"
 
 # %% [markdown]
 # ## Data
 # Everything passes through two data structures: `CellSample`, an image with its ground truth, and `Instances`,
-# the prediction for one image. Masks are RLEs (run-length encoding; COCO counts down the columns):
-# a thousand cells cost kilobytes, and nothing of shape (instances, height, width) is ever made.
+# the prediction for one image. The first holds instance maps, the second RLEs (run-length encoding;
+# COCO counts down the columns): a thousand cells cost kilobytes, and nothing of shape (instances, height, width) is ever made.
 # Letters in shapes: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
 # Boxes are XYXY in pixels, right and lower edge outside: a cell in column 3 spans x from 3 to 4.
 
@@ -156,7 +156,7 @@ show_table(config_table(config).astype(str))
 
 # %% [markdown]
 # ### Read and split the images
-# Every file is read once now, so that a bad one shows in the first minute. Images are split, not
+# Every file is read once now, so that a bad one shows before training. Images are split, not
 # cells: those of one patient or slide (`groups.csv`), or else those of similar appearance, stay on
 # one side, since otherwise the score measures how well the model remembers a slide.
 
@@ -242,7 +242,7 @@ from src_snippets.model.mask_rcnn import (
 )
 
 # %%
-from src_snippets.model.detect import detect
+from src_snippets.model.detect import detect, visible_instances
 
 # %%
 if trains:
@@ -317,7 +317,7 @@ for fold, folder in folders.items():
 # %% [markdown]
 # ## Inference
 # Where `tile` is set, images are cut into tiles that overlap by half; `tta` adds flipped and turned
-# views, `tta_scales` scaled ones. Tiles, views and models are fused by box IoU.
+# views. Tiles, views and models are fused by box IoU.
 
 # %%
 from src_snippets.inference.predict import predict_test, predict_validation, submission_preview
@@ -352,11 +352,12 @@ predictions = launch(config, predict_test, *predict_args) if dataset.test_images
 above = {key: p.above(config.export_score_threshold) for key, p in predictions.items()}
 archive = None
 if predictions and dataset.layout != "images":
-    _, archive = write_results(predictions, dataset.test_images, output, list(dataset.categories))
+    submitted = {key: p.above(config.score_threshold) for key, p in predictions.items()}
+    _, archive = write_results(submitted, dataset.test_images, output, list(dataset.categories))
 if archive and dataset.layout == "csv":
     write_csv_submissions(above, dataset.test_images, output, dataset.test_ids)
 if not archive:
-    print("No test images of a dataset: there is nothing to submit.")
+    print("No test images of a dataset: nothing to submit. A submission in OUT is an earlier one.")
 
 # %% [markdown]
 # ## Evaluation
@@ -464,7 +465,8 @@ with keep_going("the exports"):
 with keep_going("the figure of test images"):
     shown = records[:: max(len(records) // 4, 1)][:4]
     images = [read_image(record.path, config.channels) for record in shown]
-    items = [(i, to_export[r.image_id], r.path) for i, r in zip(images, shown, strict=True)]
+    cells = [visible_instances(to_export[record.image_id]) for record in shown]
+    items = [(*item, r.path) for *item, r in zip(images, cells, shown, strict=True)]
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 

@@ -1,13 +1,15 @@
 """Checks and measures a GPU in a few minutes: `python -m tests.gpu`.
 
-Prints one table: versions, whether a forked process can use the GPU, depthwise convolutions by
-type and memory layout, speed and memory of recipes by batch size, operators per training step,
-losses by precision, a resumed run beside an unbroken one, prediction, and what happens where
-memory is scarce. Images are drawn, weights are random, nothing is downloaded. A part that fails
-says so in its row. On a machine without a GPU it says so and ends.
+Prints one table: versions, whether a forked process can use the GPU, training on all GPUs,
+depthwise convolutions by type and memory layout, speed and memory of recipes by batch size,
+operators per training step (each is one or a few kernels), losses by precision, a resumed run
+beside an unbroken one, prediction, and what happens where memory is scarce. Images are drawn,
+weights are random, nothing is downloaded. A part that fails says so in its row. On a machine
+without a GPU it says so and ends.
 """
 
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
 import os
 from pathlib import Path
@@ -29,7 +31,13 @@ import torchvision
 from src_snippets.model.detect import detect
 from src_snippets.model.mask_rcnn import build_model, to_device
 from src_snippets.setup.config import change_config, Config, make_config
-from src_snippets.setup.devices import default_device, free_memory, is_out_of_memory
+from src_snippets.setup.devices import (
+    autocast_for,
+    default_device,
+    free_memory,
+    is_out_of_memory,
+    launch,
+)
 from src_snippets.training.trainer import Session, train
 from tests.benchmarks.cases import baseline_model, grid_sample, new_trainer
 from tests.benchmarks.recipes import seconds
@@ -69,6 +77,19 @@ def fork_probe() -> Iterator[tuple]:
     """Whether a fork can use the GPU, as training on several needs; before anything else does."""
     start_processes(lambda _: torch.zeros(1, device=default_device()), start_method="fork")
     yield "a forked process uses the GPU", "yes"
+
+
+def several_gpus(samples, epochs: int, **changes) -> Iterator[tuple]:
+    """Training on all GPUs, one process each, with loaders; before anything else uses one."""
+    count, config = torch.cuda.device_count(), recipe_config("demo", epochs=epochs, **changes)
+    if count < 2:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        history = launch(config, train, config, samples, [], Path(folder))
+        spent = time.perf_counter() - begin
+    losses = ", ".join(f"{row['loss']:.3f}" for row in history)
+    yield f"training on {count} GPUs", f"{spent:.0f} s, losses by epoch {losses}"
 
 
 def depthwise(channels: int, side: int, times: int) -> Iterator[tuple]:
@@ -119,11 +140,16 @@ def training_speed(samples, names, batch_sizes, times: int, **changes) -> Iterat
 
 
 def count_operators(samples, name: str, **changes) -> tuple[int, int]:
-    """Operators of a training step, forward and backward: ours, torchvision's Mask R-CNN."""
+    """Operators of a training step from batch to new weights: ours, torchvision's Mask R-CNN.
+
+    torchvision's step is in the same precision, with the scaler, clipping and AdamW of its users.
+    """
     config, device = recipe_config(name, **changes), default_device()
     trainer = new_trainer(config, samples)
     images, targets = next(iter(trainer.loader))
-    counts, model = [], baseline_model(config, device.type)
+    model = baseline_model(config, device.type).train()
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.type)
     dense = [
         dict(
             boxes=target["boxes"],
@@ -132,14 +158,21 @@ def count_operators(samples, name: str, **changes) -> tuple[int, int]:
         )
         for target in targets
     ]
-    for network, inputs in (
-        (trainer.model, (images, targets)),
-        (model.train(), ([image / 255 for image in images], dense)),
-    ):
-        with OperatorCount() as counter:
-            sum(network(*inputs).values()).backward()
-        counts.append(counter.count)
-    return tuple(counts)
+    while not trainer.optimizer.state:  # that the optimizer keeps; fp16's first steps are skipped
+        trainer.step(images, targets)
+    with OperatorCount() as ours:
+        trainer.step(images, targets)
+    for counter in (OperatorCount(), OperatorCount()):
+        with counter:
+            with autocast_for(config, device):
+                losses = model([image / 255 for image in images], dense)
+            scaler.scale(sum(losses.values())).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return ours.count, counter.count
 
 
 def operators(samples, names, **changes) -> Iterator[tuple]:
@@ -192,14 +225,16 @@ def prediction(samples, names, times: int, **changes) -> Iterator[tuple]:
         free_memory()
 
 
-def scarce_memory(samples, fraction: float, **changes) -> Iterator[tuple]:
-    """Training and prediction with a fraction of the memory: smaller batches, smaller tiles."""
-    torch.cuda.set_per_process_memory_fraction(fraction)
+def scarce_memory(samples, gigabytes: float, **changes) -> Iterator[tuple]:
+    """Training and prediction with so much memory: smaller batches, smaller tiles."""
+    total, limit = torch.cuda.mem_get_info()[1] / 1e9, torch.cuda.set_per_process_memory_fraction
+    limit(min(gigabytes / total, 1.0))
+    torch.cuda.set_per_process_memory_fraction = lambda _: None  # of the trainer
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = recipe_config("baseline", batch_size=16, **changes | dict(epochs=1))
             history = train(config, samples * 8, [], Path(folder))
-            yield f"training with {fraction:.0%} of the memory", f"loss {history[-1]['loss']:.3f}"
+            yield f"training with {gigabytes:g} GB", f"loss {history[-1]['loss']:.3f}"
         model = to_device(build_model(config))
         found = detect(
             [model], samples[0].image.repeat(1, 4, 4), change_config(config, dict(tile=0))
@@ -207,16 +242,27 @@ def scarce_memory(samples, fraction: float, **changes) -> Iterator[tuple]:
         size = " x ".join(map(str, found.size))
         yield f"prediction of {size} px with it", f"{len(found)} detections"
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.set_per_process_memory_fraction = limit
+        limit(1.0)
+
+
+def quiet(rows: Iterator[tuple]) -> Iterator[tuple]:
+    """The rows of a part; meanwhile standard output goes to standard error."""
+    while True:
+        with redirect_stdout(sys.stderr):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
 
 
 def run(parts, out=sys.stdout) -> None:
-    """Prints the rows of all parts; an error of one is a row of its own."""
+    """Prints the rows of all parts as a table; what the parts print goes to the errors."""
     print("| what | result |\n|---|---|", file=out)
     for part in parts:
         begin = time.perf_counter()
         try:
-            for name, result in part():
+            for name, result in quiet(part()):
                 print(f"| {name} | {result} |", file=out, flush=True)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -233,6 +279,7 @@ def main() -> None:
     run(
         [
             fork_probe,
+            partial(several_gpus, small, 2, workers=2),
             versions,
             partial(depthwise, 384, 64, 20),
             partial(training_speed, samples, RECIPES, BATCH_SIZES, 5),
@@ -240,7 +287,7 @@ def main() -> None:
             partial(precisions, small, 6),
             partial(resume, small, 4),
             partial(prediction, samples, RECIPES, 3),
-            partial(scarce_memory, samples, 0.15),
+            partial(scarce_memory, samples, 4.0, crop=256),
         ]
     )
 

@@ -190,6 +190,7 @@ ANSWERS = {
         set_rng_state=nothing,
         is_bf16_supported=lambda *_, **__: False,  # a T4 has none
         max_memory_allocated=lambda *_: 10**9,
+        mem_get_info=lambda *_: (MEMORY, MEMORY),
         get_device_properties=lambda *_: SimpleNamespace(
             total_memory=MEMORY, name="pretended", major=7, minor=5
         ),

@@ -96,7 +96,7 @@ def test_the_checkpoint_of_a_run(tmp_path):
     save_checkpoint(content(epoch=1), last)
     assert open_run(tmp_path, resume=True)["epoch"] == 1
     last.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"last\.pt: expected .*remove it"):
+    with pytest.raises(ValueError, match=r"last\.pt: expected .*delete the file"):
         open_run(tmp_path, resume=True)
     (tmp_path / "best.pt").touch()
     (tmp_path / "notes.txt").touch()

@@ -190,7 +190,7 @@ def test_a_converted_checkpoint_starts_other_classes(tmp_path, capsys):
     model = build_model(make_config("demo", **settings))
     wanted = checkpoint.state["backbone.bottom_up.res3.1.conv2.weight"]
     assert torch.equal(model.backbone.body.layer2[1].conv2.weight, wanted)
-    assert "left as built: roi_heads.box_predictor" in capsys.readouterr().out
+    assert "not pretrained: roi_heads.box_predictor" in capsys.readouterr().out
     with pytest.raises(ValueError, match="Set backbone, fpn_channels and heads"):
         build_model(make_config("demo", weights=str(target)))
 

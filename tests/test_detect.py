@@ -158,7 +158,7 @@ class Squares:
 
     def __init__(self, limit=np.inf):
         self.transform = self.roi_heads = self
-        self.scale, self.fixed_scale, self.limit = 1.0, None, limit
+        self.scale, self.limit = 1.0, limit
         self.calls, self.tiles, self.features, self.alive = [], [], [], []
 
     def parameters(self):
@@ -169,7 +169,7 @@ class Squares:
 
     def __call__(self, images):
         self.tiles = [weakref.ref(image) for image in images]
-        self.calls.append((len(images), tuple(images[0].shape[1:]), self.fixed_scale))
+        self.calls.append((len(images), tuple(images[0].shape[1:])))
         if sum(image[0].numel() for image in images) > self.limit:
             raise torch.OutOfMemoryError("no memory")
         sizes = [tuple(image.shape[1:]) for image in images]
@@ -250,7 +250,7 @@ def test_every_view_is_undone_exactly(turns, mirrored):
     image[:, 10:38, 50:60] = 1
     image[:, 31:38, 50:78] = 1
     model = Squares()
-    found = detect([model], image, make_config("demo"), [View(1.0, turns, mirrored)])
+    found = detect([model], image, make_config("demo"), [View(turns, mirrored)])
     assert model.calls[0][1] == ((60, 90) if turns % 2 == 0 else (90, 60))
     assert np.allclose(found.boxes, [[50, 10, 78, 38]], atol=1e-4)
     assert np.array_equal(decoded(found)[0], (image[0] == 1).numpy())
@@ -259,14 +259,14 @@ def test_every_view_is_undone_exactly(turns, mirrored):
 def test_views_are_turned_to_the_left_then_mirrored():
     image = torch.arange(6).view(1, 2, 3)
     box = torch.tensor([[0.2, 0.0, 0.6, 0.5]])  # the corners (.2, 0), (.6, .5): x -> 1 - x
-    assert View(1.0, 0, True).apply_to_boxes(box).allclose(torch.tensor([[0.4, 0.0, 0.8, 0.5]]))
+    assert View(0, True).apply_to_boxes(box).allclose(torch.tensor([[0.4, 0.0, 0.8, 0.5]]))
     # (x, y) -> (y, 1 - x), then mirrored: (1 - y, 1 - x)
-    assert View(1.0, 1, False).apply_to_boxes(box).allclose(torch.tensor([[0.0, 0.4, 0.5, 0.8]]))
-    assert View(1.0, 1, True).apply_to_boxes(box).allclose(torch.tensor([[0.5, 0.4, 1.0, 0.8]]))
-    assert View(1.0, 3, False).apply_to_boxes(box[:0]).shape == (0, 4)
-    assert View(1.0, 0, True).apply(image)[0].tolist() == [[2, 1, 0], [5, 4, 3]]
-    assert View(1.0, 1, False).apply(image)[0].tolist() == [[2, 5], [1, 4], [0, 3]]
-    assert View(1.0, 1, True).apply(image)[0].tolist() == [[5, 2], [4, 1], [3, 0]]
+    assert View(1, False).apply_to_boxes(box).allclose(torch.tensor([[0.0, 0.4, 0.5, 0.8]]))
+    assert View(1, True).apply_to_boxes(box).allclose(torch.tensor([[0.5, 0.4, 1.0, 0.8]]))
+    assert View(3, False).apply_to_boxes(box[:0]).shape == (0, 4)
+    assert View(0, True).apply(image)[0].tolist() == [[2, 1, 0], [5, 4, 3]]
+    assert View(1, False).apply(image)[0].tolist() == [[2, 5], [1, 4], [0, 3]]
+    assert View(1, True).apply(image)[0].tolist() == [[5, 2], [4, 1], [3, 0]]
 
 
 def test_tiles_cover_a_side_and_overlap_by_half():
@@ -279,13 +279,13 @@ def test_tiles_cover_a_side_and_overlap_by_half():
         assert max(np.diff(corners)) <= 32
 
 
-@pytest.mark.parametrize("view", [View(1.0, 0, False), View(1.0, 3, True)])
+@pytest.mark.parametrize("view", [View(0, False), View(3, True)])
 def test_instances_on_every_seam_are_detected_once(view):
     cells = [(y, x, y + 12, x + 12) for y in range(2, 150, 15) for x in range(2, 190, 15)]
     image, model = draw(cells, 160, 200), Squares()
     found = detect([model], image, make_config("demo", tile=64, detections=1000), [view])
     assert sorted(map(tuple, found.boxes[:, [1, 0, 3, 2]].round(3).tolist())) == sorted(cells)
-    assert {size for _, size, _ in model.calls} == {(64, 64)}
+    assert {size for _, size in model.calls} == {(64, 64)}
     assert np.array_equal(decoded(found).sum(0), (image[0] > 0).numpy())
 
 
@@ -372,7 +372,7 @@ def test_a_mask_is_the_mean_of_all_models_and_views():
         assert len(found) == (area > 0)
     # Left to right, the halves of the second view are those of the image the other way round
     model = Scripted(result(*boxes), result([[30, 10, 50, 20]], [0.8]), mask=halves)
-    views = [View(), View(1.0, 0, True)]
+    views = [View(), View(0, True)]
     config = make_config("demo", mask_threshold=0.39)
     assert decoded(detect([model], image, config, views)).sum() == 200  # .4 everywhere
     model.results = [result(*boxes), result([[30, 10, 50, 20]], [0.8])]
@@ -386,7 +386,7 @@ def test_features_are_kept_for_the_masks_while_there_is_room(monkeypatch):
     for room, calls, alive in ((0, 28, 0), (10_000, 26, 4), (10**9, 14, 4)):
         monkeypatch.setattr(module, "KEPT_FEATURES", room)
         model = Squares()
-        assert len(detect([model], image, make_config("demo", tile=32), [View(), View(2.0)])) == 2
+        assert len(detect([model], image, make_config("demo", tile=32), [View(), View(1)])) == 2
         assert (len(model.calls), max(model.alive)) == (calls, alive)
     monkeypatch.setattr(module, "KEPT_FEATURES", 0)
     model = Squares()
@@ -396,7 +396,7 @@ def test_features_are_kept_for_the_masks_while_there_is_room(monkeypatch):
 
 @pytest.mark.parametrize("tile", [0, 32])
 def test_nothing_is_detected_in_an_empty_image(tile):
-    views = [View(), View(1.0, 1, True)]
+    views = [View(), View(1, True)]
     found = detect([Squares()], draw([], 40, 50), make_config("demo", tile=tile), views)
     assert (len(found), found.boxes.shape, found.size) == (0, (0, 4), (40, 50))
     assert [v.dtype for v in (found.boxes, found.scores)] == [np.float32] * 2
@@ -410,17 +410,7 @@ def test_settings_are_those_of_the_call(tiny_config):
     heads = model.roi_heads
     assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.02, 0.33, 7)
     assert not model.training
-    assert model.transform.fixed_scale is None
     assert len(detect([model], image, change_config(tiny_config, dict(score_threshold=1.0)))) == 0
-
-
-def test_tiles_are_scaled_as_their_image():
-    model, image = Squares(), draw([(5, 5, 15, 15)], 40, 40)
-    model.scale = 2.0  # each model's own
-    found = detect([model, Squares()], image, make_config("demo"), [View(1.5, 0, False)])
-    detect([model], image, make_config("demo", tile=36))
-    assert [scale for _, _, scale in model.calls] == [3.0, 2.0]
-    assert found.boxes.tolist() == [[5, 5, 15, 15]]
 
 
 # Boxes of several views and models fused
@@ -471,7 +461,7 @@ def test_the_threshold_holds_for_fused_scores_and_includes_its_value():
         assert len(detect(models, image, config)) == count
 
 
-@pytest.mark.parametrize("views", [[View()], [View(), View(1.0, 1), View(1.0, 2, True)]])
+@pytest.mark.parametrize("views", [[View()], [View(), View(1), View(2, True)]])
 def test_a_threshold_leaves_out_what_it_says_and_nothing_else(tiny_config, views):
     """Of several views too: one that scores lower is not taken for one that sees nothing."""
     model, image = build_model(tiny_config), field_of_cells(0, 64).image
@@ -552,7 +542,7 @@ def test_full_memory_shrinks_batches_then_tiles(monkeypatch, capsys):
 
     monkeypatch.setattr(module, "free_memory", free)
     found = detect([model], image, make_config("demo", tile=300))
-    assert [call[:2] for call in model.calls[:5]] == [
+    assert model.calls[:5] == [
         (4, (300, 300)),
         (2, (300, 300)),
         (1, (300, 300)),
@@ -562,7 +552,6 @@ def test_full_memory_shrinks_batches_then_tiles(monkeypatch, capsys):
     assert alive == [0, 0, 0]
     assert np.allclose(found.boxes, [[5, 5, 33, 33]], atol=1e-4)
     assert "1 tile(s) of 150 px at a time" in capsys.readouterr().out
-    assert model.transform.fixed_scale is None
     model.calls.clear()
     detect([model], image, make_config("demo", tile=300))
     assert {call[:2] for call in model.calls} == {(1, (150, 150))}  # remembered

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -248,6 +250,57 @@ def test_sigterm_reaches_the_processes_and_this_one(two):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_sigterm_ends_prediction_at_once(tmp_path, gpus):
+    """Where nothing listens, as in prediction, the process ends, and its forks do."""
+    code = f"""
+import os, time, torch
+from pathlib import Path
+from src_snippets.setup.config import make_config
+from src_snippets.setup.devices import launch
+torch.cuda.device_count = lambda: {gpus}
+def work():
+    Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    time.sleep(600)
+launch(make_config("demo"), work)
+"""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env)
+    while len(list(tmp_path.iterdir())) < gpus:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == -signal.SIGTERM
+    for path in tmp_path.iterdir():
+        if int(path.name) != process.pid:
+            assert is_gone(int(path.name))
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within ten seconds."""
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("code", [signal.SIGKILL, None])
+def test_a_probe_that_dies_leaves_one_gpu(two, monkeypatch, capsys, code):
+    def probe(*_, **__):
+        if code is None:
+            raise ValueError("cannot find context for 'fork'")
+        os.kill(os.getpid(), code)
+
+    if code is None:  # as on Windows
+        monkeypatch.setattr(torch.multiprocessing, "start_processes", probe)
+    else:
+        monkeypatch.setattr(torch, "zeros", probe)
+    assert launch(DEMO, lambda: "here") == "here"
+    assert capsys.readouterr().out.startswith("1 of 2 GPUs is used.")
+
+
 def write_pid_and_sleep(folder):
     (folder / str(os.getpid())).touch()
     time.sleep(60)
@@ -296,6 +349,8 @@ def test_autocast_computes_in_the_precision_of_the_settings():
 def test_which_errors_say_that_memory_is_full():
     texts = ["CUDA out of memory. Tried to allocate 2 GiB", "CUDNN_STATUS_ALLOC_FAILED"]
     texts += ["CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"]
+    texts += ["cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"]  # cuDNN 9
+    texts += ["CUDNN_STATUS_NOT_INITIALIZED", "CUBLAS_STATUS_NOT_INITIALIZED when calling"]
     texts += ["GET was unable to find an engine to execute this computation"]
     assert all(is_out_of_memory(RuntimeError(text)) for text in texts)
     assert is_out_of_memory(torch.OutOfMemoryError(""))

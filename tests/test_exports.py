@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 import tempfile
+import time
 import tracemalloc
 from unicodedata import normalize
 import uuid
@@ -184,6 +185,12 @@ def test_outlines_filled_are_the_mask(pixels):
 # Measurements
 
 
+def test_small_intensities_are_kept():
+    values = np.full((1, 2, 3), 0.00042, np.float32)
+    table = measure_cells(np.ones((2, 3), int), values, 0.0)
+    assert table["intensity_1"].tolist() == pytest.approx([0.00042])
+
+
 def test_measures_worked_by_hand():
     numbers = np.zeros((4, 7), int)
     numbers[1:3, 2:6] = 1
@@ -282,6 +289,25 @@ def test_exports_corrected_by_hand_are_kept(predictions, tmp_path, capsys, pink)
     assert (folder / "counts.csv").is_file()
 
 
+def test_exports_without_an_end_and_of_others_are_kept(predictions, tmp_path, pink):
+    """Of a run that was stopped, or a folder that is not ours; a change beside a newer table."""
+    folder = tmp_path / "exports"
+    (folder / "labels").mkdir(parents=True)
+    (folder / "labels" / "mine.tif").touch()
+    write_exports(predictions, pink, folder, CATEGORIES, Config())
+    (kept,) = (path for path in tmp_path.iterdir() if path != folder)
+    assert (kept / "labels" / "mine.tif").exists()
+    for name in ("labels/one.tif", "cells.coco.json"):  # the table is the newest
+        with (folder / name).open("ab") as file:
+            file.write(b" ")
+        time.sleep(0.02)
+    write_exports(predictions, pink, folder, CATEGORIES, Config())
+    assert len([path for path in tmp_path.iterdir() if path != folder]) == 2
+    (folder / "labels" / ".DS_Store").touch()  # looked at in Finder
+    write_exports(predictions, pink, folder, CATEGORIES, Config())
+    assert len([path for path in tmp_path.iterdir() if path != folder]) == 2
+
+
 # All files
 
 
@@ -294,6 +320,7 @@ def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys, pink):
     old = tmp_path / "training" / "old" / "class1.tif"
     old.parent.mkdir(parents=True)
     old.touch()  # of an earlier run
+    (tmp_path / ".written").touch()
     counts = write_exports(predictions, pink, tmp_path, CATEGORIES, Config(um_per_px=0.5))
     there = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert there == {
@@ -312,6 +339,7 @@ def test_all_files_hold_the_same_cells(predictions, tmp_path, capsys, pink):
         "cells.csv",
         "counts.csv",
         "cells.coco.json",
+        ".written",
     }
     assert "3 cells of 2 images, 1 duplicates left out" in capsys.readouterr().out
     with (tmp_path / "cells.csv").open(newline="", encoding="utf-8") as file:
@@ -644,6 +672,7 @@ PREVIEW = '<Image><Pixels PhysicalSizeX="8" PhysicalSizeXUnit="mm"/></Image></OM
         (dict(description=OME.format("")), 0.5),
         (dict(description=OME.format("").replace("</OME>", PREVIEW)), 0.5),  # of the first image
         (dict(description=OME.format(' PhysicalSizeXUnit="nm"')), 0),
+        (dict(description=OME.format(' PhysicalSizeXUnit="&#181;m"')), 0.5),  # of ElementTree
         (dict(description=OME.replace("0.5", "500").format(' PhysicalSizeXUnit="nm"')), 0.5),
     ],
 )

@@ -233,6 +233,7 @@ def test_the_gallery_shows_truth_and_prediction():
     missed, wrong, again = axes[0], axes[4], axes[8]
     assert wrong.get_title() == "0.75 flat\ntrue: round"
     assert missed.get_title() == "true: round"
+    assert axes[4].images[0].get_array().shape == (40, 60, 3)  # all of this small image
     assert again.get_title() == "0.80 dark\n0.90 dark\ntrue: dark"
     # Three true instances, the one that it is about thick, then its detection, dashed.
     colors = [class_color(k) for k in (1, 1, 3)]

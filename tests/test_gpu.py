@@ -151,7 +151,7 @@ def test_the_report_on_a_gpu_has_a_row_for_each_measurement():
             partial(gpu.precisions, samples, **options),
             partial(gpu.resume, samples, **options),
             partial(gpu.prediction, samples, ("baseline",), 1, **options),
-            partial(gpu.scarce_memory, samples, 0.5, **options),
+            partial(gpu.scarce_memory, samples, 4.0, **options),
         )
     assert rows["GPUs"] == "1 x pretended"
     assert rows["memory of the first"] == "16.0 GB"
@@ -162,9 +162,20 @@ def test_the_report_on_a_gpu_has_a_row_for_each_measurement():
     assert "fp16 scale 65536" in rows["losses by epoch, precision=fp16"]
     assert rows["run resumed after epoch 1 of 2"] == "differs by 0"
     assert "images/s" in rows["baseline, prediction of 96 x 96 px in one view"]
-    assert "loss" in rows["training with 50% of the memory"]
+    assert "loss" in rows["training with 4 GB"]
     assert "detections" in rows["prediction of 384 x 384 px with it"]
     assert not any("FAIL" in f"{name} {text}" for name, text in rows.items())
+
+
+def test_the_report_trains_on_all_gpus_and_prints_one_table(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    samples = [grid_sample(16, 96)] * 4
+    options = dict(class_names=("a",), crop=96, batch_size=2, workers=2)
+    rows = report(partial(gpu.several_gpus, samples, 1, **options))
+    assert "losses by epoch" in rows.pop("training on 2 GPUs")
+    assert not rows
+    assert not capsys.readouterr().out
 
 
 def test_a_part_of_the_report_that_fails_is_a_row_and_the_others_follow():

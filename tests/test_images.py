@@ -39,6 +39,15 @@ def test_images_of_all_kinds(tmp_path, pixels, options, wanted):
     assert np.array_equal(np.moveaxis(image, 0, 2), wanted)
 
 
+def test_colour_of_16_bits_in_a_png_is_refused(tmp_path):
+    """Pillow reads the high bytes alone."""
+    imagecodecs = pytest.importorskip("imagecodecs")
+    path = tmp_path / "a.png"
+    path.write_bytes(imagecodecs.png_encode(RGB.astype(np.uint16) * 16))
+    with refused("RGB of 16 bits in a PNG. Save it as TIFF", path):
+        read_image(path)
+
+
 def test_palette_and_jpeg(tmp_path):
     picture = Image.fromarray(RGB).quantize(8)
     picture.save(tmp_path / "palette.tif")
@@ -222,7 +231,7 @@ def test_chosen_channels_become_red_green_and_blue(tmp_path, kind):
     pixels = np.moveaxis(PLANES, 0, 2) if kind == "samples" else PLANES
     path = save(tmp_path / "a.tif", pixels, photometric="minisblack", **STACKS[kind])
     with refused(
-        "4 channels of uint16" if kind == "samples" else "4 pages .*or set channels of images", path
+        "4 channels of uint16" if kind == "samples" else "4 pages .*or set channels", path
     ):
         read_image(path)
     rolled = [np.roll(GREY, k) for k in range(4)]  # each from 0 to 255 again
@@ -502,6 +511,8 @@ SEMANTIC = (discs() > 0) * (1 + discs() % 4)
         (255 - MASK, "id 255 is around 20 pieces: the background"),
         (discs() + 1, "id 1 is around 20 pieces"),
         (np.where(discs(), discs(), 65535), "id 65535 is around 20 pieces"),
+        (discs(radius=12) + 1, "id 1 is around 20 pieces"),  # cells that touch, as of a watershed
+        ((discs(1, 2, step=30) > 0) * 255, "1 ids in 2 pieces"),  # neighbours
     ],
 )
 def test_what_is_no_instance_map_is_refused(tmp_path, values, cause):

@@ -780,6 +780,27 @@ def brush(number: int, *columns: int, crowd: int = 1) -> dict:
     return square_row(number, segmentation=rle, iscrowd=crowd)
 
 
+def test_a_brush_mask_with_a_speck_is_a_cell(tmp_path):
+    rows = [brush(k, *range(9)) for k in range(3)]
+    counts = [2, 4, 6, 4, 6, 4, 6, 4, 6, 4, 6, 4, 6, 4, 6, 4, 6, 4, 51, 1, 0]
+    counts[-1] = 140 - sum(counts)
+    rows[1]["segmentation"] = dict(size=[10, 14], counts=counts)  # 36 px and one
+    make_coco(tmp_path, coco_content(annotations=rows))
+    assert open_dataset(tmp_path, CONFIG).read("a.png").labels.tolist() == [1, 1]
+
+
+def test_a_project_of_roboflow_that_is_called_as_its_class(tmp_path):
+    kinds = [dict(id=3, name="cells", supercategory="cells")]
+    kinds.append(dict(id=0, name="cells", supercategory="none"))
+    make_coco(tmp_path, coco_content(annotations=[square_row(0)], categories=kinds))
+    assert open_dataset(tmp_path, CONFIG).categories == {3: "cells"}
+
+
+def test_an_rle_in_a_list_is_read():
+    rle = dict(size=[10, 14], counts=[0, 2, 138])
+    assert outline_pixels([rle], 10, 14) == outline_pixels(rle, 10, 14) == [0, 14]
+
+
 def test_brush_masks_of_cvat_are_cells(tmp_path, capsys):
     """In one piece and up to 4 times the median area, here 4 x 8 px."""
     rows = [brush(0, 1, 2, crowd=0), brush(1, 4, 5), brush(2, 1, 9), brush(3, *range(9))]
@@ -1197,6 +1218,66 @@ def test_our_own_export_for_qupath_is_read_back(tmp_path):
     assert pixels_of(sample)[2] == [row * 50 + x for row in (20, 21, 22) for x in range(2, 9)]
 
 
+@pytest.mark.parametrize("size", [(96, 96), (96, 130), (130, 96)])
+@pytest.mark.parametrize("kind", ["coco", "geojson"])
+def test_points_with_x_and_y_exchanged_are_refused(tmp_path, kind, size):
+    """As contours of scikit-image and StarDist, rows first, dumped into a file of x, y."""
+    image, masks = field_with_cells(*size, contrast=-60)
+    outlines = [trace_polygons(mask, 0, 0)[0][0] for mask in masks]
+    for step, place in ((1, "right"), (-1, "wrong")):
+        (tmp_path / place / "train").mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / place / "train" / "a.png")
+        points = [[point[::step] for point in line] for line in outlines]
+        if kind == "geojson":
+            write_geojson(tmp_path / place / "train" / "a.geojson", [outline(p) for p in points])
+            continue
+        images = [dict(file_name="a.png", id=4, height=size[0], width=size[1])]
+        rows = [square_row(k, segmentation=[np.ravel(p).tolist()]) for k, p in enumerate(points)]
+        rows = coco_content(images=images, annotations=rows)
+        write_json(rows, tmp_path / place / "train.json")
+    dataset = open_dataset(tmp_path / "right", CONFIG)
+    assert len(dataset.read(dataset.names[0]).labels) == 20
+    dataset = open_dataset(tmp_path / "wrong", CONFIG)
+    with refused("mirrored at its diagonal.*points are x, y"):
+        dataset.read(dataset.names[0])
+
+
+def test_a_folder_per_image_is_no_class(tmp_path):
+    for k in range(6):
+        (tmp_path / "train" / f"s{k}").mkdir(parents=True)
+        Image.fromarray(RGB).save(tmp_path / "train" / f"s{k}" / f"s{k}.png")
+        Image.fromarray(IDS).save(tmp_path / "train" / f"s{k}" / f"s{k}_masks.tif")
+    dataset = open_dataset(tmp_path, CONFIG)
+    assert (len(dataset.names), dataset.categories) == (6, {1: "cell"})
+
+
+def test_images_whose_own_name_ends_like_a_label_image(tmp_path):
+    for name in ("double_label", "one_mask", "control"):
+        for folder, pixels in (("images", RGB), ("masks", IDS)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
+    names = open_dataset(tmp_path, CONFIG).names
+    assert [Path(name).stem for name in names] == ["control", "double_label", "one_mask"]
+
+
+def test_outlines_in_the_folder_of_images_come_before_a_label_image(tmp_path):
+    root = pair_root(tmp_path, [outline(ring(1, 1, 4, 4))], "train/images/a.geojson")
+    (root / "train" / "images").mkdir(exist_ok=True)
+    save(root / "train" / "images" / "a.tif", RGB, photometric="rgb")
+    (root / "train" / "masks").mkdir()
+    Image.fromarray(IDS).save(root / "train" / "masks" / "a.tif")
+    assert open_dataset(root, CONFIG).read("images/a.tif").labels.tolist() == [1]
+
+
+def test_cells_that_others_cover_are_counted(tmp_path):
+    text = HEADER + "a,1 3 15 3,14,10,x\na,2 1,14,10,x\nb,5 2,14,10,x\n"
+    make_csv(tmp_path, text)
+    assert open_dataset(tmp_path, CONFIG).read("a").left_out == {}
+    sample = open_dataset(tmp_path, make_config("demo", overlaps=False)).read("a")
+    assert sample.labels.tolist() == [1]
+    assert sample.left_out == {"covered by others": 1}
+
+
 def test_a_region_around_detections_is_no_cell(tmp_path):
     """As QuPath exports all objects; one that was drawn by hand beside the detections is a cell."""
     cells = [outline(ring(1, 1 + 4 * k, 4, 4 + 4 * k), objectType="detection") for k in range(3)]
@@ -1207,6 +1288,13 @@ def test_a_region_around_detections_is_no_cell(tmp_path):
     assert dataset.categories == {1: "cell"}
     assert sample.labels.tolist() == [1] * 4
     assert sample.left_out == {"annotations around others": 1}
+    root = pair_root(tmp_path, [region, cells[0]])  # one detection is enough
+    assert open_dataset(root, CONFIG).read("a.tif").left_out == sample.left_out
+    old = [outline(line["geometry"]["coordinates"][0]) for line in (region, *cells)]
+    for feature, kind in zip(old, ("annotation", *["detection"] * 3), strict=True):
+        feature["properties"] = dict(object_type=kind)  # QuPath 0.3
+    root = pair_root(tmp_path, old)
+    assert open_dataset(root, CONFIG).read("a.tif").left_out == sample.left_out
     places = [(1 + 3 * row, 1 + 3 * column) for row in range(3) for column in range(4)]
     many = [outline(ring(top, left, top + 2, left + 2)) for top, left in places]
     tissue = outline(ring(0, 0, 10, 13), kind="Tissue")
@@ -1402,7 +1490,7 @@ def test_label_images_beside_images_are_left_out(tmp_path):
     assert (dataset.layout, dataset.names) == ("images", [])
     assert dataset.test_images == [(tmp_path / name, k, 8, 9) for k, name in enumerate(kept, 1)]
     assert dataset.left_out == {
-        "label images and outputs of Cellpose or StarDist": [tmp_path / name for name in outputs],
+        "files of labels, outputs of Cellpose or StarDist": [tmp_path / name for name in outputs],
         "files of another kind": [tmp_path / name for name in others],
         "images without ground truth, not listed or not readable": [tmp_path / "sub" / "g.png"],
     }

@@ -28,22 +28,21 @@ def test_views_of_the_settings(monkeypatch):
     found = ground_truth(make_sample([np.eye(3, dtype=int)], [1]))
     calls, image = [], torch.arange(6).view(1, 2, 3)
     monkeypatch.setattr(predict, "detect", lambda *given: calls.append(given[3]) or found)
-    for changes in ({}, dict(tta="d4", tta_scales=[1.0, 1.5]), dict(tta="flips")):
+    for changes in ({}, dict(tta="d4"), dict(tta="flips")):
         predict_image([], image, make_config("demo", **changes))
-    assert calls[0] == [View(1.0, 0, False)]
-    assert len(set(calls[1])) == 16
+    assert calls[0] == [View(0, False)]
+    assert len(set(calls[1])) == 8
     shown = [view.apply(image)[0].tolist() for view in calls[2]]
     assert shown == [[[0, 1, 2], [3, 4, 5]], [[2, 1, 0], [5, 4, 3]], [[3, 4, 5], [0, 1, 2]]]
 
 
 @pytest.mark.parametrize("tta", ["flips", "d4"])
-def test_all_views_and_scales_agree_on_exact_detections(tta):
-    config = make_config("demo", tta=tta, tta_scales=[1.0, 2.0], tile=32)
+def test_all_views_agree_on_exact_detections(tta):
+    config = make_config("demo", tta=tta, tile=32)
     model, cells = Squares(), [(5, 5, 15, 15), (20, 14, 34, 28)]
     found = predict_image([(model, config)], draw(cells, 40, 40), config)
     assert sorted(found.boxes[:, [1, 0, 3, 2]].round(3).tolist()) == sorted(map(list, cells))
     assert np.allclose(np.sort(found.scores), [0.2, 0.296])
-    assert {scale for _, _, scale in model.calls} == {1.0, 2.0}
 
 
 def test_several_models_predict_together():
@@ -124,6 +123,10 @@ def test_every_test_image_is_predicted(images, checkpoint, models, tmp_path):
     assert [len(p) for p in predictions.values()] == [1, 2, 0]
     assert [p.size for p in predictions.values()] == [(20, 25), (40, 25), (30, 25)]
     assert models["calls"] == [(checkpoint, 0.11, True)]
+    low = replace(config, score_threshold=0.5, export_score_threshold=0.11)  # exports want more
+    again = predict_test([checkpoint], [], images, tmp_path, low)
+    assert [len(p) for p in again.values()] == [1, 2, 0]
+    assert models["calls"].pop() == (checkpoint, 0.11, True)
     assert predict_test([checkpoint], [checkpoint], [], tmp_path, config) == {}
     assert models["calls"][1:] == [(checkpoint, 0.11, True), (checkpoint, 0.11, False)]
 
@@ -200,7 +203,7 @@ def test_processes_share_the_images_evenly(images, checkpoint, models, tmp_path,
         monkeypatch.setattr(predict, "gather", lambda _, own=rank: 1 // own)
         with nullcontext() if rank else pytest.raises(ZeroDivisionError):
             found = predict_test([checkpoint], [], many, tmp_path, make_config("demo"))
-        heights.append([size[0] for _, size, _ in models[checkpoint].calls])
+        heights.append([size[0] for _, size in models[checkpoint].calls])
     assert heights == [[40] * 4 + [30] * 3 + [20] * 3, [40] * 3 + [30] * 3 + [20] * 4]
     assert list(found) == list(range(20))
     assert [own.size[0] for own in found.values()] == [image.height for image in many]

@@ -11,9 +11,9 @@ from matplotlib.text import Text
 import numpy as np
 from scipy import ndimage
 
-from src_snippets.data.rle import draw_masks, mask_areas
+from src_snippets.data.rle import mask_areas
 from src_snippets.data.samples import image_stem
-from src_snippets.data.structures import CellSample, ground_truth, Instances
+from src_snippets.data.structures import CellSample, draw_by_score, ground_truth, Instances
 
 # Colours that stains do not have, bright enough to be seen on pink and on purple
 CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#0047ff", "#000000", "#c6a700")
@@ -34,9 +34,8 @@ def brighten(image: np.ndarray) -> np.ndarray:
 def draw_outlines(image: np.ndarray, instances: Instances, side: int = 480) -> np.ndarray:
     """(H * f, W * f, 3) uint8: an image (3, H, W) f times as large, about `side`, and outlines."""
     factor = max(round(side / max(image.shape[1:])), 1)
-    order = np.argsort(instances.scores, kind="stable")  # the best on top
-    ids = draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
-    canvas, ids = (p.repeat(factor, 0).repeat(factor, 1) for p in (brighten(image), ids))
+    drawn = brighten(image), draw_by_score(instances)
+    canvas, ids = (pixels.repeat(factor, 0).repeat(factor, 1) for pixels in drawn)
     width = 1 + 2 * max(round(max(ids.shape) / 700), 1)  # a large image is displayed small
     nearby = ndimage.maximum_filter(ids, width)
     edge = nearby != ndimage.minimum_filter(ids, width)

@@ -56,7 +56,7 @@ def decode(path: Path, stacked: bool = False, indexed: bool = False) -> tuple:
             halved = ";16" in str(image.tile) and image.mode[0] != "I"  # Pillow keeps high bytes
             orientation = image.getexif().get(274, 1)
             values = np.asarray(image if plain else image.convert("RGB"))
-            values = values * np.uint16(257) if halved else values
+            require(not halved, "RGB of 16 bits in a PNG. Save it as TIFF.")
             kind = "RGB" if values.shape[2:] in ((3,), (4,)) else "MINISBLACK"
             bits = 1 if image.mode == "1" else 8 * values.itemsize
             found = kind, None, image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP"), bits
@@ -80,15 +80,14 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
         series = max(tif.series, key=lambda s: prod(s.shape))
         count = max(len(full), series.size // page.size)
         found = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
-        help_text = "Save one plane or RGB (Fiji: Type > RGB Color), or set channels of images."
+        help_text = "Save one plane (images: or RGB, Fiji: Type > RGB Color; or set channels)."
         known = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
         known &= len(planes) == 1 or sum(n > 1 for n in series.shape) <= 3  # no z, time beside
         require(known, f"{found} one image. {help_text}")
         require(count * prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
-        places = [zip(p.dataoffsets, p.databytecounts, strict=False) for p in planes]
-        needed = max(start + length for place in places for start, length in place)
-        file_size = path.stat().st_size
-        require(needed <= file_size, f"cut short, {file_size} of {needed} bytes. Copy it again.")
+        parts = (v for p in planes for v in zip(p.dataoffsets, p.databytecounts, strict=False))
+        size, needed = tif.filehandle.size, max(map(sum, parts))
+        require(needed <= size, f"cut short, {size} of {needed} bytes. Copy it again.")
         kind = "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK"
         kind = page.photometric.name if 262 in page.tags else kind
         orientation = page.tags.valueof(274, 1)
@@ -174,12 +173,13 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     for places in np.divmod(pixels, max(values.shape[1], 1)):
         centres = np.bincount(owners, places) / areas
         spread += (places - centres[owners]) ** 2 / 4
-    if (spread <= areas[owners]).all() and 20 * areas.max(initial=0) <= values.size:
+    is_binary = count == 1 and unique[0] == 255
+    compact = not is_binary and (spread <= areas[owners]).all()
+    if compact and 20 * areas.max(initial=0) <= values.size:
         return pixels, 0
-    border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
-    name = unique[areas.argmax()]
-    if 2 * areas.max() > values.size and (border == name).mean() > 0.5:
-        holes = ndimage.label(values != name)[1]  # up to four: the corners beside a large cell
+    name, sides = unique[areas.argmax()], (values[0], values[-1], values[:, 0], values[:, -1])
+    if 5 * areas.max() > values.size and all((side == name).any() for side in sides):
+        holes = max(ndimage.label(values != name)[1], count - 1)  # 4: the corners of a large cell
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
     numbers = np.zeros(values.shape, np.int64)
@@ -197,7 +197,8 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     total = len(parts) if count > 5 else large["size"].sum()
     found = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
     limit = min(count / 2, max(2, count / 20)) if unique[-1] != 255 or count < 255 else 0  # uint8
-    instances = total <= 3 * count and apart.sum() <= limit
+    several = is_binary and large["size"].sum() > 1
+    instances = total <= 3 * count and apart.sum() <= limit and not several
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
     require(instances, f"{found} Is it {causes} {help_text}")
@@ -249,10 +250,11 @@ def read_geojson(path: Path) -> list[tuple]:
             rows.append((name, shape, number, reason))
             points = np.concatenate(rings) if shape else np.full((1, 2), np.nan)
             boxes.append([*points.min(axis=0), *-points.max(axis=0)])  # inside is >= in all four
-        types = [(feature.get("properties") or {}).get("objectType") for feature in features]
+        owns = [feature.get("properties") or {} for feature in features]
+        types = [own.get("objectType", own.get("object_type")) for own in owns]  # QuPath 0.3
         is_cell, boxes = np.isin(types, ["detection", "cell"]), np.array(boxes).reshape(-1, 4)
         areas = (-boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-        cells, most = (boxes[is_cell], 2) if is_cell.any() else (boxes, 10)  # a large cell has few
+        cells, most = (boxes[is_cell], 0) if is_cell.any() else (boxes, 10)  # a large cell has few
         for index in np.flatnonzero(~is_cell & (areas > 4 * np.nanmedian(np.append(areas, 0)))):
             if (cells >= boxes[index]).all(axis=1).sum() > most:
                 rows[index] = rows[index][0], "", index + 1, "annotations around others"

@@ -102,9 +102,11 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     """GeoJSON of QuPath, else label image, by image; `deep`: else those of the folders in it."""
     images = image_files(folder / "images") or image_files(folder)
     apart = image_files(folder / "masks") or image_files(folder / "labels")
-    beside = [path for path in images if LABEL_END.search(path.stem)]
-    labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
-    places = (sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", ""))
+    beside = [path for path in images if LABEL_END.search(path.stem) and not apart]
+    labels = {n: p for p in apart or beside for n in (LABEL_END.sub("", p.stem), p.stem)}
+    places = (
+        sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", "images/", "")
+    )
     outlines = next(filter(None, places), [])
     labels |= {IMAGE_END.sub("", p.stem): p for p in outlines} | {p.stem: p for p in outlines}
     images = [path for path in images if path not in beside]
@@ -179,7 +181,7 @@ def list_left_out(root: Path, folders: Iterable[Path], used: set[Path]) -> dict[
         if suffix not in IMAGE_SUFFIXES:
             reason = "files of another kind"
         elif OUTPUT_END.search(path.stem):
-            reason = "label images and outputs of Cellpose or StarDist"
+            reason = "files of labels, outputs of Cellpose or StarDist"
         if path.is_file() and not is_hidden and suffix not in TEXT_SUFFIXES:
             left_out[reason].append(path)
     return dict(left_out)
@@ -206,7 +208,8 @@ def read_table(path: Path, columns: set[str]) -> pd.DataFrame:
     with name_file(path):
         options = dict(dtype=str, keep_default_na=False, engine="python", encoding="utf-8-sig")
         table = pd.read_csv(path, **options)
-        require(columns <= set(table), f"columns {list(table)}; expected {sorted(columns)}.")
+        found = f"columns {list(table)}; expected {sorted(columns)}"
+        require(columns <= set(table), f"{found}. Rename the file if it is another table.")
         full = isinstance(table.index, pd.RangeIndex) and not table.isna().any(axis=None)
         require(full and len(table), "no rows, or some without a value for each column.")
         return table
@@ -338,6 +341,8 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
         rle = dict(size=size, counts=counts)
         rle = pycocotools.mask.frPyObjects(rle, *size) if isinstance(counts, list) else rle
         return (rle, "") if len(decode_runs(rle)[0]) else (None, OUTSIDE)
+    if isinstance(segmentation[0], dict):  # an RLE in a list
+        return encode_outline(segmentation[0], height, width)
     if not any(isinstance(piece, list) and len(piece) != 2 for piece in segmentation):
         segmentation = [segmentation]  # one polygon, as VIA writes it: flat or a list of points
     pieces = [np.asarray(piece, float).ravel() for piece in segmentation]
@@ -355,12 +360,13 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
 
 
 def find_brush_masks(table: pd.DataFrame) -> pd.Index:
-    """Rows of crowds that are one cell: an RLE in one piece, up to 4 times the median area."""
+    """Rows of crowds that are one cell: an RLE of one piece and specks, 4 median areas at most."""
     areas = table["shape"].map(lambda rle: pycocotools.mask.area(rle) if rle else np.nan)
     found = (table["crowd"] == 1) & (areas <= 4 * areas.groupby(table["kind"]).transform("median"))
     found &= table["segmentation"].map(lambda shape: isinstance(shape, dict))
-    pieces = table["shape"][found].map(lambda rle: ndimage.label(crop_mask(rle)[0])[1])
-    return pieces.index[pieces == 1]
+    masks = (ndimage.label(crop_mask(rle)[0])[0].ravel() for rle in table["shape"][found])
+    sizes = [np.bincount(mask)[1:] for mask in masks]
+    return table.index[found][[own.max() > 0.97 * own.sum() for own in sizes]]
 
 
 def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
@@ -382,8 +388,7 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
                 valid = isinstance(own, list) and isinstance(categories, list)
                 require(valid, "expected lists of images, annotations and categories.")
                 ids = whole(pd.Series([row.get("image_id") for row in own], dtype=object))
-                own = zip(own, ids.map(paths), strict=True)
-                rows += [row | dict(path=path) for row, path in own]
+                rows += [row | dict(path=p) for row, p in zip(own, ids.map(paths), strict=True)]
             kinds, listed = kinds + categories, listed + len(images)
     if again := listed - len(records):
         print(f"{source}: {again} images are listed again; their annotations are joined")
@@ -420,7 +425,7 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
     is_percent = is_large and max(*(left + width), *(top + height)) <= 100
     if len(rles) >= 20 and is_percent and table["segmentation"].map(type).eq(list).all():
         print(f"WARNING: {source}: all polygons within 100 px, in percent? Export pixels.")
-    groups = kinds["supercategory"][kinds["supercategory"] != kinds["name"]]
+    groups = kinds["supercategory"][kinds["id"].isin(table["kind"])]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)
     names = kinds["name"].where(~again, kinds["name"] + " " + kinds["id"].astype(str))
@@ -433,9 +438,10 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
 def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
     """Open images with a label image, its class that of its folder, or GeoJSON; see `open_csv`."""
     pairs, rows = find_pairs(train) | (find_pairs(val) if val else {}), []
-    for image, path in pairs.items():
-        folder = image.parent.parent if image.parent.name == "images" else image.parent
-        kind = "cell" if folder in (train, val) else folder.name
+    homes = [im.parent.parent if im.parent.name == "images" else im.parent for im in pairs]
+    by_image = len({*homes}) > max(5, len(homes) / 2)  # a folder per image, none per class
+    for (image, path), folder in zip(pairs.items(), homes, strict=True):
+        kind = "cell" if by_image or folder in (train, val) else folder.name
         found = read_geojson(path) if path.suffix == ".geojson" else [(kind, path, 1, "")]
         rows += [(image, *row) for row in found]
     table = pd.DataFrame(rows, columns=["path", "kind", "shape", "number", "reason"])
@@ -489,8 +495,8 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
 def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool | None) -> None:
     """Raise BadInput for many cells in one instance, or where rows and columns are exchanged.
 
-    They are stripes then, with runs as far apart as the image's other side is long. In a square
-    image they are mirrored at its diagonal and fit its brightness less than if mirrored back.
+    They are stripes then, with runs as far apart as the image's other side is long; or, in the
+    square that both sides share, they fit the brightness better if mirrored at its diagonal.
     image: (3, H, W); parts: row-major offsets; is_down: RLEs go down the columns, None: no RLEs.
     """
     height, width = image.shape[1:]
@@ -501,7 +507,9 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     steps = np.diff(pixels[np.diff(pixels, prepend=-2) != 1])  # between starts of runs
     step = np.median(steps[steps > 0]) if len(steps) >= 20 and is_down is not None else width
     found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
-    help_text = "CSV counts row by row, COCO column by column: transpose the masks."
+    help_text = (
+        "RLEs of CSV go row by row, of COCO down the columns; points are x, y: transpose the masks."
+    )
     require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{found}. {help_text}")
     inside = np.zeros((height, width), bool)
     inside.flat[pixels] = True
@@ -509,9 +517,11 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     pieces = np.count_nonzero(10 * sizes >= sizes.max(initial=0))
     found = f"{len(parts)} annotations in {pieces} pieces; expected one per cell. Split them."
     require(pieces <= 5 * len(parts) + 5, found)
-    if height == width and len(parts) >= 10 and is_down is not None:
+    side = min(height, width)
+    inside, image = inside[:side, :side], image[:, :side, :side]
+    if len(parts) >= 10 and side >= 32:
         grey = image.sum(axis=0, dtype=np.float32)
-        grey -= ndimage.uniform_filter(grey, 1 + height // 4)  # light that falls off to one side
+        grey -= ndimage.uniform_filter(grey, 1 + side // 4)  # light that falls off to one side
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
         found = "cells fit the image only if mirrored at its diagonal"
@@ -543,6 +553,8 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
             check_outlines(image, outlines, {".csv": False, ".json": True}.get(source.suffix))
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
     packed = pack_layers(parts, image.shape[1:], config.overlaps)
+    covered = sum(len(np.unique(ids)) for _, ids, _ in parts) - len(packed[1])
+    left_out += Counter({"covered by others": covered})
     return CellSample(torch.from_numpy(image), *packed, file_name, left_out, record.path)
 
 

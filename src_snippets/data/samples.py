@@ -22,15 +22,6 @@ from src_snippets.setup.devices import is_main, world_size
 from src_snippets.setup.files import show_table
 
 
-def available_memory() -> int:
-    """Free bytes of the machine, or of the container that this runs in."""
-    free = virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return max(free, 0)
-
-
 class CellSamples(Sequence):
     """The training images of a dataset, all read once; BadInput: a broken one, or no instances.
 
@@ -44,7 +35,7 @@ class CellSamples(Sequence):
         self.positions = {name: index for index, name in enumerate(self.names)}
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
         self.features, self.borders, self.pixels = [], [], []  # for `groups`, of each image
-        left = min(cache_gb * 1e9, available_memory() / 2) / world_size()
+        left = min(cache_gb * 1e9, virtual_memory().available / 2) / world_size()
         digest, lost = sha256(), []
         for index, name in enumerate(tqdm(self.names, "reading", disable=not is_main())):
             sample = dataset.read(name)
@@ -60,7 +51,8 @@ class CellSamples(Sequence):
             size = sample.image.nbytes + sample.layers.nbytes
             if size <= left:
                 self.cache[index], left = sample, left - size
-        lost += [("images", k, 1, str(p)) for k, paths in dataset.left_out.items() for p in paths]
+        left_out = dataset.left_out.items()  # "images ..", "files .."
+        lost += [(why.split()[0], why, 1, str(path)) for why, paths in left_out for path in paths]
         self.digest, total = digest.hexdigest(), self.counts.sum()
         lost = [("images", "read", len(self), ""), ("instances", "read", total, ""), *lost]
         columns = ["item", "status", "count", "example"]
@@ -100,9 +92,8 @@ class CellSamples(Sequence):
 def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, list[str]]]:
     """Split images so that groups stay whole and each part has its fraction of images and classes.
 
-    Groups go one by one to the part that is shortest of what they hold, but no part takes all
-    groups of a class, if possible, since then none is left to learn from. Of 50 random orders the
-    best counts: fewest such classes, fewest validation parts without instances, most even.
+    Groups go one by one to the part that is shortest of what they hold. Of 50 orders the best
+    counts: fewest classes without a group to train on, fewest empty validation parts, most even.
 
     Returns `{fold: {"train": names, "val": names}}` by `config.seed`, fold 0 where `config.folds`
     is 1: then a validation part of the dataset's own is taken. ValueError: fewer groups than parts.
@@ -112,7 +103,8 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
         val = val if config.val_fraction else []
         return {0: {"train": sorted({*names} - {*val}), "val": val}}
     groups = pd.Series(samples.groups(config.split_by))
-    if groups.nunique() < max(config.folds, 2):  # too many look alike
+    if groups.nunique() < max(config.folds, 2):
+        print("Too many images look alike to stay together: they are split by image.")
         groups = pd.Series(samples.groups("image"))
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]
@@ -169,7 +161,8 @@ def dataset_table(samples: CellSamples, splits: Mapping, names: Sequence[str]) -
 def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> str:
     """What will cost score: what is left out, absent classes, copies, crowded images."""
     lines, own = [], sorted(samples.dataset.validation)
-    for of, rows in samples.summary["count"].groupby(level=0):
+    for of in ("images", "instances"):
+        rows = samples.summary["count"][of]
         if (lost := rows.iloc[1:].sum()) > 0.05 * rows.sum():
             lines.append(f"WARNING: {lost} of {rows.sum()} {of} are left out: see the table above.")
     for part, row in dataset_table(samples, splits, config.class_names).iterrows():
@@ -186,14 +179,18 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     earlier, is_ours = Path(config.weights).parent / "split.json", config.weights.endswith(".pt")
     seen = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
     if count := sum(name in seen for split in splits.values() for name in split["val"]):
-        lines.append(f"WARNING: {count} validation images trained {config.weights}: biased scores.")
+        lines.append(
+            f"WARNING: {count} validation images trained {config.weights}: scores too high."
+        )
     if not any(split["val"] for split in splits.values()) and config.schedule == "plateau":
         lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
+    if empty := int((samples.counts[:, 1:].sum(1) == 0).sum()):
+        lines.append(f"{empty} images have no instances: they are learned as background.")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         found = f"{crowded} images have more than {limit} instances, which cannot all be found"
         lines.append(f"WARNING: {found}: raise detections and proposals.")
-    return "\n".join(lines) or "Every class has instances; `detections` suffices for every image."
+    return "\n".join(lines) or "Every class has training instances; `detections` suffices for all."
 
 
 def image_stem(name: str | Path) -> str:

@@ -11,7 +11,7 @@ from scipy import ndimage
 import torch
 from torch import Tensor
 
-from src_snippets.data.rle import encode_layers, mask_areas
+from src_snippets.data.rle import draw_masks, encode_layers, mask_areas
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Instances:
         return Instances(self.boxes[index], self.scores[index], self.labels[index], rles, self.size)
 
     def above(self, threshold: float) -> "Instances":
-        """The instances with at least that score."""
         return self.select(self.scores >= threshold)
 
 
@@ -105,6 +104,12 @@ def ground_truth(sample: CellSample, crowds: bool = False) -> Instances:
     rles = encode_layers(sample.layers.numpy(), count)
     every = Instances(boxes.numpy(), np.ones(count, np.float32), labels, rles, sample.size)
     return every if crowds else every.select(labels > 0)
+
+
+def draw_by_score(instances: Instances) -> np.ndarray:
+    """(H, W) int32: index + 1 of the best detection at each pixel, the first of equals; 0: none."""
+    order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
+    return draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
 
 
 def coco_annotations(instances: Mapping[int, Instances], category_ids: Iterable[int]) -> list[dict]:

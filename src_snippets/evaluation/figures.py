@@ -60,6 +60,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     matrix.plot(ax=axes[0], cmap="Blues", colorbar=False, xticks_rotation=20)
     for text, count, fraction in zip(matrix.text_.flat, counts.flat, fractions.flat, strict=True):
         text.set_text(f"{count:,}\n{fraction:.0%}" if fraction else f"{count:,}")
+        text.set_fontsize(min(10, 60 / len(labels)))
     matrix.text_[-1, -1].set_text("")  # background is not counted
     axes[0].set(xlabel="predicted", ylabel="true", title="Confusion matrix, % of row")
     sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
@@ -70,7 +71,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         style = dict(color=class_color(label), markeredgecolor="#555555", alpha=0.6)
         axes[1].plot(*dots, "o", label=f"{name}, mean absolute error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
-    axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Counts per image")
+    axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Detections per image")
     known = table[table.target >= 0].sort_values("target_area")
     for _, group in known.groupby(6 * np.arange(len(known)) // max(len(known), 1)):
         test = stats.binomtest(int((group.label == group.target_label).sum()), len(group))
@@ -132,7 +133,6 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_outline(axis, rle: dict, **style) -> None:
-    """Draw the outline of a mask in pixels of its image."""
     mask, top, left = crop_mask(rle)
     for line in skimage.measure.find_contours(np.pad(mask, 1), 0.5):
         axis.plot(line[:, 1] + left - 1, line[:, 0] + top - 1, **style)
@@ -145,7 +145,9 @@ def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Inst
     side = max(2 * (high - low).max(), 64)  # px
     first = ((low + high - side) / 2).clip(0, np.maximum(size - side, 0))
     last = np.minimum(first + side, size)
-    axis.imshow(brighten(image))
+    (left, top), (right, bottom) = first.astype(int), np.ceil(last).astype(int)
+    edges = left - 0.5, right - 0.5, bottom - 0.5, top - 0.5
+    axis.imshow(brighten(image[:, top:bottom, left:right]), extent=edges)
     near = (truth.boxes[:, :2] < last) & (truth.boxes[:, 2:] > first)
     for index in np.flatnonzero(near.all(axis=1)):
         style = dict(color=class_color(abs(truth.labels[index])))

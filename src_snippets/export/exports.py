@@ -12,8 +12,8 @@
 # %%
 # @title Pixel size; measurements and outlines of cells
 from contextlib import suppress
+from html import unescape
 import importlib.util
-from math import inf
 import os
 from pathlib import Path
 import re
@@ -56,7 +56,7 @@ def read_pixel_size(path: Path) -> float:
             unit = tif.imagej_metadata.get("unit", "")
         if tif.is_ome:
             first = re.search(r"<(?:\w+:)?Pixels\b[^>]*", tif.ome_metadata)[0]  # others: previews
-            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', first))
+            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', unescape(first)))
             sides = [float(found[f"PhysicalSize{axis}"]) for axis in "XY"]
             unit = found.get("PhysicalSizeXUnit", "um")
         size = sides[0] * UM_PER_UNIT[unit]
@@ -74,8 +74,8 @@ def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> 
     values = values[:1] if (values == values[0]).all() else values  # grey has one channel
     names = [*MEASURE_NAMES, *(f"intensity_{k}" for k in range(1, len(values) + 1))]
     if len(values) == 3 and values.dtype == np.uint8 and values.mean() > 64:  # no fluorescence
-        density = -np.log10(np.maximum(values, 1) / 255)
-        stains = np.tensordot(skimage.color.hed_from_rgb[:, :2].T, density, 1)
+        density = -np.log10(np.maximum(values, 1) / np.float32(255))
+        stains = np.tensordot(skimage.color.hed_from_rgb[:, :2].T.astype("f4"), density, 1)
         values, names = np.concatenate([values, stains]), [*names, "hematoxylin_od", "eosin_od"]
     values = np.moveaxis(values, 0, 2)
     table = skimage.measure.regionprops_table(numbers, values, properties=REGION_PROPERTIES)
@@ -85,7 +85,7 @@ def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> 
         um = table.filter(regex="(centroid|axis).*_px") * um_per_px
         table["area_um2"] = table.area_px * um_per_px**2
         table = table.join(um.rename(columns=lambda name: name.replace("_px", "_um")))
-    return table.round(3)
+    return table.round({name: 3 for name in table if not name.startswith("intensity")})
 
 
 def trace_polygons(mask: np.ndarray, top: int, left: int) -> list:
@@ -158,10 +158,13 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
 
 
 def keep_corrections(folder: Path) -> None:
-    """Move exports aside, all of them, where one was changed since they were written."""
-    times = {p: max(p.stat().st_mtime, p.stat().st_ctime) for p in folder.rglob("[!.]*")}
-    if (latest := max(times.values(), default=0)) > times.get(folder / "cells.coco.json", inf):
-        kept = folder.rename(f"{folder}-{latest:.0f}")
+    """Move exports aside, all of them, where one was changed since all were written."""
+    parts, mark = (*PARTS_OF_EXPORTS, "training"), folder / ".written"
+    paths = [*folder.glob("c*s.*"), *(p for part in parts for p in (folder / part).rglob("[!.]*"))]
+    files = [path.stat() for path in paths if path.is_file()]
+    latest = max((max(file.st_mtime, file.st_ctime) for file in files), default=0)
+    if latest > (mark.stat().st_mtime if mark.exists() else 0):
+        kept = folder.rename(f"{folder}-{latest:.2f}")
         print(f"{folder}: changed since it was written; kept as {kept}")
 
 
@@ -221,6 +224,7 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     above = os.path.commonpath([image.path.parent for image in images])
     named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
     write_json(coco_dataset(visible, named, categories), folder / "cells.coco.json")
+    (folder / ".written").touch()
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"

@@ -9,7 +9,7 @@
 # %%
 # @title write_report: captions and page
 from base64 import b64encode
-from importlib.metadata import version
+from importlib import metadata
 import os
 from pathlib import Path
 import platform
@@ -45,7 +45,8 @@ def environment_table(gpu: str) -> pd.DataFrame:
     """Python, system, cores, GPU, and the versions of packages that shape results."""
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "pycocotools", "tifffile")
     rows = {"Python": platform.python_version(), "system": platform.platform()}
-    rows |= {"CPU cores": os.cpu_count(), "GPU": gpu or "none"} | {n: version(n) for n in names}
+    rows |= {"CPU cores": os.cpu_count(), "GPU": gpu or "none"}
+    rows |= {name: metadata.version(name) for name in names}
     return pd.DataFrame({"value": rows})
 
 

@@ -3,7 +3,7 @@
 # %% [markdown]
 # ### Predict
 # A validation image is predicted by the one model that was not trained on it, a test image by all
-# models together, each in every view that `tta` and `tta_scales` ask for. Out comes one `Instances`
+# models together, each in every view that `tta` asks for. Out comes one `Instances`
 # for each image. Each test prediction is written to a file when it is made: a session that ends in
 # between goes on from there.
 
@@ -11,6 +11,7 @@
 # @title Views of an image; predictions of validation and test images
 from dataclasses import asdict, replace
 from hashlib import sha256
+from itertools import product
 import json
 from pathlib import Path
 
@@ -29,16 +30,14 @@ from src_snippets.setup.files import atomic_write, FREE_SETTINGS
 from src_snippets.training.checkpoints import code_digest, load_trained
 from src_snippets.training.metrics import average_precision
 
-SYMMETRIES = {  # quarter turns, mirrored
-    "none": [(0, False)],
-    "flips": [(0, False), (0, True), (2, True)],  # as it is, left to right, upside down
-    "d4": [(turns, mirrored) for turns in range(4) for mirrored in (False, True)],
-}
+# Quarter turns, mirrored; flips: as it is, left to right, upside down
+SYMMETRIES = dict(none=[(0, False)], flips=[(0, False), (0, True), (2, True)])
+SYMMETRIES["d4"] = list(product(range(4), (False, True)))
 
 
 def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instances:
     """Predict one image (3, H, W) uint8 by all `members`, pairs of a model and its settings."""
-    views = [View(scale, *turn) for scale in config.tta_scales for turn in SYMMETRIES[config.tta]]
+    views = [View(*turn) for turn in SYMMETRIES[config.tta]]
     found = detect([model for model, _ in members], image, config, views)
     return found if config.overlaps else without_overlaps(found)
 
@@ -64,10 +63,10 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
         kept = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
         rows[name] = average_precision(truth, kept)
     table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
-    if not predictions or len(table) == 1:
-        return table, "" if predictions else "No validation images: the score is unknown."
     price = table.AP50.iloc[-1] - table.AP50.iloc[0]
-    advice = "; add score_threshold=0.05 to CHANGES, nothing is trained" if price >= 0.0005 else ""
+    if len(table) == 1 or np.isnan(price):
+        return table, "" if predictions else "No validation images: the score is unknown."
+    advice = "; add score_threshold=0.05 to CHANGES: no new training" if price >= 0.0005 else ""
     return table, f"score_threshold={config.score_threshold} costs {price:.3f} AP50{advice}."
 
 
@@ -87,8 +86,11 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     """Predict test images by all checkpoints together; return `Instances` by image id.
 
     checkpoints: trained with `config`; extra_checkpoints: of any recipe; images: `ImageRecord`s;
-    folder: takes a file per image, from which an ended session goes on. Raises BadInput.
+    folder: takes a file per image, from which an ended session goes on. Scores are those from
+    `score_threshold` or `export_score_threshold` on, the lower one. Raises BadInput.
     """
+    low = min(config.score_threshold, config.export_score_threshold)
+    config = replace(config, score_threshold=low)
     members = [load_trained(path, config) for path in checkpoints]
     members += [load_trained(path, config, same=False) for path in extra_checkpoints]
     paths = [*checkpoints, *extra_checkpoints]

@@ -22,8 +22,8 @@ import torch
 from torch import nn, Tensor
 from torchvision import ops
 
-from src_snippets.data.rle import draw_masks, encode_layers, encode_masks, mask_areas
-from src_snippets.data.structures import instance_boxes, Instances
+from src_snippets.data.rle import encode_layers, encode_masks, mask_areas
+from src_snippets.data.structures import draw_by_score, instance_boxes, Instances
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import autocast_for, free_memory, is_out_of_memory
 
@@ -55,12 +55,6 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     return rles
 
 
-def draw_by_score(instances: Instances) -> np.ndarray:
-    """(H, W) int32: index + 1 of the best detection at each pixel, the first of equals; 0: none."""
-    order = np.argsort(-instances.scores, kind="stable")[::-1]  # the best is drawn last
-    return draw_masks([instances.rles[i] for i in order], order + 1, *instances.size)
-
-
 def without_overlaps(instances: Instances) -> Instances:
     """Give each pixel to its best detection; order stays, empty ones go."""
     drawn = draw_by_score(instances)[None]
@@ -76,9 +70,8 @@ def visible_instances(instances: Instances) -> Instances:
 
 
 class View(NamedTuple):
-    """How a model sees an image: scaled, turned by quarters to the left, then mirrored."""
+    """How a model sees an image: turned by quarters to the left, then mirrored."""
 
-    scale: float = 1.0
     turns: int = 0
     mirrored: bool = False
 
@@ -88,7 +81,7 @@ class View(NamedTuple):
         return self if self.mirrored else self._replace(turns=-self.turns % 4)
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """Turn and mirror images or masks (.., H, W); the model scales."""
+        """Turn and mirror images or masks (.., H, W)."""
         turned = torch.rot90(pixels, self.turns, (-2, -1))
         return turned.flip(-1) if self.mirrored else turned
 
@@ -154,9 +147,7 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
     def extract(model, view, part):
         """`ImageList` of tiles in a view, their sides (4,) in network pixels, FPN features."""
         tiles = [image[:, y : y + tall, x : x + wide] for x, y in (corners[k] for k in part)]
-        model.transform.fixed_scale = model.transform.scale * view.scale
         images, _ = model.transform([view.apply(pixels.to(device)) for pixels in tiles])
-        model.transform.fixed_scale = None
         extent = origins.new_tensor(images.image_sizes[0][::-1]).repeat(2)
         return images, extent, model.backbone(images.tensors)
 

@@ -49,7 +49,7 @@ class BlockMatcher(detection._utils.Matcher):
         instances, anchors = pair
         values, nearest = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors[:, 0]).long()
         best = [(nearest[:0], nearest[:0], values[:0])]  # instance, its best anchors by block, IoU
-        size = max(65_536, 10**8 // max(len(instances), 1)) if anchors.is_cuda else 2048
+        size = max(65_536, 3 * 10**7 // max(len(instances), 1)) if anchors.is_cuda else 2048
         for start in range(0, len(anchors), size):
             block = anchors[start : start + size]
             low, high = block[:, :2].amin(0), block[:, 2:].amax(0)

@@ -46,7 +46,6 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
     def __init__(self, config: Config, mean, std):
         super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std, size_divisible=64)
         self.scale, self.grey = config.scale, config.grey
-        self.fixed_scale = None  # takes the place of `scale`
         self.layout = torch.channels_last
 
     def normalize(self, image):
@@ -55,8 +54,8 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
         return super().normalize(image.float() / 255)
 
     def resize(self, image, target=None):
-        old, scale = image.shape[-2:], self.fixed_scale or self.scale
-        new = [max(round(side * scale), 1) for side in old]
+        old = image.shape[-2:]
+        new = [max(round(side * self.scale), 1) for side in old]
         image = F.interpolate(image[None], new, mode="bilinear", align_corners=False)[0]
         if target is not None:
             boxes = detection.transform.resize_boxes(target["boxes"], old, new)
@@ -73,7 +72,6 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -122,7 +120,7 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
     require(not wrong, f"{found} missing, unknown or of another shape. {help_text}")
     model.load_state_dict({k: v for k, v in state.items() if k not in differ}, strict=False)
     if differ:
-        print(f"Not in these weights, so left as built: {', '.join(differ)}")
+        print(f"Not in these weights, so not pretrained: {', '.join(differ)}")
 
 
 # %%

@@ -2,7 +2,6 @@
 
 # %%
 # @title Devices, precision, and processes: one fork per GPU
-from datetime import timedelta
 from functools import partial
 from io import StringIO
 import os
@@ -13,6 +12,7 @@ import traceback
 
 import accelerate
 import IPython
+import pandas as pd
 import torch
 from torch import distributed
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -21,7 +21,6 @@ from src_snippets.setup.config import Config, require
 
 
 def default_device() -> torch.device:
-    """The GPU of this process, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -45,7 +44,7 @@ def autocast_for(config: Config, device: torch.device) -> torch.autocast:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS have their own."""
-    texts = ("OutOfMemory", "out of memory", "unable to find an engine", "_STATUS_ALLOC_FAILED")
+    texts = ("OutOfMemory", "out of memory", "unable to find an engine", "_INITIALIZED", "_ALLOC")
     return isinstance(error, RuntimeError) and any(text in repr(error) for text in texts)
 
 
@@ -53,12 +52,10 @@ free_memory = accelerate.utils.release_memory  # that nothing uses, of the GPU's
 
 
 def rank() -> int:
-    """Rank of this process, from 0 on."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes that work together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -103,7 +100,7 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
         kernel.session.check_pid = False  # or bars and figures of a fork are dropped
     if on_gpu := torch.cuda.is_available():
         torch.cuda.set_device(index)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=pd.Timedelta(hours=2))
     distributed.barrier()  # one that ended sooner would look like one that failed
     sys.stdout = sys.stdout if is_main() else StringIO()
     try:
@@ -130,7 +127,7 @@ def launch(config: Config, function, *arguments):
     try:
         if count > 1:
             fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?
-    except torch.multiprocessing.ProcessRaisedException as error:
+    except Exception as error:  # of the child, or no fork on Windows
         reason = str(error).splitlines()[-1]
         print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
         count = 1
@@ -148,18 +145,16 @@ def launch(config: Config, function, *arguments):
         def forward(number, frame):
             for process in context.processes:
                 process.terminate()
-            if callable(before):
-                before(number, frame)
+            signal.signal(number, before or signal.SIG_DFL)
+            os.kill(os.getpid(), number)  # for what listened before, or the end
 
         signal.signal(signal.SIGTERM, forward)
         try:
             while not context.join(grace_period=1):  # until all have ended
                 pass
         except torch.multiprocessing.ProcessExitedException as error:
-            raise RuntimeError(
-                f"A process was killed: {error}. Where the machine's memory was full, lower "
-                "cache_gb or workers, or set gpus=1. Run again to go on."
-            ) from error
+            help_text = "If memory was full, lower cache_gb or workers, or set gpus=1. Run again."
+            raise RuntimeError(f"A process was killed: {error}. {help_text}") from error
         finally:
             for process in context.processes:
                 process.kill()

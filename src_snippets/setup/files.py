@@ -20,7 +20,7 @@ KAGGLE_WORKING = Path("/kaggle/working")  # exists on Kaggle, whose sessions kee
 FREE_SETTINGS = ("cache_gb", "workers", "gpus", "max_hours", "fold", "class_names")
 FREE_SETTINGS += ("um_per_px", "export_score_threshold")  # no new predictions
 PREDICTION_SETTINGS = ("channels", "score_threshold", "mask_threshold", "box_nms", "detections")
-PREDICTION_SETTINGS += ("overlaps", "fusion_iou", "tile", "tta", "tta_scales", *FREE_SETTINGS)
+PREDICTION_SETTINGS += ("overlaps", "fusion_iou", "tile", "tta", *FREE_SETTINGS)
 
 
 @contextmanager
@@ -62,7 +62,6 @@ def write_json(content, path: Path) -> None:
 
 
 def output_folder(out: str) -> Path:
-    """The folder for results, made if absent."""
     folder = Path(out or (KAGGLE_WORKING if KAGGLE_WORKING.is_dir() else "results")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -75,7 +74,7 @@ def load_checkpoint(path: Path) -> dict:
         return state | dict(model=state["model"], config=Config(**state["config"]))  # or KeyError
     except Exception as error:  # of many types; each means a file that cannot be used
         found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
-        raise BadInput(f"{found}. Correct the path; in a run's folder remove it.") from error
+        raise BadInput(f"{found}. Correct the path; in a run's folder delete the file.") from error
 
 
 def saved_config(path: Path, changes: Mapping) -> Config:

@@ -2,8 +2,7 @@
 
 # %%
 # @title Install missing packages, check the GPU
-from importlib import invalidate_caches
-from importlib.metadata import distributions, version
+from importlib import invalidate_caches, metadata
 import os
 import subprocess
 import sys
@@ -22,28 +21,28 @@ import torch
 if torch.cuda.is_available():
     count = torch.cuda.device_count()
     print(torch.cuda.get_device_name() + f" x{count}" * (count > 1), flush=True)
-    layer = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8).half().cuda()  # as in ConvNeXt
-    layer(torch.ones(2, 8, 16, 16).half().cuda()).sum().backward()
-    layer.weight.grad.sum().item()  # waits for the GPU
+    depthwise = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8)  # as in ConvNeXt
+    layers = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), depthwise).half().cuda()
+    layers(torch.ones(2, 8, 16, 16).half().cuda()).sum().backward()
+    layers[0].weight.grad.sum().item()  # waits for the GPU
 """
 
 
 def install_missing(packages=PACKAGES) -> None:
     """Install what is missing of `PACKAGES`; ModuleNotFoundError where a needed one cannot be."""
     filterwarnings("ignore", "IProgress not found")  # progress bars are text then
-    present = {str(item.name).lower().replace("_", "-") for item in distributions()}
+    present = {str(item.name).lower().replace("_", "-") for item in metadata.distributions()}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--retries=1", "--timeout=10"]
     fixed = {"numpy", "torch", "torchvision"} & present
-    pip += [f"{name}=={version(name)}" for name in fixed]  # these keep their versions
+    pip += [f"{name}=={metadata.version(name)}" for name in fixed]  # these keep their versions
     for requirement, without in packages.items():
         if requirement.split(">")[0] not in present:
             print(f"Installing {requirement}")  # alone: one that fails does not stop others
-            failed = subprocess.run([*pip, requirement], stderr=subprocess.DEVNULL).returncode
-            if failed and without:
-                print(f"{requirement} is missing: {without}.")
-            elif failed:
+            if subprocess.run([*pip, requirement], stderr=subprocess.DEVNULL).returncode:
                 help_text = "Turn the internet on (Kaggle: Session options), or install its wheel."
-                raise ModuleNotFoundError(f"{requirement} is missing: pip fails. {help_text}")
+                if not without:
+                    raise ModuleNotFoundError(f"{requirement} is missing: pip fails. {help_text}")
+                print(f"{requirement} is missing: {without}.")
     invalidate_caches()
 
 
@@ -54,9 +53,8 @@ def check_gpu() -> str:
     name = done.stdout.strip()
     if done.returncode:
         reason = next((v for v in done.stderr.splitlines() if "Error: " in v), done.stderr[-200:])
-        raise RuntimeError(
-            f"{name or 'The GPU'} cannot be used: {reason}. Choose another accelerator: on Kaggle "
-            "GPU T4 x2, on Colab T4, L4 or A100."
-        )
+        help_text = "Choose another accelerator (Kaggle: GPU T4 x2; Colab: T4, L4, A100), update "
+        help_text += "its driver, or set CUDA_VISIBLE_DEVICES='' to take the CPU."
+        raise RuntimeError(f"{name or 'The GPU'} cannot be used: {reason}. {help_text}")
     print(f"GPU: {name or 'none; to choose one: Settings > Accelerator (Kaggle), Runtime (Colab)'}")
     return name

@@ -4,8 +4,8 @@
 # ### Keep each run in a folder of its own
 # A run's folder is named after its recipe and a fingerprint of settings, images and the source code
 # that trains. The same ones continue it; a change of any of them starts another run and overwrites
-# nothing. Settings of prediction (`PREDICTION_SETTINGS`) stay out of the fingerprint; two of them,
-# `channels` and `overlaps`, change the images in it.
+# nothing. Settings of prediction (`PREDICTION_SETTINGS`) stay out of the fingerprint, but two of
+# them, `channels` and `overlaps`, change the images that are read, and so start another run.
 
 # %%
 # @title Fingerprints, checkpoints and trained models

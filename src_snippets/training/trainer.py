@@ -3,7 +3,7 @@
 # %% [markdown]
 # ### The training loop
 # A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
-# precision and several GPUs. The whole state goes to `last.pt` five minutes apart and at
+# precision and several GPUs. The whole state goes to `last.pt` every five minutes and at
 # evaluations, the weights of the best epoch (see `best_by`) to `best.pt`. A stopped run continues
 # from there with the same draws, since those of each epoch depend on the seed and its number alone.
 
@@ -66,7 +66,6 @@ class Session:
         self.terminated = False
 
     def is_over(self) -> bool:
-        """Whether training has to stop now."""
         return self.terminated or time.time() >= self.end
 
     @contextmanager
@@ -82,7 +81,7 @@ class Session:
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer, with `lr_factors` and `layer_decay`; norms and biases do not decay."""
     stem, body, fpn, heads = config.lr_factors
-    lr = config.lr * sqrt(world_size())
+    lr = config.lr * sqrt(world_size() if config.scale_lr else 1)
     parts = [(fpn, [model.backbone.attention, model.backbone.fpn])]
     parts.append((heads, [model.rpn, model.roi_heads]))
     stages = backbone_stages(model.backbone.body)
@@ -241,7 +240,7 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
-        self.save_seconds = 3600 if "drive" in self.folder.parts else SAVE_SECONDS  # bins fill up
+        self.on_drive = "MyDrive" in self.folder.resolve().parts  # of Google, whose bin fills up
         self.saved, self.saved_epochs = time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
@@ -258,7 +257,7 @@ class TrainingState:
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.parts, self.best_model = dict(model=self.model, optimizer=optimizer), self.model
         if config.ema:  # with a warm-up, by which the first weights are soon forgotten
-            options = dict(use_warmup=True, warmup_power=0.75, exclude_buffers=True)
+            options = dict(use_warmup=True, warmup_power=0.75)
             self.parts["ema"] = timm.utils.ModelEmaV3(self.model, config.ema, **options)
             self.best_model = self.parts["ema"].module
         if self.accelerator.scaler:
@@ -293,7 +292,8 @@ class TrainingState:
             pd.DataFrame(self.history).to_csv(partial, index=False)
         if is_scored and scores[-1] == max(scores):
             self.save_best()
-        if is_scored or time.time() > self.saved + self.save_seconds:
+        wait = 3600 if self.on_drive else 0 if is_scored else SAVE_SECONDS
+        if time.time() >= self.saved + wait:
             self.save_last()
 
     def save_last(self) -> None:
@@ -308,22 +308,25 @@ class TrainingState:
 
 
 # %%
-# @title Trainer: step, epoch, fit
+# @title Trainer: step, epoch, fit; train, which launch runs in each process
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
 
-    Without `val_samples` the last epoch is the best. At the end of `session` training stops; the
+    Without `val` (samples) the last epoch is the best. At the end of `session` training stops; the
     same call continues it later. callback: called in the main process with (history, example,
     is_last) after each epoch and at the end; example: a validation sample and its predictions.
     """
 
-    def __init__(
-        self, config, train_samples, val_samples, folder, session=None, callback=None, resume=True
-    ):
+    def __init__(self, config, samples, val, folder, session=None, callback=None, resume=True):
         super().__init__(config, folder, resume)
-        self.train_samples, self.val_samples = train_samples, val_samples
+        self.train_samples, self.val_samples = samples, val
         self.session, self.callback, self.example = session or Session(0.0), callback, None
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
+
+    def statistics(self, *models) -> list[torch.Tensor]:
+        """Running means and variances of the norms of models, of the trained one by default."""
+        buffers = [buffer for model in models or [self.model] for buffer in model.buffers()]
+        return [buffer for buffer in dict.fromkeys(buffers) if buffer.is_floating_point()]
 
     def step(self, images, targets) -> list[dict]:
         """Learns from a batch; returns the losses of those that have changed the weights now."""
@@ -346,7 +349,7 @@ class Trainer(TrainingState):
                 group["lr"] = factor * peak
             self.optimizer.step()
             self.steps, self.bad_steps = self.steps + 1, 0
-            self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
+            self.good_statistics = [values.clone() for values in self.statistics()]
             if self.config.ema:
                 self.parts["ema"].update(self.model, self.steps)
         else:
@@ -355,8 +358,8 @@ class Trainer(TrainingState):
             if self.bad_steps == MAX_BAD_STEPS:
                 hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
                 raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times {hint}")
-            for buffer, good in zip(self.model.buffers(), self.good_buffers, strict=True):
-                buffer.copy_(good)  # what norms have seen
+            for values, good in zip(self.statistics(), self.good_statistics, strict=True):
+                values.copy_(good)
             if scaler := self.accelerator.scaler:
                 scaler.update(scaler.get_scale() / 2)
             if not scaler or not all(isfinite(sum(row.values())) for row in losses):
@@ -376,7 +379,7 @@ class Trainer(TrainingState):
         self.loader.set_epoch(epoch)  # order of the images
         self.loader.dataset.epoch.fill_(epoch)
         self.model.train()
-        self.good_buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.good_statistics = [values.clone() for values in self.statistics()]
         for images, targets in self.loader:
             used, is_over = all_max((time.perf_counter() - start) / limit, self.session.is_over())
             if used and self.steps:  # the schedule ends with the steps that fit into `train_hours`
@@ -389,9 +392,8 @@ class Trainer(TrainingState):
             bar.set_postfix(losses[-1] if losses else {}, refresh=False)
             if used >= 1 or is_over:
                 break
-        for own, buffer in zip(self.best_model.buffers(), self.model.buffers(), strict=True):
-            if buffer.is_floating_point():  # each process has seen other images
-                own.copy_(buffer.copy_(self.accelerator.reduce(buffer, "mean")))
+        for values in self.statistics(self.model, self.best_model):
+            values.copy_(self.accelerator.reduce(values, "mean"))  # processes saw other images
         is_over = all_max(self.session.is_over())[0]
         if is_over and is_main() and not (self.folder / "best.pt").exists():
             self.save_best()
@@ -422,7 +424,9 @@ class Trainer(TrainingState):
         elif start:
             print(f"{self.folder}: {start} of {config.epochs} epochs are done, training continues.")
         if default_device().type == "cuda" and not reason:
+            torch.cuda.set_per_process_memory_fraction(0.85)  # the margin of the trial step
             batch_size = fit_memory(self.model, config, 1 if start else 3)  # Adam keeps two
+            torch.cuda.set_per_process_memory_fraction(0.95)  # Windows would go on in slow RAM
         accumulate = config.accumulate * config.batch_size // batch_size
         if batch_size < config.batch_size:
             print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
@@ -434,8 +438,9 @@ class Trainer(TrainingState):
         self.steps = round(self.steps * max_steps / (self.max_steps or max_steps))  # by other GPUs
         self.max_steps = self.total_steps = max_steps
         if not reason:
-            crops, lr = batch_size * accumulate * world_size(), self.peak_lrs[-1]
-            print(f"At most {self.max_steps:,} steps of {crops} crops, lr {lr:.2g}")
+            crops, factor = batch_size * accumulate * world_size(), max(self.peak_lrs) / config.lr
+            steps = f"At most {self.max_steps:,} steps of {crops} crops"
+            print(f"{steps}, lr {config.lr:g} x {factor:.2g}")  # the root of the GPUs' number
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
@@ -457,8 +462,6 @@ class Trainer(TrainingState):
         return self.history
 
 
-# %%
-# @title train, which launch runs in each process
 def train(*arguments) -> list[dict]:
     """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
     history = Trainer(*arguments).fit()

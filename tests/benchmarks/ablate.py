@@ -5,19 +5,33 @@ the prediction alone share the base's checkpoint. Each seed has a split of its o
 is compared with the base; the spread is the standard deviation of these differences. On a CPU the
 minutes are those of its cores: see `timed.py`. Results go to `ablation.json` below `--out`; what is
 there is not measured again, and a training that was stopped continues. Nothing is asserted.
+
+Rows of `light` are for a pretrained backbone: `--recipe light --minutes 10 --settings '{"weights":
+FILE, "tta": "none"}'`; they are measured where the recipe is not `demo`.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 import sys
 import time
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
+from torch import nn, Tensor
+import torch.nn.functional as F
+
 from src_snippets.data.samples import CellSamples, make_splits, subset
+from src_snippets.data.structures import CellSample
+from src_snippets.data.transforms import TrainingSet
+from src_snippets.model import heads, mask_rcnn
+from src_snippets.model.heads import CellRoIHeads, mask_loss
 from src_snippets.setup.config import Config
+from src_snippets.training import trainer
 from tests.benchmarks.timed import (
     choose_clock,
     command_line,
@@ -47,6 +61,23 @@ TRAINED = {
     "CBAM": dict(attention="cbam"),
     "all that gained together": dict(class_crops=0.5, copy_paste=0.5, tile=256, tta="flips"),
 }
+PRETRAINED = {  # of a recipe with class crops, copy-paste and EMA, at scale 1.5
+    BASE: {},
+    "scale jitter 0.5 to 2": dict(scale_jitter=(0.5, 2.0)),
+    "batch norm frozen": dict(norm="frozen"),
+    "neither class crops nor copy-paste": dict(class_crops=0.0, copy_paste=0.0),
+    "Dice beside cross-entropy": {},  # these are patched in, see `PATCHES`
+    "class of each pixel as a loss": {},
+    "images drawn by their area": {},
+    "stochastic depth 0.1": dict(drop_path=0.1),
+    "scale 2 on crops of 192 px": dict(scale=2.0, crop=192, anchor_sizes=(16, 32, 64, 128, 256)),
+    "learning rate 2e-3": dict(lr=2e-3),
+    "no EMA": dict(ema=0.0),
+    "RPN NMS 0.8": dict(rpn_nms=0.8),
+    "no colour jitter": dict(color_jitter=0.0),
+    "scale 1.33": dict(scale=1.333, crop=288),
+    "scale jitter 0.7 to 1.4": dict(scale_jitter=(0.7, 1.4)),
+}
 PREDICTED = {
     "up to 100 detections": dict(detections=100),
     "up to 300 detections": dict(detections=300),
@@ -57,7 +88,6 @@ PREDICTED = {
     "tiles of 256 px": dict(tile=256),
     "TTA: 3 flips": dict(tta="flips"),
     "TTA: 8 symmetries": dict(tta="d4"),
-    "TTA: scales 0.8, 1 and 1.25": dict(tta_scales=(0.8, 1.0, 1.25)),
     "tiles of 256 px with 3 flips": dict(tile=256, tta="flips"),
     "these tiles and flips, scores from 0.01 on": dict(tile=256, tta="flips", score_threshold=0.01),
     "thresholds of recipe baseline": dict(
@@ -68,15 +98,74 @@ PREDICTED = {
 
 def row_config(options, name: str, seed: int, samples: CellSamples) -> Config:
     """The settings of a row."""
-    changes = TRAINED.get(name, PREDICTED.get(name))
+    changes = (TRAINED | PRETRAINED | PREDICTED)[name]
     return timed_config(options, samples, options.minutes, seed=seed, **changes)
+
+
+class SemanticHeads(CellRoIHeads):
+    """RoI heads with half the cross-entropy of the class of each pixel, from features at stride 4.
+
+    Source: the semantic branch of arXiv:1901.07518.
+    """
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        logits = self.mask_predictor.mask_fcn_logits
+        self.semantic = nn.Conv2d(logits.in_channels, logits.out_channels, 1)
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """As `CellRoIHeads`, with `loss_semantic` in training."""
+        found, losses = super().forward(features, proposals, image_shapes, targets)
+        if not self.training:
+            return found, losses
+        values = []
+        for logits, shape, target in zip(
+            self.semantic(features["0"]).float(), image_shapes, targets, strict=True
+        ):
+            layer = target["layers"].amax(0).long()
+            table = layer.new_zeros(max(int(layer.max()), *target["ids"].tolist(), 0) + 1)
+            table[target["ids"]] = target["labels"]
+            height, width = (side // 4 for side in shape)
+            kinds = F.interpolate(table[layer][None, None].float(), (height, width))[0].long()
+            values.append(F.cross_entropy(logits[None, :, :height, :width], kinds))
+        return found, losses | dict(loss_semantic=sum(values) / len(values) / 2)
+
+
+class ByArea(TrainingSet):
+    """As many crops of an image as its area asks for, in place of one."""
+
+    def augmented(self, index: int) -> CellSample:
+        """A random crop of a random image."""
+        areas = [sample.layers[0].numel() / self.config.crop**2 for sample in self.samples]
+        return super().augmented(int(torch.multinomial(torch.tensor(areas).clamp(min=1), 1)))
+
+
+def dice_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """`mask_loss`, and 1 - Dice of each box's own class, the mean over boxes."""
+    own = logits[torch.arange(len(labels)), labels].sigmoid().flatten(1)
+    shared, both = (own * targets.flatten(1)).sum(1), own.sum(1) + targets.flatten(1).sum(1)
+    dice = 1 - (2 * shared + 1) / (both + 1)
+    return mask_loss(logits, labels, targets) + dice.sum() / max(len(dice), 1)
+
+
+PATCHES = {  # of a module: the name there, what takes its place
+    "Dice beside cross-entropy": (heads, "mask_loss", dice_loss),
+    "class of each pixel as a loss": (mask_rcnn, "CellRoIHeads", SemanticHeads),
+    "images drawn by their area": (trainer, "TrainingSet", ByArea),
+}
 
 
 def measure(options, name: str, seed: int, samples: CellSamples) -> dict:
     """Trains what has to be trained, and scores the seed's validation part."""
+    with patch.object(*PATCHES[name]) if name in PATCHES else nullcontext():
+        return measure_patched(options, name, seed, samples)
+
+
+def measure_patched(options, name: str, seed: int, samples: CellSamples) -> dict:
+    """`measure` where the patches of the row are in."""
     config = row_config(options, name, seed, samples)
     (split,) = make_splits(samples, config).values()
-    trained = name if name in TRAINED else BASE
+    trained = BASE if name in PREDICTED else name
     folder = options.out / "runs" / f"{trained}-{seed}".replace(" ", "-")
     epochs = train_timed(config, subset(samples, split["train"]), folder)
     held_out = list(subset(samples, split["val"]))
@@ -124,7 +213,8 @@ def run_rows(options, names: list[str]) -> dict:
         for name in names:
             print(f"seed {seed}: {name}", flush=True)
             results.get(name, str(seed), partial(measure, options, name, seed, samples))
-    return {row: results.results[row] for row in TRAINED | PREDICTED if row in results.results}
+    rows = TRAINED | PRETRAINED | PREDICTED
+    return {row: results.results[row] for row in rows if row in results.results}
 
 
 def main() -> None:
@@ -133,7 +223,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of rows, with commas between; base too")
     options = parser.parse_args()
     choose_clock(parser, options.device)
-    every = list(TRAINED | PREDICTED)
+    every = list((TRAINED if options.recipe == "demo" else PRETRAINED) | PREDICTED)
     chosen = [name.strip() for name in options.only.split(",") if name.strip()]
     if unknown := [name for name in chosen if name not in every]:
         parser.error(f"no row {unknown[0]!r}; there are:\n" + "\n".join(every))

@@ -408,7 +408,7 @@ def new_trainer(config: Config, samples) -> Trainer:
     trainer.loader = trainer.accelerator.prepare(loader)
     trainer.max_steps = trainer.total_steps = 1000
     trainer.model.train()
-    trainer.good_buffers = [buffer.clone() for buffer in trainer.model.buffers()]
+    trainer.good_statistics = [values.clone() for values in trainer.statistics()]
     return trainer
 
 
