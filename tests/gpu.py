@@ -149,7 +149,7 @@ def count_operators(samples, name: str, **changes) -> tuple[int, int]:
     images, targets = next(iter(trainer.loader))
     model = baseline_model(config, device.type).train()
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type)
+    scaler = torch.amp.GradScaler(device.type, enabled=trainer.accelerator.scaler is not None)
     dense = [
         dict(
             boxes=target["boxes"],

@@ -253,6 +253,8 @@ def test_sigterm_reaches_the_processes_and_this_one(two):
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_sigterm_ends_prediction_at_once(tmp_path, gpus):
     """Where nothing listens, as in prediction, the process ends, and its forks do."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
     code = f"""
 import os, time, torch
 from pathlib import Path
@@ -260,19 +262,24 @@ from src_snippets.setup.config import make_config
 from src_snippets.setup.devices import launch
 torch.cuda.device_count = lambda: {gpus}
 def work():
-    Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    Path({str(folder)!r}, str(os.getpid())).touch()
     time.sleep(600)
 launch(make_config("demo"), work)
 """
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env)
-    while len(list(tmp_path.iterdir())) < gpus:
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=file)
+    until = time.time() + 120
+    while len(list(folder.iterdir())) < gpus:
+        assert process.poll() is None, errors.read_text()
+        assert time.time() < until
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == -signal.SIGTERM
-    for path in tmp_path.iterdir():
-        if int(path.name) != process.pid:
-            assert is_gone(int(path.name))
+    for path in folder.iterdir():
+        assert int(path.name) == process.pid or is_gone(int(path.name))
 
 
 def is_gone(pid: int) -> bool:

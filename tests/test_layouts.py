@@ -1251,15 +1251,6 @@ def test_a_folder_per_image_is_no_class(tmp_path):
     assert (len(dataset.names), dataset.categories) == (6, {1: "cell"})
 
 
-def test_images_whose_own_name_ends_like_a_label_image(tmp_path):
-    for name in ("double_label", "one_mask", "control"):
-        for folder, pixels in (("images", RGB), ("masks", IDS)):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(tmp_path / folder / f"{name}.png")
-    names = open_dataset(tmp_path, CONFIG).names
-    assert [Path(name).stem for name in names] == ["control", "double_label", "one_mask"]
-
-
 def test_outlines_in_the_folder_of_images_come_before_a_label_image(tmp_path):
     root = pair_root(tmp_path, [outline(ring(1, 1, 4, 4))], "train/images/a.geojson")
     (root / "train" / "images").mkdir(exist_ok=True)

@@ -483,16 +483,16 @@ def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
     train(config, *parts, tmp_path / "local", None, callback)
     assert saved == [3, 5, 7]  # after 400 s, and at the two evaluations
     saved.clear()
-    train(config, *parts, tmp_path / "MyDrive" / "run", None, callback)
+    train(config, *parts, tmp_path / "drive" / "run", None, callback)
     assert saved == [7]  # at the end
     saved.clear()
-    train(config, parts[0], [], tmp_path / "MyDrive" / "all", None, callback)
+    train(config, parts[0], [], tmp_path / "drive" / "all", None, callback)
     assert saved == [7]  # at the end
     now[0], saved[:] = 0.0, []
     monkeypatch.setattr(time, "time", lambda: 10 * now[0])  # 2,000 s an epoch: hourly on a Drive
-    train(config, parts[0], [], tmp_path / "MyDrive" / "slow", None, callback)
+    train(config, parts[0], [], tmp_path / "drive" / "slow", None, callback)
     assert saved == [3, 5, 7]
-    assert load_checkpoint(tmp_path / "MyDrive" / "all" / "best.pt")["history"][-1]["epoch"] == 7
+    assert load_checkpoint(tmp_path / "drive" / "all" / "best.pt")["history"][-1]["epoch"] == 7
 
 
 def test_samples_do_not_depend_on_workers_and_change_with_the_epoch(parts, tiny_config):

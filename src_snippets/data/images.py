@@ -177,9 +177,11 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
     compact = not is_binary and (spread <= areas[owners]).all()
     if compact and 20 * areas.max(initial=0) <= values.size:
         return pixels, 0
-    name, sides = unique[areas.argmax()], (values[0], values[-1], values[:, 0], values[:, -1])
-    if 5 * areas.max() > values.size and all((side == name).any() for side in sides):
-        holes = max(ndimage.label(values != name)[1], count - 1)  # 4: the corners of a large cell
+    border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    name, dense = unique[areas.argmax()], count > 20  # or some small ones beside a large cell
+    part, edge = (5, 0.1) if dense else (2, 0.5)
+    if part * areas.max() > values.size and (border == name).mean() > edge:
+        holes = max(ndimage.label(values != name)[1], dense * (count - 1))  # 4: a cell's corners
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
     numbers = np.zeros(values.shape, np.int64)
@@ -254,9 +256,10 @@ def read_geojson(path: Path) -> list[tuple]:
         types = [own.get("objectType", own.get("object_type")) for own in owns]  # QuPath 0.3
         is_cell, boxes = np.isin(types, ["detection", "cell"]), np.array(boxes).reshape(-1, 4)
         areas = (-boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-        cells, most = (boxes[is_cell], 0) if is_cell.any() else (boxes, 10)  # a large cell has few
+        cells, most = (boxes[is_cell], 2) if is_cell.any() else (boxes, 10)  # a large cell has few
         for index in np.flatnonzero(~is_cell & (areas > 4 * np.nanmedian(np.append(areas, 0)))):
-            if (cells >= boxes[index]).all(axis=1).sum() > most:
+            inside = (cells >= boxes[index]).all(axis=1).sum()
+            if inside > most or 0 < inside == is_cell.sum():
                 rows[index] = rows[index][0], "", index + 1, "annotations around others"
     return rows
 

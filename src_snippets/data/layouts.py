@@ -102,8 +102,8 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     """GeoJSON of QuPath, else label image, by image; `deep`: else those of the folders in it."""
     images = image_files(folder / "images") or image_files(folder)
     apart = image_files(folder / "masks") or image_files(folder / "labels")
-    beside = [path for path in images if LABEL_END.search(path.stem) and not apart]
-    labels = {n: p for p in apart or beside for n in (LABEL_END.sub("", p.stem), p.stem)}
+    beside = [path for path in images if LABEL_END.search(path.stem)]
+    labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
     places = (
         sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", "images/", "")
     )
@@ -341,7 +341,7 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
         rle = dict(size=size, counts=counts)
         rle = pycocotools.mask.frPyObjects(rle, *size) if isinstance(counts, list) else rle
         return (rle, "") if len(decode_runs(rle)[0]) else (None, OUTSIDE)
-    if isinstance(segmentation[0], dict):  # an RLE in a list
+    if isinstance(segmentation[0], dict) and len(segmentation) == 1:  # an RLE in a list
         return encode_outline(segmentation[0], height, width)
     if not any(isinstance(piece, list) and len(piece) != 2 for piece in segmentation):
         segmentation = [segmentation]  # one polygon, as VIA writes it: flat or a list of points
@@ -439,7 +439,7 @@ def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
     """Open images with a label image, its class that of its folder, or GeoJSON; see `open_csv`."""
     pairs, rows = find_pairs(train) | (find_pairs(val) if val else {}), []
     homes = [im.parent.parent if im.parent.name == "images" else im.parent for im in pairs]
-    by_image = len({*homes}) > max(5, len(homes) / 2)  # a folder per image, none per class
+    by_image = len({*homes}) > max(5, 0.9 * len(homes))  # a folder per image, none per class
     for (image, path), folder in zip(pairs.items(), homes, strict=True):
         kind = "cell" if by_image or folder in (train, val) else folder.name
         found = read_geojson(path) if path.suffix == ".geojson" else [(kind, path, 1, "")]
@@ -519,7 +519,7 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     require(pieces <= 5 * len(parts) + 5, found)
     side = min(height, width)
     inside, image = inside[:side, :side], image[:, :side, :side]
-    if len(parts) >= 10 and side >= 32:
+    if side >= 32 and ndimage.label(inside)[1] >= 10:
         grey = image.sum(axis=0, dtype=np.float32)
         grey -= ndimage.uniform_filter(grey, 1 + side // 4)  # light that falls off to one side
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
@@ -553,9 +553,8 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
             check_outlines(image, outlines, {".csv": False, ".json": True}.get(source.suffix))
     parts.sort(key=lambda part: part[2] < 0)  # where pixels are given away, crowds come last
     packed = pack_layers(parts, image.shape[1:], config.overlaps)
-    covered = sum(len(np.unique(ids)) for _, ids, _ in parts) - len(packed[1])
-    left_out += Counter({"covered by others": covered})
-    return CellSample(torch.from_numpy(image), *packed, file_name, left_out, record.path)
+    left_out["covered by others"] = sum(len(np.unique(ids)) for _, ids, _ in parts) - len(packed[1])
+    return CellSample(torch.from_numpy(image), *packed, file_name, +left_out, record.path)
 
 
 def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple[list, dict]:

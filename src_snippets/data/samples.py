@@ -51,8 +51,7 @@ class CellSamples(Sequence):
             size = sample.image.nbytes + sample.layers.nbytes
             if size <= left:
                 self.cache[index], left = sample, left - size
-        left_out = dataset.left_out.items()  # "images ..", "files .."
-        lost += [(why.split()[0], why, 1, str(path)) for why, paths in left_out for path in paths]
+        lost += [(k.split()[0], k, 1, str(p)) for k, v in dataset.left_out.items() for p in v]
         self.digest, total = digest.hexdigest(), self.counts.sum()
         lost = [("images", "read", len(self), ""), ("instances", "read", total, ""), *lost]
         columns = ["item", "status", "count", "example"]
@@ -104,7 +103,6 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
         return {0: {"train": sorted({*names} - {*val}), "val": val}}
     groups = pd.Series(samples.groups(config.split_by))
     if groups.nunique() < max(config.folds, 2):
-        print("Too many images look alike to stay together: they are split by image.")
         groups = pd.Series(samples.groups("image"))
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]

@@ -147,7 +147,7 @@ def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Inst
     last = np.minimum(first + side, size)
     (left, top), (right, bottom) = first.astype(int), np.ceil(last).astype(int)
     edges = left - 0.5, right - 0.5, bottom - 0.5, top - 0.5
-    axis.imshow(brighten(image[:, top:bottom, left:right]), extent=edges)
+    axis.imshow(brighten(image)[top:bottom, left:right], extent=edges)
     near = (truth.boxes[:, :2] < last) & (truth.boxes[:, 2:] > first)
     for index in np.flatnonzero(near.all(axis=1)):
         style = dict(color=class_color(abs(truth.labels[index])))

@@ -44,7 +44,7 @@ def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instan
 
 def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
     """Predict the samples of all parts: a checkpoint, and samples that it was not trained on."""
-    threshold = min(config.score_threshold, LOW_SCORE)
+    threshold = min(config.score_threshold, config.export_score_threshold, LOW_SCORE)
     config, predictions = replace(config, score_threshold=threshold), []
     for path, samples in parts:
         members = [load_trained(path, config)]

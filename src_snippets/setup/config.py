@@ -44,7 +44,7 @@ class Config:
     folds: int = within(1, 1, 100)  # k: cross-validation with k models; 1: one split
     fold: int = within(0, 0, 100)  # train this fold only, from 1 on; 0: all of them
     split_by: str = one_of("appearance", "image")  # appearance: similar images stay on one side
-    cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded images kept in memory
+    cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of images in memory; lower in containers
     workers: int = within(-1, -1, 64)  # loader processes; -1: up to 4 with a GPU, else none
     grey: bool = False  # the model sees brightness only
     # Augmentation of the training part
@@ -103,7 +103,7 @@ class Config:
     tile: int = within(0, 0, 8192)  # px, side of tiles with half overlap; 0: whole images
     tta: str = one_of("none", "flips", "d4")  # test-time augmentation: 1, 3 or 8 views
     fusion_iou: float = within(0.4, 0.0, 1.0)  # box IoU at which tiles, views, models are fused
-    export_score_threshold: float = within(0.5, 0.0, 1.0)  # minimum score: exports, submission.csv
+    export_score_threshold: float = within(0.5, 0.0, 1.0)  # minimum score: figures, exports, csv
 
     @property
     def num_classes(self) -> int:

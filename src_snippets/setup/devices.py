@@ -5,6 +5,7 @@
 from functools import partial
 from io import StringIO
 import os
+import re
 import signal
 import sys
 from tempfile import TemporaryFile
@@ -44,8 +45,8 @@ def autocast_for(config: Config, device: torch.device) -> torch.autocast:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS have their own."""
-    texts = ("OutOfMemory", "out of memory", "unable to find an engine", "_INITIALIZED", "_ALLOC")
-    return isinstance(error, RuntimeError) and any(text in repr(error) for text in texts)
+    texts = r"OutOfMemory|out of memory|unable to find an engine|NOT_INITIALIZED|ALLOC\w*_FAILED"
+    return isinstance(error, RuntimeError) and re.search(texts, repr(error)) is not None
 
 
 free_memory = accelerate.utils.release_memory  # that nothing uses, of the GPU's cache too
@@ -128,7 +129,7 @@ def launch(config: Config, function, *arguments):
         if count > 1:
             fork(lambda _: torch.zeros(1, device=default_device()))  # can a fork use the GPU?
     except Exception as error:  # of the child, or no fork on Windows
-        reason = str(error).splitlines()[-1]
+        reason = (str(error) or repr(error)).splitlines()[-1]
         print(f"1 of {count} GPUs is used. Restart the session to use all of them ({reason}).")
         count = 1
     if count < 2:
@@ -159,6 +160,6 @@ def launch(config: Config, function, *arguments):
             for process in context.processes:
                 process.kill()
                 process.join()
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         file.seek(0)
         return torch.load(file, weights_only=False)

@@ -240,7 +240,7 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
-        self.on_drive = "MyDrive" in self.folder.resolve().parts  # of Google, whose bin fills up
+        self.on_drive = "drive" in self.folder.resolve().parts  # of Google, whose bin fills up
         self.saved, self.saved_epochs = time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
@@ -271,6 +271,11 @@ class TrainingState:
                 kept |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
             vars(self).update({name: state[name] for name in PROGRESS})
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    def statistics(self, *models) -> list[torch.Tensor]:
+        """Running means and variances of the norms of models, of the trained one by default."""
+        buffers = [buffer for model in models or [self.model] for buffer in model.buffers()]
+        return [buffer for buffer in dict.fromkeys(buffers) if buffer.is_floating_point()]
 
     def save_best(self) -> None:
         """Writes `best.pt`: the weights that are evaluated, with settings and history."""
@@ -322,11 +327,6 @@ class Trainer(TrainingState):
         self.train_samples, self.val_samples = samples, val
         self.session, self.callback, self.example = session or Session(0.0), callback, None
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
-
-    def statistics(self, *models) -> list[torch.Tensor]:
-        """Running means and variances of the norms of models, of the trained one by default."""
-        buffers = [buffer for model in models or [self.model] for buffer in model.buffers()]
-        return [buffer for buffer in dict.fromkeys(buffers) if buffer.is_floating_point()]
 
     def step(self, images, targets) -> list[dict]:
         """Learns from a batch; returns the losses of those that have changed the weights now."""
@@ -462,6 +462,8 @@ class Trainer(TrainingState):
         return self.history
 
 
+# %%
+# @title train, which launch runs in each process
 def train(*arguments) -> list[dict]:
     """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
     history = Trainer(*arguments).fit()
