@@ -179,8 +179,7 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
         return pixels, 0
     border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
     name, dense = unique[areas.argmax()], count > 20  # or some small ones beside a large cell
-    part, edge = (5, 0.1) if dense else (2, 0.5)
-    if part * areas.max() > values.size and (border == name).mean() > edge:
+    if (2 + 3 * dense) * areas.max() > values.size and (border == name).mean() > 0.5 - 0.4 * dense:
         holes = max(ndimage.label(values != name)[1], dense * (count - 1))  # 4: a cell's corners
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")

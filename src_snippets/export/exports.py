@@ -163,8 +163,7 @@ def keep_corrections(folder: Path) -> None:
     paths = [*folder.glob("c*s.*"), *(p for part in parts for p in (folder / part).rglob("[!.]*"))]
     files = [path.stat() for path in paths if path.is_file()]
     latest = max((max(file.st_mtime, file.st_ctime) for file in files), default=0)
-    written = max(mark.stat().st_mtime, mark.stat().st_ctime) + 1 if mark.exists() else 0
-    if latest > written:  # by over a second: a copy has its files in any order
+    if latest > (mark.stat().st_ctime + 1 if mark.exists() else 0):  # s; a copy has any order
         kept = folder.rename(f"{folder}-{latest:.2f}")
         print(f"{folder}: changed, or not written to its end; kept as {kept}")
 
