@@ -260,7 +260,7 @@ import os, time, torch
 from pathlib import Path
 from src_snippets.setup.config import make_config
 from src_snippets.setup.devices import launch
-torch.cuda.device_count = lambda: {gpus}
+torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: {gpus}
 def work():
     Path({str(folder)!r}, str(os.getpid())).touch()
     time.sleep(600)

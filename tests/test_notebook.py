@@ -203,7 +203,7 @@ def test_a_train_folder_alone_then_own_pictures_with_its_checkpoint(tmp_path, de
     first = tmp_path / "first"
     story = ["-m", "src_snippets.notebook"]
     said, _ = run(story, ROOT, HW3_DATA=str(data), HW3_OUT=str(first), **environ)
-    assert "No test images of a dataset: there is nothing to submit." in said
+    assert "No test images of a dataset: nothing to submit." in said
     assert not (first / "test-results.json").exists()
     (folder,) = (first / "runs").iterdir()
     held_out = json.loads((folder / "split.json").read_text())["val"]
