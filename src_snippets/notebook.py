@@ -113,7 +113,8 @@ figures = output / "figures"
 # ## Data
 # Everything passes through two data structures: `CellSample`, an image with its ground truth, and `Instances`,
 # the prediction for one image. The first holds instance maps, the second RLEs (run-length encoding;
-# COCO counts down the columns): a thousand cells cost kilobytes, and nothing of shape (instances, height, width) is ever made.
+# COCO counts down the columns): a thousand cells cost kilobytes, and nothing of shape (instances,
+# height, width) is ever made.
 # Letters in shapes: `N` instances, `B` images, `C` classes, `L` layers, `H, W` pixels.
 # Boxes are XYXY in pixels, right and lower edge outside: a cell in column 3 spans x from 3 to 4.
 

@@ -916,13 +916,15 @@ def learned(config, samples, val, folder):
     return gradients, history, predictions, validation_loss(run.best_model, val, config)
 
 
-def test_two_processes_learn_as_one_from_two_batches(two, plain, tmp_path, monkeypatch):
+def test_two_processes_learn_as_one_from_two_batches(two, plain, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(transforms, "BLUR_PROBABILITY", 0.0)
     samples = [field_of_cells(seed, 64) for seed in range(4)]
     val = [field_of_cells(seed, 64) for seed in range(4, 7)]
     one = learned(replace(plain, batch_size=2, accumulate=2), samples, val, tmp_path / "one")
     config, folder = replace(plain, batch_size=2, lr=plain.lr / 2**0.5), tmp_path / "two"
     both = launch(config, learned, config, samples, val, folder)
+    said = [line for line in capfd.readouterr().out.splitlines() if "crops, lr" in line]
+    assert [line.endswith(" times the root of 2") for line in said] == [False, True]
     ((gradient,), (of_both,)) = one[0], both[0]
     assert float((gradient - of_both).norm() / gradient.norm()) < 1e-5
     for mine, other in zip(one[1], both[1], strict=True):

@@ -104,9 +104,8 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     apart = image_files(folder / "masks") or image_files(folder / "labels")
     beside = [path for path in images if LABEL_END.search(path.stem)]
     labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
-    places = (
-        sorted(folder.glob(f"{part}*.geojson")) for part in ("geojson/", "qupath/", "images/", "")
-    )
+    parts = ("geojson/", "qupath/", "images/", "")
+    places = (sorted(folder.glob(f"{part}*.geojson")) for part in parts)
     outlines = next(filter(None, places), [])
     labels |= {IMAGE_END.sub("", p.stem): p for p in outlines} | {p.stem: p for p in outlines}
     images = [path for path in images if path not in beside]
@@ -507,9 +506,7 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     steps = np.diff(pixels[np.diff(pixels, prepend=-2) != 1])  # between starts of runs
     step = np.median(steps[steps > 0]) if len(steps) >= 20 and is_down is not None else width
     found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
-    help_text = (
-        "RLEs of CSV go row by row, of COCO down the columns; points are x, y: transpose the masks."
-    )
+    help_text = "CSV counts row by row, COCO down columns, points are x, y: transpose the masks."
     require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{found}. {help_text}")
     inside = np.zeros((height, width), bool)
     inside.flat[pixels] = True
@@ -519,7 +516,7 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     require(pieces <= 5 * len(parts) + 5, found)
     side = min(height, width)
     inside, image = inside[:side, :side], image[:, :side, :side]
-    if side >= 32 and ndimage.label(inside)[1] >= 10:
+    if side >= 32 and len(parts) * inside.sum() >= 10 * len(pixels):  # about 10 cells in it
         grey = image.sum(axis=0, dtype=np.float32)
         grey -= ndimage.uniform_filter(grey, 1 + side // 4)  # light that falls off to one side
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))

@@ -22,6 +22,15 @@ from src_snippets.setup.devices import is_main, world_size
 from src_snippets.setup.files import show_table
 
 
+def available_memory() -> int:
+    """Free bytes of the machine, or of the container that this runs in."""
+    free = virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup", f"memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
 class CellSamples(Sequence):
     """The training images of a dataset, all read once; BadInput: a broken one, or no instances.
 
@@ -35,7 +44,7 @@ class CellSamples(Sequence):
         self.positions = {name: index for index, name in enumerate(self.names)}
         self.counts = np.zeros((len(self.names), len(dataset.categories) + 1), np.int64)
         self.features, self.borders, self.pixels = [], [], []  # for `groups`, of each image
-        left = min(cache_gb * 1e9, virtual_memory().available / 2) / world_size()
+        left = min(cache_gb * 1e9, available_memory() / 2) / world_size()
         digest, lost = sha256(), []
         for index, name in enumerate(tqdm(self.names, "reading", disable=not is_main())):
             sample = dataset.read(name)
@@ -159,8 +168,7 @@ def dataset_table(samples: CellSamples, splits: Mapping, names: Sequence[str]) -
 def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> str:
     """What will cost score: what is left out, absent classes, copies, crowded images."""
     lines, own = [], sorted(samples.dataset.validation)
-    for of in ("images", "instances"):
-        rows = samples.summary["count"][of]
+    for of, rows in samples.summary["count"][["images", "instances"]].groupby(level=0):
         if (lost := rows.iloc[1:].sum()) > 0.05 * rows.sum():
             lines.append(f"WARNING: {lost} of {rows.sum()} {of} are left out: see the table above.")
     for part, row in dataset_table(samples, splits, config.class_names).iterrows():
@@ -177,13 +185,11 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     earlier, is_ours = Path(config.weights).parent / "split.json", config.weights.endswith(".pt")
     seen = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
     if count := sum(name in seen for split in splits.values() for name in split["val"]):
-        lines.append(
-            f"WARNING: {count} validation images trained {config.weights}: scores too high."
-        )
+        lines.append(f"WARNING: {count} validation images trained {config.weights}: biased scores.")
     if not any(split["val"] for split in splits.values()) and config.schedule == "plateau":
         lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
     if empty := int((samples.counts[:, 1:].sum(1) == 0).sum()):
-        lines.append(f"{empty} images have no instances: they are learned as background.")
+        lines.append(f"Images without instances, learned as background: {empty}")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
         found = f"{crowded} images have more than {limit} instances, which cannot all be found"

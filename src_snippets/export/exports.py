@@ -158,12 +158,11 @@ def save_training_folder(numbers: np.ndarray, labels: np.ndarray, image: np.ndar
 
 
 def keep_corrections(folder: Path) -> None:
-    """Move exports aside, all of them, where one was changed since all were written."""
+    """Move exports aside, all of them, where one changed over a second after all were written."""
     parts, mark = (*PARTS_OF_EXPORTS, "training"), folder / ".written"
     paths = [*folder.glob("c*s.*"), *(p for part in parts for p in (folder / part).rglob("[!.]*"))]
-    files = [path.stat() for path in paths if path.is_file()]
-    latest = max((max(file.st_mtime, file.st_ctime) for file in files), default=0)
-    if latest > (mark.stat().st_ctime + 1 if mark.exists() else 0):  # s; a copy has any order
+    times = (max(p.stat().st_mtime, p.stat().st_ctime) for p in paths if p.is_file())
+    if (latest := max(times, default=0)) > (mark.stat().st_ctime + 1 if mark.exists() else 0):
         kept = folder.rename(f"{folder}-{latest:.2f}")
         print(f"{folder}: changed, or not written to its end; kept as {kept}")
 

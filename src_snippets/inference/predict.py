@@ -3,8 +3,8 @@
 # %% [markdown]
 # ### Predict
 # A validation image is predicted by the one model that was not trained on it, a test image by all
-# models together, each in every view that `tta` asks for. Out comes one `Instances`
-# for each image. Each test prediction is written to a file when it is made: a session that ends in
+# models together, each in every view that `tta` asks for. Out comes one `Instances` for each image.
+# Each test prediction is written to a file when it is made: a session that ends in
 # between goes on from there.
 
 # %%

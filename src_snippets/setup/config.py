@@ -44,7 +44,7 @@ class Config:
     folds: int = within(1, 1, 100)  # k: cross-validation with k models; 1: one split
     fold: int = within(0, 0, 100)  # train this fold only, from 1 on; 0: all of them
     split_by: str = one_of("appearance", "image")  # appearance: similar images stay on one side
-    cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of images in memory; lower in containers
+    cache_gb: float = within(4.0, 0.0, 1024.0)  # GB of decoded images kept in memory
     workers: int = within(-1, -1, 64)  # loader processes; -1: up to 4 with a GPU, else none
     grey: bool = False  # the model sees brightness only
     # Augmentation of the training part

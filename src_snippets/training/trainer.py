@@ -257,9 +257,8 @@ class TrainingState:
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.parts, self.best_model = dict(model=self.model, optimizer=optimizer), self.model
         if config.ema:  # with a warm-up, by which the first weights are soon forgotten
-            options = dict(use_warmup=True, warmup_power=0.75)
-            self.parts["ema"] = timm.utils.ModelEmaV3(self.model, config.ema, **options)
-            self.best_model = self.parts["ema"].module
+            ema = timm.utils.ModelEmaV3(self.model, config.ema, use_warmup=True, warmup_power=0.75)
+            self.parts["ema"], self.best_model = ema, ema.module
         if self.accelerator.scaler:
             self.parts["scaler"] = self.accelerator.scaler
         if state:
@@ -313,7 +312,7 @@ class TrainingState:
 
 
 # %%
-# @title Trainer: step, epoch, fit; train, which launch runs in each process
+# @title Trainer: step, epoch, fit
 class Trainer(TrainingState):
     """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
 
@@ -438,9 +437,9 @@ class Trainer(TrainingState):
         self.steps = round(self.steps * max_steps / (self.max_steps or max_steps))  # by other GPUs
         self.max_steps = self.total_steps = max_steps
         if not reason:
-            crops, factor = batch_size * accumulate * world_size(), max(self.peak_lrs) / config.lr
-            steps = f"At most {self.max_steps:,} steps of {crops} crops"
-            print(f"{steps}, lr {config.lr:g} x {factor:.2g}")  # the root of the GPUs' number
+            crops, gpus = batch_size * accumulate * world_size(), config.scale_lr * world_size()
+            lr = f"lr {config.lr:g}" + f" times the root of {gpus}" * (gpus > 1)
+            print(f"At most {self.max_steps:,} steps of {crops} crops, {lr}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
