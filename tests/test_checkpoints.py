@@ -1,5 +1,6 @@
 from dataclasses import asdict, dataclass, fields, replace
 import linecache
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -92,16 +93,31 @@ def test_checkpoints_are_written_whole(tmp_path, monkeypatch):
 
 def test_the_checkpoint_of_a_run(tmp_path):
     last = tmp_path / "last.pt"
-    assert open_run(tmp_path, resume=True) is None
+    assert open_run(tmp_path, tmp_path, resume=True) is None
     save_checkpoint(content(epoch=1), last)
-    assert open_run(tmp_path, resume=True)["epoch"] == 1
+    state = open_run(tmp_path, tmp_path, resume=True)
+    assert (state["epoch"], state["is_local"]) == (1, False)
     last.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"last\.pt: expected .*delete the file"):
-        open_run(tmp_path, resume=True)
+        open_run(tmp_path, tmp_path, resume=True)
     (tmp_path / "best.pt").touch()
     (tmp_path / "notes.txt").touch()
-    assert open_run(tmp_path, resume=False) is None
+    assert open_run(tmp_path, tmp_path, resume=False) is None
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_newer_checkpoint_of_a_run_and_its_local_disk(tmp_path):
+    folders = tmp_path / "drive", tmp_path / "local"
+    assert open_run(*folders, resume=True) is None
+    for epoch, folder in enumerate(folders, start=1):
+        save_checkpoint(content(epoch=epoch), folder / "last.pt")
+        os.utime(folder / "last.pt", (epoch, epoch))
+        state = open_run(*folders, resume=True)
+        assert (state["epoch"], state["is_local"]) == (epoch, epoch == 2)
+    os.utime(folders[0] / "last.pt", (3, 3))  # another machine went on
+    assert open_run(*folders, resume=True)["epoch"] == 1
+    assert open_run(*folders, resume=False) is None
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_checkpoints_of_an_ensemble_have_the_classes_in_this_order():

@@ -127,8 +127,9 @@ def test_every_test_image_is_predicted(images, checkpoint, models, tmp_path):
     again = predict_test([checkpoint], [], images, tmp_path, low)
     assert [len(p) for p in again.values()] == [1, 2, 0]
     assert models["calls"].pop() == (checkpoint, 0.11, True)
-    assert predict_test([checkpoint], [checkpoint], [], tmp_path, config) == {}
-    assert models["calls"][1:] == [(checkpoint, 0.11, True), (checkpoint, 0.11, False)]
+    models[extra := str(checkpoint)] = Squares()  # as a user names it
+    assert predict_test([checkpoint], [extra], [], tmp_path, config) == {}
+    assert models["calls"][1:] == [(checkpoint, 0.11, True), (extra, 0.11, False)]
 
 
 def test_prediction_goes_on_where_it_was(images, checkpoint, models, tmp_path, capsys):

@@ -2,6 +2,7 @@ import csv
 from dataclasses import replace
 import math
 import os
+import shutil
 import signal
 import time
 from types import SimpleNamespace
@@ -471,28 +472,62 @@ def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
 ):
     """A kill loses at most the epochs since: none but the best weights are written in between."""
     saved, now, really = [], [0.0], Trainer.save_last
-    monkeypatch.setattr(
-        Trainer, "save_last", lambda run: saved.append(len(run.history)) or really(run)
-    )
+
+    def save_last(run, folder):
+        saved.append((len(run.history), "own" if folder == run.folder else "local"))
+        really(run, folder)
+
+    monkeypatch.setattr(Trainer, "save_last", save_last)
     monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(trainer, "gettempdir", lambda: str(tmp_path / "local-disk"))
 
     def callback(*_):
         now[0] += 200.0
 
     config = replace(tiny_config, epochs=7, eval_every=5)
     train(config, *parts, tmp_path / "local", None, callback)
-    assert saved == [3, 5, 7]  # after 400 s, and at the two evaluations
+    assert saved == [(3, "own"), (5, "own"), (7, "own")]  # after 400 s, at the two evaluations
     saved.clear()
     train(config, *parts, tmp_path / "drive" / "run", None, callback)
-    assert saved == [7]  # at the end
-    saved.clear()
-    train(config, parts[0], [], tmp_path / "drive" / "all", None, callback)
-    assert saved == [7]  # at the end
+    assert saved == [(3, "local"), (5, "local"), (7, "local"), (7, "own")]
     now[0], saved[:] = 0.0, []
     monkeypatch.setattr(time, "time", lambda: 10 * now[0])  # 2,000 s an epoch: hourly on a Drive
     train(config, parts[0], [], tmp_path / "drive" / "slow", None, callback)
-    assert saved == [3, 5, 7]
-    assert load_checkpoint(tmp_path / "drive" / "all" / "best.pt")["history"][-1]["epoch"] == 7
+    own = [epochs for epochs, where in saved if where == "own"]
+    assert own == [3, 5, 7]
+    assert [epochs for epochs, _ in saved] == [2, 3, 4, 5, 6, 7]
+    assert load_checkpoint(tmp_path / "drive" / "slow" / "best.pt")["history"][-1]["epoch"] == 7
+
+
+def test_a_run_on_a_drive_continues_from_the_local_disk_or_without_it(
+    parts, tiny_config, tmp_path, monkeypatch
+):
+    """A killed kernel loses minutes, a lost machine an hour; what is there reaches the Drive."""
+    local, folder = tmp_path / "local-disk", tmp_path / "drive" / "run"
+    monkeypatch.setattr(trainer, "gettempdir", lambda: str(local))
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
+    epochs, stop = [], [2]
+
+    def killed(history, *_):
+        epochs.append(len(history))
+        if len(history) == stop[0]:
+            raise KeyboardInterrupt
+
+    config = replace(tiny_config, epochs=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, *parts, folder, None, killed)
+    assert not (folder / "last.pt").exists()
+    stop[0] = 4  # after the last epoch, before its checkpoint reached the Drive
+    with pytest.raises(KeyboardInterrupt):
+        train(config, *parts, folder, None, killed)
+    assert epochs == [1, 2, 3, 4]
+    assert not (folder / "last.pt").exists()
+    assert len(train(config, *parts, folder)) == 4
+    before = (folder / "last.pt").stat().st_mtime_ns
+    assert load_checkpoint(folder / "best.pt")["history"][-1]["epoch"] <= 4
+    shutil.rmtree(local)
+    assert len(train(config, *parts, folder)) == 4  # of the Drive, which is not written again
+    assert (folder / "last.pt").stat().st_mtime_ns == before
 
 
 def test_samples_do_not_depend_on_workers_and_change_with_the_epoch(parts, tiny_config):

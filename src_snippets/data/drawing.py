@@ -7,7 +7,6 @@ from pathlib import Path
 import IPython
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 import numpy as np
 from scipy import ndimage
 
@@ -67,8 +66,8 @@ def show_figure(figure: Figure, path: Path, alt: str = "", update: bool | None =
     update: False for the first and True for later versions of a display that changes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for text in figure.findobj(lambda part: isinstance(part, Text) and "$" in part.get_text()):
-        text.set_parse_math(False)  # a name, no formula
+    for text in figure.findobj(lambda part: hasattr(part, "set_parse_math")):
+        text.set_parse_math("$" not in text.get_text())  # which is in a name, no formula
     figure.savefig(path, dpi=100, bbox_inches="tight")
     if IPython.get_ipython() is not None:
         alt_text = {"alt": alt or figure.get_label()}  # alt= came with IPython 8, Colab has 7

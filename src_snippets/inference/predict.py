@@ -91,9 +91,8 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     """
     low = min(config.score_threshold, config.export_score_threshold)
     config = replace(config, score_threshold=low)
-    members = [load_trained(path, config) for path in checkpoints]
-    members += [load_trained(path, config, same=False) for path in extra_checkpoints]
     paths = [*checkpoints, *extra_checkpoints]
+    members = [load_trained(path, config, same=path in checkpoints) for path in paths]
     folder, remaining = broadcast(open_predictions, paths, images, folder, config)
     if count := len(images) - len(remaining):
         print(f"{folder}: {count} of {len(images)} images are predicted already.")

@@ -2,9 +2,7 @@
 
 # %%
 # @title Devices, precision, and processes: one fork per GPU
-from datetime import timedelta
 from functools import partial
-from io import StringIO
 import os
 import re
 import signal
@@ -14,6 +12,7 @@ import traceback
 
 import accelerate
 import IPython
+import pandas as pd
 import torch
 from torch import distributed
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -101,9 +100,9 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
         kernel.session.check_pid = False  # or bars and figures of a fork are dropped
     if on_gpu := torch.cuda.is_available():
         torch.cuda.set_device(index)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=pd.Timedelta(hours=2))
     distributed.barrier()  # one that ended sooner would look like one that failed
-    sys.stdout = sys.stdout if is_main() else StringIO()
+    sys.stdout = sys.stdout if is_main() else None  # prints nothing
     try:
         result = function(*arguments)
     except BaseException:  # loaders ignore SIGTERM, and the end of a process waits for them

@@ -80,12 +80,15 @@ def save_checkpoint(content: dict, path: Path) -> None:
             raise OSError(f"{message}the checkpoint before it is kept.") from error
 
 
-def open_run(folder: Path, resume: bool) -> dict | None:
-    """`last.pt` of a run, None where there is none; `resume=False` removes all checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in () if resume else folder.glob("*.pt"):
-        path.unlink()
-    return load_checkpoint(folder / "last.pt") if (folder / "last.pt").exists() else None
+def open_run(folder: Path, local: Path, resume: bool) -> dict | None:
+    """The newer `last.pt` of a run's folders, if any; `resume=False` removes all checkpoints."""
+    for each in (folder, local):
+        each.mkdir(parents=True, exist_ok=True)
+        for path in () if resume else each.glob("*.pt"):
+            path.unlink()
+    paths = [each / "last.pt" for each in (folder, local) if (each / "last.pt").exists()]
+    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and load_checkpoint(newest) | dict(is_local=newest.parent != folder)
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, same: bool = True) -> None:

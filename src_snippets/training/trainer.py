@@ -4,8 +4,9 @@
 # ### The training loop
 # A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
 # precision and several GPUs. The whole state goes to `last.pt` every five minutes and at
-# evaluations, the weights of the best epoch (see `best_by`) to `best.pt`. A stopped run continues
-# from there with the same draws, since those of each epoch depend on the seed and its number alone.
+# evaluations (on a Drive hourly, in between to the local disk), the weights of the best epoch (see
+# `best_by`) to `best.pt`. A stopped run continues from there with the same draws, since those of
+# each epoch depend on the seed and its number alone.
 
 # %%
 # @title Session, optimizer, learning rate, batches, memory
@@ -17,6 +18,7 @@ from math import ceil, cos, inf, isfinite, pi, sqrt
 import os
 from pathlib import Path
 import signal
+from tempfile import gettempdir
 import time
 
 import accelerate
@@ -80,11 +82,10 @@ class Session:
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer, with `lr_factors` and `layer_decay`; norms and biases do not decay."""
-    stem, body, fpn, heads = config.lr_factors
+    (stem, body, fpn, heads), net = config.lr_factors, model.backbone
     lr = config.lr * sqrt(world_size() if config.scale_lr else 1)
-    parts = [(fpn, [model.backbone.attention, model.backbone.fpn])]
-    parts.append((heads, [model.rpn, model.roi_heads]))
-    stages = backbone_stages(model.backbone.body)
+    parts = [(fpn, [net.attention, net.fpn]), (heads, [model.rpn, model.roi_heads])]
+    stages = backbone_stages(net.body)
     for depth, stage in enumerate(reversed(stages)):  # the highest stage has the whole factor
         factor = stem if depth > 0 and depth == len(stages) - 1 else body
         parts.append((factor * config.layer_decay**depth, stage))
@@ -240,8 +241,9 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
-        self.on_drive = "drive" in self.folder.resolve().parts  # of Google, whose bin fills up
-        self.saved, self.saved_epochs = time.time(), 0
+        parts = self.folder.resolve().parts  # a Drive's bin fills up: it gets one an hour
+        self.local = Path(gettempdir(), *parts[1:]) if "drive" in parts else self.folder
+        self.saved, self.kept, self.kept_epochs = time.time(), time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
         self.accelerator = accelerate.Accelerator(
@@ -250,7 +252,7 @@ class TrainingState:
             dataloader_config=accelerate.DataLoaderConfiguration(**options),
             kwargs_handlers=[accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        state = broadcast(open_run, self.folder, resume)
+        state = broadcast(open_run, self.folder, self.local, resume)
         self.model = build_model(config, state is None and is_main())
         self.model.load_state_dict(broadcast(self.model.state_dict))  # DDP leaves the buffers
         optimizer = build_optimizer(to_device(self.model), config)
@@ -269,6 +271,7 @@ class TrainingState:
                 own = {k: v for k, v in kept.items() if v.shape == weight.shape}
                 kept |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
             vars(self).update({name: state[name] for name in PROGRESS})
+            self.kept_epochs = 0 if state["is_local"] else len(self.history)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
     def statistics(self, *models) -> list[torch.Tensor]:
@@ -296,19 +299,19 @@ class TrainingState:
             pd.DataFrame(self.history).to_csv(partial, index=False)
         if is_scored and scores[-1] == max(scores):
             self.save_best()
-        wait = 3600 if self.on_drive else 0 if is_scored else SAVE_SECONDS
-        if time.time() >= self.saved + wait:
-            self.save_last()
+        if is_scored or time.time() >= self.saved + SAVE_SECONDS:
+            self.save_last(self.local if time.time() < self.kept + 3600 else self.folder)
 
-    def save_last(self) -> None:
-        """Writes `last.pt`, with all that training needs to continue."""
-        self.saved, self.saved_epochs = time.time(), len(self.history)
-        best_by = self.config.best_by
-        if best_by == "last" or not evaluation_scores(self.history, best_by):
-            self.save_best()
+    def save_last(self, folder: Path) -> None:
+        """Writes `last.pt`, all that training needs to continue; perhaps the run's `best.pt`."""
+        self.saved, best_by = time.time(), self.config.best_by
+        if folder == self.folder:
+            self.kept, self.kept_epochs = self.saved, len(self.history)
+            if best_by == "last" or not evaluation_scores(self.history, best_by):
+                self.save_best()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
-        save_checkpoint(state, self.folder / "last.pt")
+        save_checkpoint(state, folder / "last.pt")
 
 
 # %%
@@ -454,8 +457,8 @@ class Trainer(TrainingState):
                     reason = "the session ends (max_hours or SIGTERM); run again to continue"
                 if reason:
                     bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
-        if is_main() and max(start, self.saved_epochs) < len(self.history):
-            self.save_last()
+        if is_main() and self.kept_epochs < len(self.history):
+            self.save_last(self.folder)
         if self.callback and is_main() and self.history:
             self.callback(self.history, self.example, True)
         return self.history
