@@ -46,15 +46,15 @@ from src_snippets.setup.config import (
 # ### Settings: change them here
 # Leave all as it is for a first run; for a real one set `RECIPE = "best"`: 7 hours, made for a T4, not
 # measured yet (without a GPU `light`: 2 hours). An empty string, 0 or `None` takes the recipe's own
-# value. After a change run all cells from here on. Changing only settings of prediction (but `channels`
-# and `overlaps`), `gpus`, `workers` or `cache_gb` reuses the trained model; any other change trains a new
-# one and keeps the old one. Environment variables (`HW3_RECIPE`, ..) override these settings.
+# value. After a change run all cells from here on. `MAX_HOURS`, `um_per_px`, other `class_names`, `gpus`,
+# `workers`, `cache_gb` and settings of prediction (but `channels` and `overlaps`) keep the trained model; any
+# other change trains a new one and keeps the old one. Environment variables (`HW3_RECIPE`, ..) override these.
 #
 # | setting | meaning |
 # |---|---|
 # | `DATA` | folder with `train/`, or `demo`; empty: search `/kaggle/input`, `/content` and `./data` |
 # | `OUT` | folder for results; empty: `/kaggle/working`, else `./results` |
-# | `CHECKPOINTS` | paths of `best.pt` files of other runs, which join the ensemble on the test images; alone they predict a folder of images |
+# | `CHECKPOINTS` | paths of `best.pt` files: they predict where `DATA` holds images alone; with `train/` there a new model trains, and all predict the test images |
 # | `RECIPE` | empty: `baseline`, or `demo` without a dataset |
 # | `EPOCHS` | 1 to 10,000 passes over the training images; more while the validation curve rises |
 # | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
@@ -158,8 +158,8 @@ show_table(config_table(config).astype(str))
 # %% [markdown]
 # ### Read and split the images
 # Every file is read once now, so that a bad one shows before training. Images are split, not
-# cells: those of one patient or slide (`groups.csv`), or else those of similar appearance, stay on
-# one side, since otherwise the score measures how well the model remembers a slide.
+# cells: those of one patient or slide (`groups.csv`), or else, from 40 images on, those of similar
+# appearance stay on one side, since otherwise the score measures how well a slide is remembered.
 
 # %%
 from src_snippets.data.appearance import group_by_appearance
@@ -420,8 +420,8 @@ if val_samples:
 
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident
-# mistakes. If AP50 is higher left of the solid red line, lower `score_threshold`; if F1 is
-# highest elsewhere than at the dashed one, change `export_score_threshold`. Off the diagonal of the
+# mistakes. If AP50 is higher left of the solid red line, lower `score_threshold`; if F1 (at IoU 0.5) is
+# highest elsewhere than at the dashed one, move `export_score_threshold` there. Off the diagonal of the
 # confusion matrix are confused classes, missed cells and false positives.
 
 # %%

@@ -301,17 +301,21 @@ def test_stages_that_timm_does_not_name_are_one():
 
 
 @pytest.mark.parametrize("name", ["resnet10", "timm:regnety_002"])
-def test_frozen_norms_change_nothing_in_prediction(name):
-    torch.manual_seed(0)
-    plain = build_backbone(small(name)).eval()
-    torch.manual_seed(0)
-    frozen = build_backbone(small(name, norm="frozen"))
-    image = torch.rand(2, 3, 64, 64)
+def test_frozen_norms_keep_their_statistics_in_training(name):
+    backbone = build_backbone(small(name, norm="frozen"))
+    image, before = torch.rand(2, 3, 64, 64), backbone.eval().state_dict()
+    before = {key: value.clone() for key, value in before.items()}
     with torch.inference_mode():
-        for key, level in plain(image).items():
-            assert torch.allclose(frozen.eval()(image)[key], level, atol=1e-4)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.body.modules())
-    assert any(isinstance(m, nn.BatchNorm2d) for m in frozen.fpn.modules())
+        expected = backbone.body(image)
+        for level, same in zip(backbone.train().body(image), expected, strict=True):
+            assert torch.equal(level, same)
+        backbone(image)
+    state = backbone.state_dict()
+    changed = {key.split(".")[0] for key in state if not torch.equal(state[key], before[key])}
+    assert changed == {"fpn"}
+    assert {module.training for module in backbone.fpn.modules()} == {True}
+    with torch.autocast("cpu", torch.bfloat16):  # a norm of its own class would be in float32
+        assert {level.dtype for level in backbone.body(image)} == {torch.bfloat16}
 
 
 def test_an_fpn_without_norms():

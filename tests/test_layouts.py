@@ -142,6 +142,11 @@ def test_folders_and_their_mapping(tmp_path, capsys):
     assert dataset.categories == {1: "tumour", 2: "other"}
     assert dataset.test_images == [(root / "test_release" / "a.tif", 3, 10, 14)]
     assert dataset.read("b").name == "b/image.tif"
+    mapping = (root / MAPPING_NAME).rename(tmp_path / "elsewhere.json")
+    without = open_dataset(root, CONFIG)  # whose ids nobody knows
+    lost = [path for paths in without.left_out.values() for path in paths]
+    assert (without.test_images, lost) == ([], [root / "test_release" / "a.tif"])
+    mapping.rename(root / MAPPING_NAME)
     (root / MAPPING_NAME).write_text(json.dumps([ENTRY]), encoding="utf-8-sig")  # from Windows
     assert len(open_dataset(root, CONFIG).test_images) == 1
     assert capsys.readouterr().out == ""
@@ -1121,6 +1126,17 @@ def test_pairs_of_qupath(tmp_path, image, outlines):
     assert [path.name for paths in dataset.left_out.values() for path in paths] == ["alone.png"]
     (root / "groups.csv").write_text(f"name,group\n{dataset.names[0]},p\n")
     assert open_dataset(root, CONFIG).groups == {dataset.names[0]: "p"}
+
+
+def test_pairs_beside_train_are_counted_as_left_out(tmp_path):
+    root = save_images(tmp_path / "data", "train/a.tif", "images/old.tif")
+    for path in ("train/a_masks.tif", "masks/old.tif"):
+        (root / path).parent.mkdir(exist_ok=True)
+        save(root / path, IDS)
+    dataset = open_dataset(root, CONFIG)
+    assert dataset.names == ["a.tif"]
+    lost = [path for paths in dataset.left_out.values() for path in paths]
+    assert root / "images" / "old.tif" in lost
 
 
 @pytest.mark.parametrize("wrap", ["collection", "list", "one"])

@@ -472,62 +472,56 @@ def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
 ):
     """A kill loses at most the epochs since: none but the best weights are written in between."""
     saved, now, really = [], [0.0], Trainer.save_last
-
-    def save_last(run, folder):
-        saved.append((len(run.history), "own" if folder == run.folder else "local"))
-        really(run, folder)
-
-    monkeypatch.setattr(Trainer, "save_last", save_last)
+    monkeypatch.setattr(
+        Trainer, "save_last", lambda run: saved.append(len(run.history)) or really(run)
+    )
     monkeypatch.setattr(time, "time", lambda: now[0])
-    monkeypatch.setattr(trainer, "gettempdir", lambda: str(tmp_path / "local-disk"))
 
     def callback(*_):
         now[0] += 200.0
 
     config = replace(tiny_config, epochs=7, eval_every=5)
-    train(config, *parts, tmp_path / "local", None, callback)
-    assert saved == [(3, "own"), (5, "own"), (7, "own")]  # after 400 s, at the two evaluations
-    saved.clear()
-    train(config, *parts, tmp_path / "drive" / "run", None, callback)
-    assert saved == [(3, "local"), (5, "local"), (7, "local"), (7, "own")]
-    now[0], saved[:] = 0.0, []
-    monkeypatch.setattr(time, "time", lambda: 10 * now[0])  # 2,000 s an epoch: hourly on a Drive
-    train(config, parts[0], [], tmp_path / "drive" / "slow", None, callback)
-    own = [epochs for epochs, where in saved if where == "own"]
-    assert own == [3, 5, 7]
-    assert [epochs for epochs, _ in saved] == [2, 3, 4, 5, 6, 7]
-    assert load_checkpoint(tmp_path / "drive" / "slow" / "best.pt")["history"][-1]["epoch"] == 7
+    train(config, *parts, tmp_path, None, callback)
+    assert saved == [3, 5, 7]  # after 400 s, at the two evaluations
 
 
-def test_a_run_on_a_drive_continues_from_the_local_disk_or_without_it(
-    parts, tiny_config, tmp_path, monkeypatch
-):
+def test_a_run_on_a_drive_goes_to_the_local_disk_first(parts, tiny_config, tmp_path, monkeypatch):
     """A killed kernel loses minutes, a lost machine an hour; what is there reaches the Drive."""
     local, folder = tmp_path / "local-disk", tmp_path / "drive" / "run"
+    now, epochs, on_drive, stop = [0.0], [], [], [4]
     monkeypatch.setattr(trainer, "gettempdir", lambda: str(local))
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
-    epochs, stop = [], [2]
+    monkeypatch.setattr(time, "time", lambda: now[0])
 
-    def killed(history, *_):
-        epochs.append(len(history))
-        if len(history) == stop[0]:
-            raise KeyboardInterrupt
+    def saved_epochs():
+        names = {path.name for path in folder.iterdir()}
+        assert names in (set(), {"best.pt", "history.csv", "last.pt"})
+        return len(load_checkpoint(folder / "last.pt")["history"]) if names else 0
 
-    config = replace(tiny_config, epochs=4)
+    def callback(history, _, is_last):
+        if not is_last:
+            now[0] += 2000.0
+            epochs.append(len(history))
+            on_drive.append(saved_epochs())
+            if len(history) == stop[0]:
+                raise KeyboardInterrupt
+
+    config = replace(tiny_config, epochs=7, eval_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(config, *parts, folder, None, killed)
-    assert not (folder / "last.pt").exists()
-    stop[0] = 4  # after the last epoch, before its checkpoint reached the Drive
+        train(config, *parts, folder, None, callback)
+    stop[0] = 7  # after the last epoch, before it has reached the Drive
     with pytest.raises(KeyboardInterrupt):
-        train(config, *parts, folder, None, killed)
-    assert epochs == [1, 2, 3, 4]
-    assert not (folder / "last.pt").exists()
-    assert len(train(config, *parts, folder)) == 4
-    before = (folder / "last.pt").stat().st_mtime_ns
-    assert load_checkpoint(folder / "best.pt")["history"][-1]["epoch"] <= 4
+        train(config, *parts, folder, None, callback)
+    assert epochs == [1, 2, 3, 4, 5, 6, 7]
+    assert on_drive == [0, 0, 3, 3, 3, 3, 7]
+    (folder / "last.pt").unlink()
+    assert len(train(config, *parts, folder)) == saved_epochs() == 7
+    before = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
     shutil.rmtree(local)
-    assert len(train(config, *parts, folder)) == 4  # of the Drive, which is not written again
-    assert (folder / "last.pt").stat().st_mtime_ns == before
+    assert len(train(config, *parts, folder)) == 7  # of the Drive, which is not written again
+    assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == before
+    train(replace(config, epochs=1), *parts, folder, None, None, False)
+    assert saved_epochs() == 1
 
 
 def test_samples_do_not_depend_on_workers_and_change_with_the_epoch(parts, tiny_config):
@@ -746,14 +740,23 @@ def test_a_session_that_ends_is_continued_exactly(parts, tiny_config, tmp_path, 
     same_files(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_steps_of_a_cut_epoch_are_made_again_and_counted_once(parts, tiny_config, tmp_path):
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_cut_epoch_is_made_again_and_counted_once(
+    parts, tiny_config, tmp_path, monkeypatch, saved
+):
+    """Its half trained weights are not saved: the run continues from an epoch's end."""
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0 if saved else 300)
     config = replace(tiny_config, epochs=2, batch_size=2, eval_every=2)  # three steps an epoch
-    session = Short(1.0)
+    session, folder = Short(1.0), tmp_path / "cut"
     session.left = 6  # until the second step of the second epoch
-    assert len(train(config, *parts, tmp_path, session)) == 1
-    assert load_checkpoint(tmp_path / "last.pt")["steps"] == 3
-    assert len(train(config, *parts, tmp_path)) == 2
-    assert load_checkpoint(tmp_path / "last.pt")["steps"] == 6
+    assert len(train(config, *parts, folder, session)) == 1
+    assert (folder / "best.pt").exists()
+    assert (folder / "last.pt").exists() == saved
+    assert not saved or load_checkpoint(folder / "last.pt")["steps"] == 3
+    assert len(train(config, *parts, folder)) == 2
+    assert load_checkpoint(folder / "last.pt")["steps"] == 6
+    train(config, *parts, tmp_path / "whole")
+    same_files(tmp_path / "whole", folder)
 
 
 def test_with_other_gpus_the_schedule_goes_on_where_it_was(parts, tiny_config, tmp_path):

@@ -611,7 +611,8 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     test = root if layout == "images" else root / "test_release" if is_mapped else test
     test_images, test_ids = list_test_images(root, test, config.channels)
     used |= {*images, *(image.path for image in test_images)}
-    left_out = list_left_out(root, filter(None, {train, test, val}), used)
+    unread = {train, test, val, root / "images", root / "test_release"} - {None}
+    left_out = list_left_out(root, unread, used)
     groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*records])
     validation = [name for path, name in names.items() if path in own or val in path.parents]
     read = partial(read_annotated, source, records, rows, config)

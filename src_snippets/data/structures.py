@@ -130,10 +130,7 @@ def coco_annotations(instances: Mapping[int, Instances], category_ids: Iterable[
 
 
 def coco_dataset(instances, images: Iterable[tuple], categories: Mapping[int, str]) -> dict:
-    """A COCO dataset of `Instances` by image id.
-
-    images: (file name, id, height, width) each; categories: names of classes 1..C by ids to use.
-    """
+    """A COCO dataset of `Instances` by image id; images: (file name, id, height, width) each."""
     keys = ("file_name", "id", "height", "width")
     named = [dict(id=key, name=name) for key, name in categories.items()]
     records = [dict(zip(keys, image, strict=True)) for image in images]

@@ -121,10 +121,7 @@ def ap50(table: pd.DataFrame) -> float:
 
 
 def ap_interval(table: pd.DataFrame, draws: int = 500) -> tuple[float, float] | None:
-    """95% confidence interval of AP50 with other images; None for fewer than two with instances.
-
-    Source: percentile bootstrap over images, Efron 1979. Draws without instances do not count.
-    """
+    """95% CI of AP50, percentile bootstrap over images (Efron 1979); None for fewer than two."""
     if table.image[table.target >= 0].nunique() < 2:
         return None
     count = table.image.max() + 1

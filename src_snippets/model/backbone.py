@@ -148,6 +148,7 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     if config.backbone == "resnet50_v1":
         for block in (m for m in body.modules() if isinstance(m, timm.models.resnet.Bottleneck)):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-    if config.norm == "frozen":
-        body = timm.layers.freeze_batch_norm_2d(body)
+    for norm in body.modules() if config.norm == "frozen" else ():
+        if isinstance(norm, nn.BatchNorm2d):  # keeps its statistics, in training too
+            norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
     return Backbone(body, config)

@@ -54,10 +54,7 @@ def roi_align_cpu(features: Tensor, rois: Tensor, bins: int, scale: float) -> Te
 
 
 class CellRoIAlign(ops.MultiScaleRoIAlign):
-    """torchvision's RoIAlign on FPN levels "0".."3", whose strides are known from the start.
-
-    torchvision infers the strides from the first image that it gets, and wrongly from a small one.
-    """
+    """torchvision's RoIAlign with known strides; it infers them, wrongly from a small image."""
 
     def __init__(self, bins: int):
         super().__init__([str(level) for level in range(len(STRIDES))], bins, sampling_ratio=2)

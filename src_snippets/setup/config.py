@@ -34,7 +34,7 @@ def one_of(default, *others):
 class Config:
     """All settings. Lengths are image pixels unless a line says network pixels (after `scale`)."""
 
-    recipe: str = "baseline"  # the recipe these settings started from; set by make_config
+    recipe: str = "baseline"  # set by make_config; a recipe has other values than these defaults
     seed: int = within(0, 0, 2**31 - 1)  # split, initial weights, order, augmentation
     # Data
     class_names: tuple[str, ...] = ("class1", "class2", "class3", "class4")  # of class1.tif, ..
@@ -58,7 +58,7 @@ class Config:
     backbone: str = "resnet50"  # resnet10, resnet50_v1, resnet50_v2, timm:NAME (strides 4 to 32)
     weights: str = "imagenet"  # imagenet, coco (data beyond ImageNet), none, or a file
     drop_path: float = within(0.0, 0.0, 0.9)  # stochastic depth of the backbone
-    norm: str = one_of("batch", "frozen")  # batch norm of the backbone
+    norm: str = one_of("batch", "frozen")  # batch norm of the backbone; frozen: initial statistics
     attention: str = one_of("none", "se", "cbam")  # after each stage; identity at the start
     fpn_channels: int = within(256, 8, 1024)  # width of FPN and heads; coco weights need 256
     head_norm: str = one_of("batch", "none")  # in FPN and heads; none: older detectron2 weights
@@ -97,7 +97,7 @@ class Config:
     # Prediction
     score_threshold: float = within(0.05, 0.0, 1.0)  # minimum score in test-results.json
     mask_threshold: float = within(0.5, 0.0, 1.0)  # minimum probability of a mask pixel
-    box_nms: float = within(0.5, 0.0, 1.0)  # IoU threshold of NMS on boxes, by class
+    box_nms: float = within(0.5, 0.0, 1.0)  # IoU threshold of NMS on boxes of a tile, by class
     overlaps: bool = True  # False: one instance per pixel, in the ground truth too
     detections: int = within(300, 1, 20_000)  # maximum per image, and per tile
     tile: int = within(0, 0, 8192)  # px, side of tiles with half overlap; 0: whole images
@@ -143,7 +143,7 @@ RECIPES = {
     "best": BEST | dict(batch_size=4),  # a T4, one session of 9 hours
     "best_large": BEST | dict(  # a larger GPU, or several sessions
         backbone="timm:convnextv2_base.fcmae_ft_in1k", train_hours=20.0, accumulate=2,
-        drop_path=0.2, weight_decay=0.05, layer_decay=0.8,
+        drop_path=0.2, weight_decay=0.05, layer_decay=0.5,  # of the stem 0.06, as ConvNeXt-B's
     ),
     "light": BEST | dict(  # a laptop or a session without a GPU: a small backbone
         crop=256, scale_jitter=(0.8, 1.25), backbone="timm:tf_efficientnet_lite0.in1k", scale=1.5,

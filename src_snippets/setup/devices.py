@@ -3,6 +3,7 @@
 # %%
 # @title Devices, precision, and processes: one fork per GPU
 from functools import partial
+from io import StringIO
 import os
 import re
 import signal
@@ -102,7 +103,7 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
         torch.cuda.set_device(index)
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=pd.Timedelta(hours=2))
     distributed.barrier()  # one that ended sooner would look like one that failed
-    sys.stdout = sys.stdout if is_main() else None  # prints nothing
+    sys.stdout = sys.stdout if is_main() else StringIO()  # tqdm.write needs one
     try:
         result = function(*arguments)
     except BaseException:  # loaders ignore SIGTERM, and the end of a process waits for them

@@ -17,6 +17,7 @@ import inspect
 import json
 from pathlib import Path
 import re
+import shutil
 
 import torch
 from torch import nn
@@ -80,15 +81,23 @@ def save_checkpoint(content: dict, path: Path) -> None:
             raise OSError(f"{message}the checkpoint before it is kept.") from error
 
 
+def copy_newer(source: Path, target: Path) -> None:
+    """Copies files of a run that `target` lacks or has in an older version, each whole."""
+    for path in source.glob("*.[pc]*"):  # best.pt, history.csv, last.pt
+        copy = target / path.name
+        if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime:
+            with atomic_write(copy) as partial:
+                shutil.copy2(path, partial)
+
+
 def open_run(folder: Path, local: Path, resume: bool) -> dict | None:
-    """The newer `last.pt` of a run's folders, if any; `resume=False` removes all checkpoints."""
+    """`last.pt` of a run, the newer one, if any; `resume=False` removes all checkpoints."""
     for each in (folder, local):
         each.mkdir(parents=True, exist_ok=True)
         for path in () if resume else each.glob("*.pt"):
             path.unlink()
-    paths = [each / "last.pt" for each in (folder, local) if (each / "last.pt").exists()]
-    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
-    return newest and load_checkpoint(newest) | dict(is_local=newest.parent != folder)
+    copy_newer(folder, local)
+    return load_checkpoint(local / "last.pt") if (local / "last.pt").exists() else None
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, same: bool = True) -> None:

@@ -3,10 +3,10 @@
 # %% [markdown]
 # ### The training loop
 # A step is: the losses of a batch, backward, clip, update; accelerate takes care of devices, mixed
-# precision and several GPUs. The whole state goes to `last.pt` every five minutes and at
-# evaluations (on a Drive hourly, in between to the local disk), the weights of the best epoch (see
-# `best_by`) to `best.pt`. A stopped run continues from there with the same draws, since those of
-# each epoch depend on the seed and its number alone.
+# precision and several GPUs. The whole state goes to `last.pt` after an epoch, once five
+# minutes have passed, and at evaluations (on a Drive hourly, in between to the local disk), the
+# weights of the best epoch (see `best_by`) to `best.pt`. A stopped run continues from there with
+# the same draws, since those of each epoch depend on the seed and its number alone.
 
 # %%
 # @title Session, optimizer, learning rate, batches, memory
@@ -53,6 +53,7 @@ from src_snippets.setup.devices import (
 from src_snippets.setup.files import atomic_write, KAGGLE_WORKING
 from src_snippets.training.checkpoints import (
     check_same_settings,
+    copy_newer,
     open_run,
     save_checkpoint,
 )
@@ -92,20 +93,16 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = []
     for factor, modules in parts:
         weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-        groups.append(dict(params=[p for p in weights if p.ndim > 1], lr=factor * lr))
-        vectors = [p for p in weights if p.ndim <= 1]
-        groups.append(dict(params=vectors, lr=factor * lr, weight_decay=0.0))
+        for decay, is_matrix in ((config.weight_decay, True), (0.0, False)):
+            own = [p for p in weights if (p.ndim > 1) == is_matrix]
+            groups += [dict(params=own, lr=factor * lr, weight_decay=decay)] if own else []
     sgd = partial(torch.optim.SGD, momentum=0.9)
     kinds = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam, sgd=sgd)
-    groups = [group for group in groups if group["params"]]
-    return kinds[config.optimizer](groups, weight_decay=config.weight_decay, fused=True)
+    return kinds[config.optimizer](groups, fused=True)
 
 
 def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> float:
-    """The factor 0..1 of learning rates at a step out of `total`: linear warm-up, then `schedule`.
-
-    plateau: a tenth after each 3 evaluations in a row without a lower validation loss.
-    """
+    """The factor 0..1 of learning rates at a step out of `total`: linear warm-up, `schedule`."""
     warmup = min(config.warmup_steps, total // 5)
     if step < warmup:
         return (step + 1) / warmup
@@ -113,7 +110,7 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
         return 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
     losses = [row["val_loss"] for row in history if "val_loss" in row]
     factor, best, waited = 1.0, inf, 0
-    for loss in losses if config.schedule == "plateau" else []:
+    for loss in losses if config.schedule == "plateau" else []:  # 3 in a row without a lower one
         best, waited = (loss, 0) if loss < best else (best, waited + 1)
         if waited == 3:
             factor, waited = factor / 10, 0
@@ -241,9 +238,9 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
-        parts = self.folder.resolve().parts  # a Drive's bin fills up: it gets one an hour
+        parts = self.folder.resolve().parts  # a Drive's bin fills up: it gets copies, hourly
         self.local = Path(gettempdir(), *parts[1:]) if "drive" in parts else self.folder
-        self.saved, self.kept, self.kept_epochs = time.time(), time.time(), 0
+        self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
         self.accelerator = accelerate.Accelerator(
@@ -271,7 +268,6 @@ class TrainingState:
                 own = {k: v for k, v in kept.items() if v.shape == weight.shape}
                 kept |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
             vars(self).update({name: state[name] for name in PROGRESS})
-            self.kept_epochs = 0 if state["is_local"] else len(self.history)
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
     def statistics(self, *models) -> list[torch.Tensor]:
@@ -282,36 +278,35 @@ class TrainingState:
     def save_best(self) -> None:
         """Writes `best.pt`: the weights that are evaluated, with settings and history."""
         content = dict(model=self.best_model.state_dict(), history=self.history)
-        save_checkpoint(content | dict(config=asdict(self.config)), self.folder / "best.pt")
+        save_checkpoint(content | dict(config=asdict(self.config)), self.local / "best.pt")
 
     def save(self, row: dict) -> None:
-        """Adds an epoch to the history; writes `history.csv`, `last.pt`, perhaps `best.pt`.
-
-        The best epoch is the last one of the highest score, or the last where nothing is scored.
-        """
+        """Adds an epoch to the history and its files; of equal scores the last is the best."""
         # Through JSON, or equal values of a resumed run would pickle to other bytes
         self.history = json.loads(json.dumps([*self.history, row]))
         scores = evaluation_scores(self.history, self.config.best_by)
         is_scored = len(evaluation_scores([row], self.config.best_by)) > 0
         if not is_main():
             return
-        with atomic_write(self.folder / "history.csv") as partial:
+        with atomic_write(self.local / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
         if is_scored and scores[-1] == max(scores):
             self.save_best()
         if is_scored or time.time() >= self.saved + SAVE_SECONDS:
-            self.save_last(self.local if time.time() < self.kept + 3600 else self.folder)
+            self.save_last()
+        if time.time() >= self.copied + 3600:
+            self.copied = time.time()
+            copy_newer(self.local, self.folder)
 
-    def save_last(self, folder: Path) -> None:
-        """Writes `last.pt`, all that training needs to continue; perhaps the run's `best.pt`."""
-        self.saved, best_by = time.time(), self.config.best_by
-        if folder == self.folder:
-            self.kept, self.kept_epochs = self.saved, len(self.history)
-            if best_by == "last" or not evaluation_scores(self.history, best_by):
-                self.save_best()
+    def save_last(self) -> None:
+        """Writes `last.pt`, with all that training needs to continue."""
+        self.saved, self.saved_epochs = time.time(), len(self.history)
+        best_by = self.config.best_by
+        if best_by == "last" or not evaluation_scores(self.history, best_by):
+            self.save_best()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
-        save_checkpoint(state, folder / "last.pt")
+        save_checkpoint(state, self.local / "last.pt")
 
 
 # %%
@@ -371,10 +366,7 @@ class Trainer(TrainingState):
         return list(losses)
 
     def run_epoch(self, epoch: int, bar) -> None:
-        """Trains an epoch, evaluates where that is due, writes the checkpoints.
-
-        One that the session's end cuts is made again; it is `best.pt` where there is none yet.
-        """
+        """Trains an epoch, evaluates if due, saves; one cut by the session's end is made again."""
         config, start, losses = self.config, self.start, []
         limit, steps = 3600 * config.train_hours or inf, self.steps
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
@@ -397,7 +389,7 @@ class Trainer(TrainingState):
         for values in self.statistics(self.model, self.best_model):
             values.copy_(self.accelerator.reduce(values, "mean"))  # processes saw other images
         is_over = all_max(self.session.is_over())[0]
-        if is_over and is_main() and not (self.folder / "best.pt").exists():
+        if is_over and is_main() and not (self.local / "best.pt").exists():
             self.save_best()
         if is_over or not losses:  # no step, as at first where fp16's scale is too high: once more
             self.steps = steps  # or the schedule would count them twice
@@ -420,7 +412,8 @@ class Trainer(TrainingState):
 
     def fit(self) -> list[dict]:
         """Trains to the end, or the session's; epoch, lr, losses, `scale`, scores of each epoch."""
-        config, start, batch_size = self.config, len(self.history), self.config.batch_size
+        config, batch_size = self.config, self.config.batch_size
+        start = done = len(self.history)
         if reason := stop_reason(self.history, self.seconds, config):
             print(f"ALREADY TRAINED ({reason}): {self.folder} is used. RESUME = False trains anew.")
         elif start:
@@ -457,8 +450,10 @@ class Trainer(TrainingState):
                     reason = "the session ends (max_hours or SIGTERM); run again to continue"
                 if reason:
                     bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
-        if is_main() and self.kept_epochs < len(self.history):
-            self.save_last(self.folder)
+        if is_main() and max(done, self.saved_epochs) < len(self.history):
+            self.save_last()  # not where an epoch was cut, half trained
+        if is_main():
+            copy_newer(self.local, self.folder)
         if self.callback and is_main() and self.history:
             self.callback(self.history, self.example, True)
         return self.history
