@@ -48,6 +48,7 @@ def two(monkeypatch):
 
 def exchange(word):
     print("said by process", rank())
+    sys.stdout.write("")  # as older versions of tqdm.write do
     calls = []
     broadcast(calls.append, 1)
     return dict(
