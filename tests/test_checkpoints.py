@@ -98,7 +98,7 @@ def test_the_checkpoint_of_a_run(tmp_path):
     save_checkpoint(content(epoch=1), last)
     assert open_run(tmp_path, tmp_path, resume=True)["epoch"] == 1
     last.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"last\.pt: expected .*delete the file"):
+    with pytest.raises(ValueError, match=r"last\.pt: expected .*set RESUME = False"):
         open_run(tmp_path, tmp_path, resume=True)
     (tmp_path / "best.pt").touch()
     (tmp_path / "notes.txt").touch()
@@ -115,8 +115,11 @@ def test_the_newer_checkpoint_of_a_run_and_its_local_disk(tmp_path):
         assert open_run(*folders, resume=True)["epoch"] == epoch
     os.utime(folders[0] / "last.pt", (3, 3))  # another machine went on
     assert open_run(*folders, resume=True)["epoch"] == 1
+    inode = (folders[0] / "last.pt").stat().st_ino
+    (folders[1] / ".last.pt.partial").touch()  # of a kill
     copy_newer(*reversed(folders))
-    assert (folders[0] / "last.pt").stat().st_mtime == 3  # equal times, nothing to copy
+    assert [path.name for path in folders[0].iterdir()] == ["last.pt"]
+    assert (folders[0] / "last.pt").stat().st_ino == inode  # of equal times nothing is copied
     assert open_run(*folders, resume=False) is None
     assert not list(tmp_path.rglob("*.pt"))
 

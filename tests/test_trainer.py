@@ -485,43 +485,67 @@ def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
     assert saved == [3, 5, 7]  # after 400 s, at the two evaluations
 
 
-def test_a_run_on_a_drive_goes_to_the_local_disk_first(parts, tiny_config, tmp_path, monkeypatch):
-    """A killed kernel loses minutes, a lost machine an hour; what is there reaches the Drive."""
-    local, folder = tmp_path / "local-disk", tmp_path / "drive" / "run"
-    now, epochs, on_drive, stop = [0.0], [], [], [4]
+def test_a_run_on_a_drive_goes_to_the_local_disk_first(
+    parts, tiny_config, tmp_path, monkeypatch, capsys
+):
+    """A killed kernel loses minutes, a lost machine an hour; the end is that of a whole run."""
+    local, drive = tmp_path / "local-disk", tmp_path / "drive"
+    now, on_drive, epochs, folder = [0.0], [], [], drive / "run"
     monkeypatch.setattr(trainer, "gettempdir", lambda: str(local))
+    monkeypatch.setattr(trainer, "DRIVE", drive)
     monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
     monkeypatch.setattr(time, "time", lambda: now[0])
 
     def saved_epochs():
-        names = {path.name for path in folder.iterdir()}
-        assert names in (set(), {"best.pt", "history.csv", "last.pt"})
-        return len(load_checkpoint(folder / "last.pt")["history"]) if names else 0
+        if not (folder / "last.pt").exists():
+            return 0
+        return len(load_checkpoint(folder / "last.pt")["history"])
 
     def callback(history, _, is_last):
         if not is_last:
             now[0] += 2000.0
-            epochs.append(len(history))
             on_drive.append(saved_epochs())
-            if len(history) == stop[0]:
-                raise KeyboardInterrupt
+            epochs.append(len(history))
+            if epochs == [1, 2, 3, 4]:  # what is there at this time
+                shutil.copytree(drive, tmp_path / "drive-4")
+                shutil.copytree(local, tmp_path / "local-4")
 
     config = replace(tiny_config, epochs=7, eval_every=1)
-    with pytest.raises(KeyboardInterrupt):
+    train(config, *parts, folder, None, callback)
+    assert on_drive == [0, 0, 3, 3, 5, 5, 7]
+    assert saved_epochs() == 7
+    whole = drive.rename(tmp_path / "whole") / "run"
+    for kept, left in ((True, [5, 6, 7]), (False, [4, 5, 6, 7])):
+        shutil.rmtree(local, ignore_errors=True)
+        shutil.rmtree(drive, ignore_errors=True)
+        shutil.copytree(tmp_path / "drive-4", drive)
+        if kept:
+            shutil.copytree(tmp_path / "local-4", local)
+        epochs.clear()
         train(config, *parts, folder, None, callback)
-    stop[0] = 7  # after the last epoch, before it has reached the Drive
-    with pytest.raises(KeyboardInterrupt):
-        train(config, *parts, folder, None, callback)
-    assert epochs == [1, 2, 3, 4, 5, 6, 7]
-    assert on_drive == [0, 0, 3, 3, 3, 3, 7]
-    (folder / "last.pt").unlink()
-    assert len(train(config, *parts, folder)) == saved_epochs() == 7
-    before = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+        assert epochs == left
+        same_files(whole, folder)
+    files = [(path.name, path.stat().st_ino) for path in sorted(folder.iterdir())]
+    assert [name for name, _ in files] == ["best.pt", "history.csv", "last.pt"]
     shutil.rmtree(local)
-    assert len(train(config, *parts, folder)) == 7  # of the Drive, which is not written again
-    assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == before
-    train(replace(config, epochs=1), *parts, folder, None, None, False)
-    assert saved_epochs() == 1
+    assert len(train(config, *parts, folder)) == 7  # of the Drive, where nothing is replaced
+    assert [(path.name, path.stat().st_ino) for path in sorted(folder.iterdir())] == files
+
+    def fails(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "copy_newer", fails)
+        train(replace(config, epochs=1), *parts, folder, None, None, False)
+    assert "failed; the rest goes on" in capsys.readouterr().out
+    assert saved_epochs() == 0
+
+    def interrupted(history, *_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, epochs=2), *parts, folder, None, interrupted, False)
+    assert saved_epochs() == 1  # is copied
 
 
 def test_samples_do_not_depend_on_workers_and_change_with_the_epoch(parts, tiny_config):
@@ -864,7 +888,7 @@ def test_a_damaged_checkpoint_stops_and_one_that_is_gone_trains_anew(parts, tiny
     whole = train(tiny_config, *parts, tmp_path)
     last, best = tmp_path / "last.pt", (tmp_path / "best.pt").read_bytes()
     last.write_bytes(last.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"last\.pt: expected .*delete the file"):
+    with pytest.raises(ValueError, match=r"last\.pt: expected .*set RESUME = False"):
         train(tiny_config, *parts, tmp_path)
     last.unlink()
     assert train(tiny_config, *parts, tmp_path) == whole

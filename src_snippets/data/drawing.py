@@ -94,10 +94,7 @@ def plot_samples(items: list[tuple], names: tuple[str, ...]) -> Figure:
 
 
 def plot_predictions(samples: list[CellSample], predictions, wrong, names) -> Figure:
-    """Plot image, ground truth and prediction (`Instances`) side by side, a row for each sample.
-
-    wrong: indices of missed instances and of wrong predictions of each; crosses mark them.
-    """
+    """Plot image, ground truth and prediction of each sample; crosses at `wrong` ones of both."""
     heights = [min(sample.size[0] / sample.size[1], 1.5) for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
     figure.set_label("Image, ground truth and prediction side by side, cells outlined by class")

@@ -79,11 +79,9 @@ class CellSamples(Sequence):
         return self.cache.get(index) or self.dataset.read(self.names[index])
 
     def groups(self, split_by: str) -> dict[str, str]:
-        """Name -> one name of its group: the dataset's, else by appearance if `split_by` says so.
-
-        Images of equal pixels are in one group, and so are those that Roboflow made of one source.
-        """
+        """Name -> one name of its group: of equal pixels, of the dataset, else by appearance."""
         known, merged = self.dataset.groups, cluster.hierarchy.DisjointSet(self.names)
+        # Roboflow makes several of one source
         sources = [Path(n).name.split(".rf.")[0] if ".rf." in n else (n,) for n in self.names]
         columns = [self.pixels, sources, [known.get(name, (name,)) for name in self.names]]
         if split_by == "appearance" and not known:

@@ -131,10 +131,7 @@ class TrainingSet(torch.utils.data.Dataset):
         return sample
 
     def crop(self, index: int) -> CellSample:
-        """A random crop, a fraction `class_crops` of them around an instance of a random class.
-
-        Others are laid beside it, none made smaller, until it is full, but for a batch of one.
-        """
+        """A random crop, some around an instance of a random class, filled up with other images."""
         config, side, contains = self.config, self.config.crop, None
         if torch.rand(()) < config.class_crops and self.counts.any():
             label = int(torch.multinomial((self.counts.sum(0) > 0).float(), 1))

@@ -36,10 +36,7 @@ def mask_pairs(detections: Instances, truth: Instances) -> pd.DataFrame:
 
 
 def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
-    """The target of each detection as in COCOeval: IoU 0.5, best score first, then highest IoU.
-
-    Of equal scores the first, of equal IoUs the last one is taken.
-    """
+    """Targets of detections as in COCOeval: best score first, highest IoU, the last of equals."""
     keys, ascending = ["score", "detection", "iou", "target"], [False, True, False, False]
     pairs = pairs[pairs.iou >= 0.5].sort_values(keys, ascending=ascending)
     match, used = {}, set()

@@ -45,10 +45,7 @@ UM_PER_UNIT |= dict(nm=1e-3, mm=1e3, cm=1e4, inch=25400.0)
 
 
 def read_pixel_size(path: Path) -> float:
-    """Micrometres per pixel by a TIFF's OME, ImageJ or resolution tags; 0 without, or not 0.01..10.
-
-    Screens and printers leave 72 or 300 pixels per inch in files, which are 353 and 85 um.
-    """
+    """Micrometres per pixel by a TIFF's OME, ImageJ or resolution tags, 0.01..10; else 0."""
     with suppress(Exception), TiffFile(path) as tif:  # of any kind: the image itself is readable
         sides = [1 / r if r else 0 for r in tif.pages.first.resolution]
         unit = {2: "inch", 3: "cm"}.get(tif.pages.first.resolutionunit, "")
@@ -62,7 +59,7 @@ def read_pixel_size(path: Path) -> float:
         size = sides[0] * UM_PER_UNIT[unit]
         if 0.01 <= size <= 10 and abs(sides[0] - sides[1]) < 0.01 * sides[0]:
             return size
-    return 0.0
+    return 0.0  # screens and printers leave 72 or 300 per inch, which are 353 and 85 um
 
 
 def measure_cells(numbers: np.ndarray, values: np.ndarray, um_per_px: float) -> pd.DataFrame:

@@ -51,10 +51,7 @@ def environment_table(gpu: str) -> pd.DataFrame:
 
 
 def write_report(path: Path, title: str, notes: list[str], tables: dict, since=0.0) -> None:
-    """Write the report, with figures from `figures` and links to `exports`, folders beside `path`.
-
-    notes: lines of text; tables: by heading, or None; figures written before `since` stay out.
-    """
+    """Write notes, tables by heading, `figures` of `since` on, links to `exports` beside `path`."""
     options = dict(border=0, na_rep="-", float_format="{:.3f}".format)
     tables = {name: t.to_html(**options) for name, t in tables.items() if t is not None}
     figures = []

@@ -112,7 +112,7 @@ def with_model_settings(config: Config, changes: Mapping) -> Config:
 def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bool = False) -> None:
     """Loads a state dict that fits, or with `new_classes` all but `CLASS_LAYERS`; ValueError."""
     own, new = ({k: v.shape for k, v in side.items()} for side in (model.state_dict(), state))
-    # Frozen norms do not count batches
+    # Norms of detectron2 do not count batches
     differ = sorted({k for k, _ in own.items() ^ new.items() if "num_batches" not in k})
     wrong = [name for name in differ if not (new_classes and name.startswith(CLASS_LAYERS))]
     found = f"The weights do not fit the model: {len(wrong)} parameters, such as {wrong[:3]}, are"

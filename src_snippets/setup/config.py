@@ -140,7 +140,7 @@ RECIPES = {
         folds=5, crop=1024, scale_jitter=(0.1, 2.0), optimizer="adam", schedule="cosine",
         lr_factors=(0.1, 0.3, 1.0, 1.0), weight_decay=0.0,
     ),
-    "best": BEST | dict(batch_size=4),  # a T4, one session of 9 hours
+    "best": BEST | dict(batch_size=4, norm="frozen"),  # a T4, one session of 9 hours
     "best_large": BEST | dict(  # a larger GPU, or several sessions
         backbone="timm:convnextv2_base.fcmae_ft_in1k", train_hours=20.0, accumulate=2,
         drop_path=0.2, weight_decay=0.05, layer_decay=0.5,  # of the stem 0.06, as ConvNeXt-B's

@@ -17,6 +17,7 @@ import torch
 from src_snippets.setup.config import BadInput, change_config, Config, require
 
 KAGGLE_WORKING = Path("/kaggle/working")  # exists on Kaggle, whose sessions keep what is in it
+DRIVE = Path("/content/drive")  # where Colab mounts a Google Drive
 FREE_SETTINGS = ("cache_gb", "workers", "gpus", "max_hours", "fold", "class_names")
 FREE_SETTINGS += ("um_per_px", "export_score_threshold")  # no new predictions
 PREDICTION_SETTINGS = ("channels", "score_threshold", "mask_threshold", "box_nms", "detections")
@@ -74,7 +75,9 @@ def load_checkpoint(path: Path) -> dict:
         return state | dict(model=state["model"], config=Config(**state["config"]))  # or KeyError
     except Exception as error:  # of many types; each means a file that cannot be used
         found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
-        raise BadInput(f"{found}. Correct the path; in a run's folder delete the file.") from error
+        raise BadInput(
+            f"{found}. Correct the path; for a run of OUT set RESUME = False."
+        ) from error
 
 
 def saved_config(path: Path, changes: Mapping) -> Config:

@@ -82,8 +82,8 @@ def save_checkpoint(content: dict, path: Path) -> None:
 
 
 def copy_newer(source: Path, target: Path) -> None:
-    """Copies files of a run that `target` lacks or has in an older version, each whole."""
-    for path in source.glob("*.[pc]*"):  # best.pt, history.csv, last.pt
+    """Copies files of a run that `target` lacks or has in an older version, `last.pt` last."""
+    for path in sorted(source.glob("[!.]*.[pc]*")):  # best.pt, history.csv, last.pt
         copy = target / path.name
         if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime:
             with atomic_write(copy) as partial:

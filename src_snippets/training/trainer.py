@@ -50,7 +50,7 @@ from src_snippets.setup.devices import (
     rank_indices,
     world_size,
 )
-from src_snippets.setup.files import atomic_write, KAGGLE_WORKING
+from src_snippets.setup.files import atomic_write, DRIVE, KAGGLE_WORKING, keep_going
 from src_snippets.training.checkpoints import (
     check_same_settings,
     copy_newer,
@@ -228,7 +228,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
 
 
 MAX_BAD_STEPS = 10  # in a row
-SAVE_SECONDS = 300  # at most between two `last.pt`; evaluations and the end write it too
+SAVE_SECONDS = 300  # at most between two `last.pt`; evaluations and the last epoch write it too
 PROGRESS = ("history", "steps", "max_steps", "seconds")  # in last.pt
 
 
@@ -238,8 +238,9 @@ class TrainingState:
     def __init__(self, config: Config, folder: Path, resume: bool):
         self.config, self.folder = config, Path(folder)
         self.history, self.steps, self.max_steps, self.seconds = [], 0, 0, 0.0
-        parts = self.folder.resolve().parts  # a Drive's bin fills up: it gets copies, hourly
-        self.local = Path(gettempdir(), *parts[1:]) if "drive" in parts else self.folder
+        path = self.folder.resolve()  # a Drive's bin fills up: it gets copies, hourly
+        is_on_drive, local = path.is_relative_to(DRIVE), Path(gettempdir(), *path.parts[1:])
+        self.local = local if is_on_drive else self.folder
         self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
@@ -295,8 +296,14 @@ class TrainingState:
         if is_scored or time.time() >= self.saved + SAVE_SECONDS:
             self.save_last()
         if time.time() >= self.copied + 3600:
-            self.copied = time.time()
-            copy_newer(self.local, self.folder)
+            self.copy_out()
+
+    def copy_out(self) -> None:
+        """Copies what is newer on the local disk, if it is another one; shows an error, goes on."""
+        self.copied = time.time()
+        with keep_going(f"The copy of {self.local} to {self.folder}"):
+            if is_main():
+                copy_newer(self.local, self.folder)
 
     def save_last(self) -> None:
         """Writes `last.pt`, with all that training needs to continue."""
@@ -439,21 +446,22 @@ class Trainer(TrainingState):
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
-        with self.session.listen(), bar:
-            while not reason:
-                done = len(self.history)
-                self.run_epoch(done + 1, bar)
-                if self.callback and is_main() and len(self.history) > done:
-                    self.callback(self.history, self.example, False)
-                reason = stop_reason(self.history, self.seconds, config)
-                if not reason and all_max(self.session.is_over())[0]:
-                    reason = "the session ends (max_hours or SIGTERM); run again to continue"
-                if reason:
-                    bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
-        if is_main() and max(done, self.saved_epochs) < len(self.history):
-            self.save_last()  # not where an epoch was cut, half trained
-        if is_main():
-            copy_newer(self.local, self.folder)
+        try:
+            with self.session.listen(), bar:
+                while not reason:
+                    done = len(self.history)
+                    self.run_epoch(done + 1, bar)
+                    if self.callback and is_main() and len(self.history) > done:
+                        self.callback(self.history, self.example, False)
+                    reason = stop_reason(self.history, self.seconds, config)
+                    if not reason and all_max(self.session.is_over())[0]:
+                        reason = "the session ends (max_hours or SIGTERM); run again to continue"
+                    if reason:
+                        bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
+            if is_main() and max(done, self.saved_epochs) < len(self.history):
+                self.save_last()  # not where an epoch was cut, half trained
+        finally:  # after an error too
+            self.copy_out()
         if self.callback and is_main() and self.history:
             self.callback(self.history, self.example, True)
         return self.history
