@@ -314,6 +314,9 @@ def test_frozen_norms_keep_their_statistics_in_training(name):
     changed = {key.split(".")[0] for key in state if not torch.equal(state[key], before[key])}
     assert changed == {"fpn"}
     assert {module.training for module in backbone.fpn.modules()} == {True}
+    norms = [module for module in backbone.body.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert not any(weight.requires_grad for norm in norms for weight in norm.parameters())
+    assert any(weight.requires_grad for weight in backbone.body.parameters())
     with torch.autocast("cpu", torch.bfloat16):  # a norm of its own class would be in float32
         assert {level.dtype for level in backbone.body(image)} == {torch.bfloat16}
 

@@ -24,6 +24,7 @@ from tests.benchmarks.cases import (
     padding,
     pooling,
     step_layout,
+    step_norms,
     training,
 )
 from tests.benchmarks.run import as_row, CASES, find_case, growth_cases, plot_growth, run_case
@@ -126,6 +127,7 @@ def test_whole_loops(side):
     assert training(side, "cpu", times=1)()["images/s"] > 0
     assert 0 < inference(side, "cpu", step=60, detections=20)()["detections"] <= 40
     step_layout(side, "cpu")()
+    step_norms(side, "cpu", "timm")()
 
 
 def test_padding_is_counted():

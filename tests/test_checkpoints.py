@@ -98,7 +98,7 @@ def test_the_checkpoint_of_a_run(tmp_path):
     save_checkpoint(content(epoch=1), last)
     assert open_run(tmp_path, tmp_path, resume=True)["epoch"] == 1
     last.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"last\.pt: expected .*set RESUME = False"):
+    with pytest.raises(ValueError, match=r"last\.pt: expected .*in OUT set RESUME = False"):
         open_run(tmp_path, tmp_path, resume=True)
     (tmp_path / "best.pt").touch()
     (tmp_path / "notes.txt").touch()

@@ -888,7 +888,7 @@ def test_a_damaged_checkpoint_stops_and_one_that_is_gone_trains_anew(parts, tiny
     whole = train(tiny_config, *parts, tmp_path)
     last, best = tmp_path / "last.pt", (tmp_path / "best.pt").read_bytes()
     last.write_bytes(last.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"last\.pt: expected .*set RESUME = False"):
+    with pytest.raises(ValueError, match=r"last\.pt: expected .*in OUT set RESUME = False"):
         train(tiny_config, *parts, tmp_path)
     last.unlink()
     assert train(tiny_config, *parts, tmp_path) == whole

@@ -36,7 +36,7 @@ def mask_pairs(detections: Instances, truth: Instances) -> pd.DataFrame:
 
 
 def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
-    """Targets of detections as in COCOeval: best score first, highest IoU, the last of equals."""
+    """Targets of detections as in COCOeval: IoU 0.5, best score, highest IoU, last of equals."""
     keys, ascending = ["score", "detection", "iou", "target"], [False, True, False, False]
     pairs = pairs[pairs.iou >= 0.5].sort_values(keys, ascending=ascending)
     match, used = {}, set()
@@ -118,7 +118,7 @@ def ap50(table: pd.DataFrame) -> float:
 
 
 def ap_interval(table: pd.DataFrame, draws: int = 500) -> tuple[float, float] | None:
-    """95% CI of AP50, percentile bootstrap over images (Efron 1979); None for fewer than two."""
+    """95% CI of AP50 by bootstrap over images (Efron 1979); None: fewer than two have instances."""
     if table.image[table.target >= 0].nunique() < 2:
         return None
     count = table.image.max() + 1

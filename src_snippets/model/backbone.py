@@ -149,6 +149,7 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
         for block in (m for m in body.modules() if isinstance(m, timm.models.resnet.Bottleneck)):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
     for norm in body.modules() if config.norm == "frozen" else ():
-        if isinstance(norm, nn.BatchNorm2d):  # keeps its statistics, in training too
-            norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None)
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.requires_grad_(False)
+            norm.register_forward_pre_hook(lambda norm, _: setattr(norm, "training", False))
     return Backbone(body, config)

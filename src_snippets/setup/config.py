@@ -58,7 +58,7 @@ class Config:
     backbone: str = "resnet50"  # resnet10, resnet50_v1, resnet50_v2, timm:NAME (strides 4 to 32)
     weights: str = "imagenet"  # imagenet, coco (data beyond ImageNet), none, or a file
     drop_path: float = within(0.0, 0.0, 0.9)  # stochastic depth of the backbone
-    norm: str = one_of("batch", "frozen")  # batch norm of the backbone; frozen: initial statistics
+    norm: str = one_of("batch", "frozen")  # batch norm of the backbone; frozen: as in its weights
     attention: str = one_of("none", "se", "cbam")  # after each stage; identity at the start
     fpn_channels: int = within(256, 8, 1024)  # width of FPN and heads; coco weights need 256
     head_norm: str = one_of("batch", "none")  # in FPN and heads; none: older detectron2 weights

@@ -291,7 +291,7 @@ class TrainingState:
             return
         with atomic_write(self.local / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
-        if is_scored and scores[-1] == max(scores):
+        if is_scored and self.config.best_by != "last" and scores[-1] == max(scores):
             self.save_best()
         if is_scored or time.time() >= self.saved + SAVE_SECONDS:
             self.save_last()
@@ -446,22 +446,19 @@ class Trainer(TrainingState):
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.start = time.perf_counter() - self.seconds
-        try:
-            with self.session.listen(), bar:
-                while not reason:
-                    done = len(self.history)
-                    self.run_epoch(done + 1, bar)
-                    if self.callback and is_main() and len(self.history) > done:
-                        self.callback(self.history, self.example, False)
-                    reason = stop_reason(self.history, self.seconds, config)
-                    if not reason and all_max(self.session.is_over())[0]:
-                        reason = "the session ends (max_hours or SIGTERM); run again to continue"
-                    if reason:
-                        bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
-            if is_main() and max(done, self.saved_epochs) < len(self.history):
-                self.save_last()  # not where an epoch was cut, half trained
-        finally:  # after an error too
-            self.copy_out()
+        with self.session.listen(), bar:
+            while not reason:
+                done = len(self.history)
+                self.run_epoch(done + 1, bar)
+                if self.callback and is_main() and len(self.history) > done:
+                    self.callback(self.history, self.example, False)
+                reason = stop_reason(self.history, self.seconds, config)
+                if not reason and all_max(self.session.is_over())[0]:
+                    reason = "the session ends (max_hours or SIGTERM); run again to continue"
+                if reason:
+                    bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
+        if is_main() and max(done, self.saved_epochs) < len(self.history):
+            self.save_last()  # not where an epoch was cut, half trained
         if self.callback and is_main() and self.history:
             self.callback(self.history, self.example, True)
         return self.history
@@ -471,6 +468,10 @@ class Trainer(TrainingState):
 # @title train, which launch runs in each process
 def train(*arguments) -> list[dict]:
     """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
-    history = Trainer(*arguments).fit()
-    free_memory()
-    return history
+    run = Trainer(*arguments)
+    try:
+        return run.fit()
+    finally:  # after an error too
+        run.copy_out()
+        del run
+        free_memory()

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 import pycocotools.mask
 import tifffile
+import timm
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -47,7 +48,7 @@ from src_snippets.model.heads import BlockMatcher, sample_mask_targets
 from src_snippets.model.mask_rcnn import build_model, InputTransform, to_device
 from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import Config, make_config
-from src_snippets.setup.devices import choose_precision
+from src_snippets.setup.devices import autocast_for, choose_precision
 from src_snippets.training.metrics import average_precision
 from src_snippets.training.trainer import build_optimizer, Trainer, training_loader
 from tests.conftest import (
@@ -520,9 +521,8 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
 # A single choice: here `baseline` is ours without it
 
 
-def step_layout(side: str, device: str) -> Callable:
-    """Four training steps on a batch of the real image, with and without our layout and AdamW."""
-    config = benchmark_config(device)
+def training_steps(config: Config, device: str, change: Callable) -> Callable:
+    """Four training steps on a batch of the real image; `change` gives model and optimizer."""
     samples = TrainingSet([read_cell_folder(real_folder(), 4)] * config.batch_size, config)
     torch.manual_seed(0)
     images, targets = collate([samples[index] for index in range(len(samples))])
@@ -530,22 +530,46 @@ def step_layout(side: str, device: str) -> Callable:
         del target["name"]
     images, targets = send_to_device((images, targets), device)
     model = to_device(build_model(config))
-    optimizer = build_optimizer(model, config)
-    if side == "baseline":
-        model = model.to(memory_format=torch.contiguous_format)
-        model.transform.batch_images = super(InputTransform, model.transform).batch_images
-        optimizer = torch.optim.AdamW(optimizer.param_groups)
-        for group in optimizer.param_groups:
-            group["fused"] = None
-    model.train()
+    model, optimizer = change(model.train(), build_optimizer(model, config))
 
     def work():
         for _ in range(4):
             optimizer.zero_grad()
-            sum(model(images, targets).values()).backward()
+            with autocast_for(config, torch.device(device)):
+                losses = model(images, targets)
+            sum(losses.values()).backward()
             optimizer.step()
 
     return work
+
+
+def step_layout(side: str, device: str) -> Callable:
+    """`training_steps` with and without our layout and AdamW."""
+
+    def change(model, optimizer):
+        if side == "baseline":
+            model = model.to(memory_format=torch.contiguous_format)
+            model.transform.batch_images = super(InputTransform, model.transform).batch_images
+            optimizer = torch.optim.AdamW(optimizer.param_groups)
+            for group in optimizer.param_groups:
+                group["fused"] = None
+        return model, optimizer
+
+    return training_steps(benchmark_config(device, precision="no"), device, change)
+
+
+def step_norms(side: str, device: str, baseline: str) -> Callable:
+    """`training_steps` of recipe `light` with frozen norms; baseline: "live" or those of "timm"."""
+
+    def change(model, optimizer):
+        if side == "baseline" and baseline == "timm":
+            model.backbone.body = timm.layers.freeze_batch_norm_2d(model.backbone.body)
+        return model, optimizer
+
+    norm = "batch" if side == "baseline" else "frozen"
+    precision = "bf16" if device == "cpu" else "auto"
+    config = make_config("light", weights="none", precision=precision, norm=norm)
+    return training_steps(config, device, change)
 
 
 # How cost grows

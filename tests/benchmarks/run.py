@@ -68,6 +68,10 @@ CASES = {
     "training epoch, 161 instances per image": Case("training", dict(times=1)),
     "training epoch, 644 instances per image": Case("training", dict(times=2), quick=False),
     "4 training steps; baseline: contiguous layout, AdamW's default": Case("step_layout"),
+    "4 steps of `light`, frozen norms; baseline: live ones": Case(
+        "step_norms", dict(baseline="live")
+    ),
+    "4 steps of `light`, frozen norms; baseline: timm's": Case("step_norms", dict(baseline="timm")),
     "every 20th image of the test set to JSON": Case("inference", dict(step=20, detections=200)),
     "the test set of 101 images to JSON": Case(
         "inference", dict(step=1, detections=200), quick=False
