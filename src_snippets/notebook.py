@@ -279,7 +279,7 @@ from src_snippets.training.checkpoints import (
 from src_snippets.training.history import LiveHistory
 
 # %%
-from src_snippets.training.trainer import Session, train, Trainer
+from src_snippets.training.trainer import launch_training, Session, Trainer
 
 # %% [markdown]
 # ### Train
@@ -311,7 +311,7 @@ for fold, folder in folders.items():
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
     parts = [subset(samples, names) for names in splits[fold].values()]
     with session.listen():
-        history = launch(config, train, config, *parts, folder, session, live, RESUME)
+        history = launch_training(config, *parts, folder, session, live, RESUME)
     if history or not runs:  # one that is cut in its first epoch would spoil the ensemble
         runs[fold] = folder
 
@@ -452,8 +452,8 @@ from src_snippets.export.report import environment_table, write_report
 records, to_export = dataset.test_images, above
 if not records:
     records = [ImageRecord(s.path, k, *s.size) for k, s in enumerate(val_samples, start=1)]
-    confident = [p.above(config.export_score_threshold) for p in val_predictions]
-    to_export = dict(enumerate(confident, start=1))
+    low = config.export_score_threshold
+    to_export = {k: p.above(low) for k, p in enumerate(val_predictions, start=1)}
 names = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
 

@@ -38,7 +38,7 @@ from src_snippets.setup.devices import (
     is_out_of_memory,
     launch,
 )
-from src_snippets.training.trainer import Session, train
+from src_snippets.training.trainer import launch_training, Session, train
 from tests.benchmarks.cases import baseline_model, grid_sample, new_trainer
 from tests.benchmarks.recipes import seconds
 
@@ -233,7 +233,7 @@ def scarce_memory(samples, gigabytes: float, **changes) -> Iterator[tuple]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = recipe_config("baseline", batch_size=16, **changes | dict(epochs=1))
-            history = train(config, samples * 8, [], Path(folder))
+            history = launch_training(config, samples * 8, [], Path(folder), None, None, True)
             yield f"training with {gigabytes:g} GB", f"loss {history[-1]['loss']:.3f}"
         model = to_device(build_model(config))
         found = detect(
@@ -284,8 +284,8 @@ def main() -> None:
             partial(depthwise, 384, 64, 20),
             partial(training_speed, samples, RECIPES, BATCH_SIZES, 5),
             partial(operators, samples, RECIPES[:2]),
-            partial(precisions, small, 6),
-            partial(resume, small, 4),
+            partial(precisions, small, 6, workers=2),
+            partial(resume, small, 4, workers=2),
             partial(prediction, samples, RECIPES, 3),
             partial(scarce_memory, samples, 4.0, crop=256),
         ]

@@ -362,5 +362,6 @@ def test_which_errors_say_that_memory_is_full():
     texts += ["GET was unable to find an engine to execute this computation"]
     assert all(is_out_of_memory(RuntimeError(text)) for text in texts)
     assert is_out_of_memory(torch.OutOfMemoryError(""))
+    assert is_out_of_memory(ProcessRaisedException("CUDA out of memory", 0, 1))
     others = [RuntimeError("shapes differ"), MemoryError("out of memory"), BadInput("no memory")]
     assert not any(is_out_of_memory(error) for error in others)

@@ -12,7 +12,7 @@ from src_snippets.inference.predict import predict_image
 from src_snippets.model.mask_rcnn import build_model, to_device
 from src_snippets.setup.config import make_config
 from src_snippets.training.checkpoints import load_checkpoint, load_trained
-from src_snippets.training.trainer import Session, train
+from src_snippets.training.trainer import launch_training, Session, train
 from tests import gpu
 from tests.benchmarks.cases import grid_sample
 from tests.conftest import field_of_cells
@@ -123,7 +123,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", full)
     with pretended_gpu():
-        train(config, samples, [], tmp_path)
+        launch_training(config, samples, [], tmp_path, None, None, True)
     assert "batch_size=1, accumulate=2" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "last.pt")["steps"] == 2
     assert len(calls) == 2 + 4

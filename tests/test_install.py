@@ -72,7 +72,7 @@ raise RuntimeError("CUDA error: no kernel image is available\\nCompile with TORC
         check_gpu()
 
 
-def test_a_depthwise_convolution_in_fp16_is_tried_forward_and_backward(monkeypatch):
+def test_a_depthwise_convolution_in_fp16_is_tried_forward_and_backward(monkeypatch, capsys):
     """What ConvNeXt needs and some cards cannot do; here on the CPU, with what it ran noted."""
     layers = []
 
@@ -82,13 +82,14 @@ def test_a_depthwise_convolution_in_fp16_is_tried_forward_and_backward(monkeypat
             layers.append(self)
 
     monkeypatch.setattr(torch.nn, "Conv2d", Watched)
-    monkeypatch.setattr(torch.nn.Module, "cuda", lambda layer: layer)
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda values: values)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    used = []
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda layer, index: used.append(index) or layer)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda values, index: values)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
     exec(install.GPU_CHECK, {})
-    layer, _ = layers  # the other one takes cuDNN
+    assert (used, capsys.readouterr().out) == ([0, 1], "card 0, card 1\n")  # each one
+    layer = layers[0]  # the other one takes cuDNN
     assert (layer.kernel_size, layer.groups, layer.in_channels) == ((7, 7), 8, 8)
     assert layer.weight.grad.dtype == torch.float16
     assert layer.weight.grad.abs().sum() > 0
@@ -104,5 +105,6 @@ def test_the_gpu_is_named_and_this_process_leaves_it_alone(monkeypatch, capsys):
     assert (has_torch, checked) == (False, "1")
     absent = "none; to choose one: Settings > Accelerator (Kaggle), Runtime (Colab)"
     assert told == f"GPU: {name or absent}"
-    monkeypatch.setattr(install, "GPU_CHECK", "print('Tesla T4 x2')")
-    assert (check_gpu(), capsys.readouterr().out) == ("Tesla T4 x2", "GPU: Tesla T4 x2\n")
+    monkeypatch.setattr(install, "GPU_CHECK", "print('Tesla T4, Tesla T4')")
+    names = "Tesla T4, Tesla T4"
+    assert (check_gpu(), capsys.readouterr().out) == (names, f"GPU: {names}\n")

@@ -175,7 +175,7 @@ def test_fine_tuning_takes_over_the_settings_of_the_model(tmp_path, capsys):
     assert "'anchor_sizes': (4, 8, 16, 32, 64)" in capsys.readouterr().out
     for weights in ("none", "imagenet", str(tmp_path / "no.pt")):
         config = make_config("demo", weights=weights)
-        assert with_model_settings(config, {}) is config
+        assert with_model_settings(config, {}) == config
     torch.save({"a": torch.zeros(1)}, path)  # no checkpoint of ours
     config = make_config("demo", weights=str(path))
     assert with_model_settings(config, {}) == config

@@ -23,13 +23,14 @@ from src_snippets.training.trainer import (
     build_optimizer,
     evaluate,
     evaluation_scores,
-    fit_memory,
+    launch_training,
     lr_factor,
     Session,
     stop_reason,
     train,
     Trainer,
     training_loader,
+    try_step,
     validation_loss,
 )
 from tests.conftest import empty_sample, field_of_cells
@@ -633,59 +634,115 @@ def test_the_loader_leaves_no_lonely_batch(tiny_config, parts):
 # Memory
 
 
-def short_of_memory(model, limit, text="CUDA out of memory"):
-    """Lets the model fail for batches above a limit."""
-    really, sizes = model.forward, []
-
-    def forward(images, targets=None):
-        sizes.append((len(images), *images[0].shape))
-        losses = really(images, targets)
-        if len(images) > limit:
-            raise RuntimeError(text)
-        return losses
-
-    model.forward = forward
-    return sizes
-
-
-@pytest.mark.parametrize("text", ["CUDA out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
-def test_a_trial_step_halves_the_batch(tiny_config, text):
-    model, config = build_model(tiny_config), replace(tiny_config, batch_size=8)
+def test_a_trial_step_leaves_all_as_it_was(tiny_config):
+    model, sizes = build_model(tiny_config), []
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    sizes, state = short_of_memory(model, 2, text), torch.get_rng_state()
-    assert fit_memory(model, config, 2) == 2
-    assert sizes == [(8, 3, 64, 64), (4, 3, 64, 64), (2, 3, 64, 64)]
+    really, state = model.forward, torch.get_rng_state()
+    model.forward = lambda *batch: (
+        sizes.append((len(batch[0]), *batch[0][0].shape)) or really(*batch)
+    )
+    try_step(model, tiny_config, 4, 2)
+    assert sizes == [(4, 3, 64, 64)]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_memory_for_no_crop_and_other_errors_stop(tiny_config):
-    model = build_model(tiny_config)
-    short_of_memory(model, 0)
-    with pytest.raises(RuntimeError, match="not suffice for one crop: lower crop"):
-        fit_memory(model, tiny_config, 0)
-    model = build_model(tiny_config)
-    short_of_memory(model, 0, "shapes differ")
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        fit_memory(model, tiny_config, 0)
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that training waits, none of which pass."""
+    seconds = []
+    fake = SimpleNamespace(**vars(time) | dict(sleep=seconds.append))
+    monkeypatch.setattr(trainer, "time", fake)
+    return seconds
 
 
-def test_a_smaller_batch_is_made_up_for(parts, tiny_config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("text", ["CUDA out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
+def test_a_trial_step_that_does_not_fit_halves_the_batch(
+    parts, tiny_config, tmp_path, monkeypatch, waits, capsys, text
+):
+    monkeypatch.setattr(trainer, "default_device", lambda: SimpleNamespace(type="cuda"))
+    fractions, tried = [], []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+
+    def try_step(model, config, batch_size, copies):
+        tried.append((batch_size, copies))
+        if batch_size > 1:
+            raise RuntimeError(text)
+
+    monkeypatch.setattr(trainer, "try_step", try_step)
+    config = replace(tiny_config, epochs=1, batch_size=4, workers=0)
+    history = launch_training(config, parts[0], [], tmp_path, None, None, True)
+    assert (len(history), tried) == (1, [(4, 3), (2, 3), (1, 3)])
+    assert fractions == [0.85, 0.85, 0.85, 0.95]  # the trial has less memory than training
+    out = capsys.readouterr().out
+    assert out.count("half the batch, from the last checkpoint on") == len(waits) == 2
+    assert "batch_size=1, accumulate=4" in out
+    assert load_checkpoint(tmp_path / "last.pt")["steps"] == 2
+
+
+def test_a_run_that_continues_has_its_optimizers_values(parts, tiny_config, tmp_path, monkeypatch):
     config = replace(tiny_config, epochs=1, batch_size=2, workers=0)
     run = Trainer(config, parts[0], [], tmp_path)
     monkeypatch.setattr(trainer, "default_device", lambda: SimpleNamespace(type="cuda"))
-    fractions = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda _: None)
     copies = []
-    monkeypatch.setattr(trainer, "fit_memory", lambda *call: copies.append(call[-1]) or 1)
+    monkeypatch.setattr(trainer, "try_step", lambda *call: copies.append(call[-1]))
     run.fit()
-    assert "batch_size=1, accumulate=2" in capsys.readouterr().out
-    assert run.steps == 3
     run.config = replace(config, epochs=2)
     run.fit()
-    assert copies == [3, 1]  # a run that continues has its optimizer's values
-    assert fractions == [0.85, 0.95] * 2  # the trial has less memory than training
+    assert copies == [3, 1]
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_training_goes_on_with_half_the_batch_where_memory_gets_full(
+    parts, tiny_config, tmp_path, monkeypatch, saved_each_epoch, waits, capfd, gpus
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)  # the processes find none
+    really = Trainer.step
+
+    def step(self, images, targets):
+        if len(images) > 1 and len(self.history) == 1 and rank() == gpus - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return really(self, images, targets)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = replace(tiny_config, epochs=3, batch_size=2, workers=0)
+    (tmp_path / "last.pt").write_bytes(b"of an earlier run, which is not resumed")
+    history = launch_training(config, *parts, tmp_path, None, None, False)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert state["config"].batch_size == 2
+    assert state["steps"] == (9 if gpus == 1 else 6)  # as many updates as without the error
+    out = capfd.readouterr().out
+    assert out.count("half the batch, from the last checkpoint on") == 1
+    assert waits == [10]  # until the memory of what was killed is free
+    assert "batch_size=1, accumulate=2 from now on" in out
+    assert f"{tmp_path}: 1 of 3 epochs are done" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "sizes"),
+    [
+        (torch.OutOfMemoryError(""), "not suffice for one crop: lower crop", [2, 1]),
+        (ValueError("shapes differ"), "shapes differ", [2]),
+    ],
+)
+def test_memory_for_no_crop_and_other_errors_end_training(
+    parts, tiny_config, tmp_path, monkeypatch, waits, error, message, sizes
+):
+    found = []
+
+    def step(self, images, targets):
+        found.append(len(images))
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = replace(tiny_config, batch_size=2)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        launch_training(config, *parts, tmp_path, None, None, True)
+    assert found == sizes
 
 
 # Time

@@ -160,12 +160,12 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
 
 # %%
 # @title Read instance maps and outlines
-def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int]:
+def check_instance_map(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int]:
     """Refuse a map (H, W) that shows no instances; its pixels (K,) without strays, their number.
 
-    An instance is small and compact: all of it within 2 sqrt(area) of its centre (a disc: 0.6, a
-    rod of 12:1: 2). Where all are so, pieces need not be told apart. A piece that is farther and
-    below a tenth of an id's largest is a stray.
+    In turn: ids that are compact, within 2 sqrt(area) of their centres (a disc: 0.6, a rod of 12:1:
+    2), are fine; an id around the others is background; ids of many pieces are a mask, classes or
+    restarted; a far piece below a tenth of its id's largest is a stray.
     """
     unique, owners = np.unique(values.ravel()[pixels], return_inverse=True)
     areas, count = np.bincount(owners), len(unique)
@@ -183,9 +183,7 @@ def drop_strays(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int
         holes = max(ndimage.label(values != name)[1], dense * (count - 1))  # 4: a cell's corners
         found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
         require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
-    numbers = np.zeros(values.shape, np.int64)
-    numbers.flat[pixels] = owners + 1
-    pieces = skimage.measure.label(numbers, connectivity=2).flat[pixels]
+    pieces = skimage.measure.label(values, connectivity=2).flat[pixels]
     index, first, sizes = np.unique(pieces, return_index=True, return_counts=True)
     if len(index) == count:
         return pixels, 0
@@ -225,7 +223,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
         ids = values.ravel()[pixels]
         wrong = ids[(np.floor(ids) != ids) | (ids < 0) | (ids >= 2.0**63)]
         require(not len(wrong), f"ids {wrong[:3]}; expected whole numbers from 0 to 2^63 - 1.")
-        pixels, strays = drop_strays(values, pixels)
+        pixels, strays = check_instance_map(values, pixels)
         ids = values.ravel()[pixels]
         return pixels, ids.astype(np.int32 if ids.max(initial=0) < 2**31 else np.int64), strays
 

@@ -99,7 +99,7 @@ def find_part(root: Path, part: str, patterns: Sequence[str]) -> Path | None:
 
 
 def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
-    """GeoJSON of QuPath, else label image, by image; `deep`: else those of the folders in it."""
+    """Map each image to its annotation, GeoJSON first; `deep`: of folders in it if it has none."""
     images = image_files(folder / "images") or image_files(folder)
     apart = image_files(folder / "masks") or image_files(folder / "labels")
     beside = [path for path in images if LABEL_END.search(path.stem)]
@@ -266,9 +266,8 @@ def read_image_list(path: Path, folder: Path) -> tuple[dict, list[ImageRecord]]:
 def read_listed(record: ImageRecord, source: Path, channels: Sequence[int]) -> np.ndarray:
     """Read a listed image, (3, H, W) uint8. Raises BadInput, also for another size."""
     image, stated = read_image(record.path, channels), (record.height, record.width)
-    with name_file(source):
-        found = f"{record.path}: {image.shape[1:]} (H, W), but stated as {stated}."
-        require(stated in (image.shape[1:], (0, 0)), found)
+    found = f"{source}: {record.path}: {image.shape[1:]} (H, W), but stated as {stated}."
+    require(stated in (image.shape[1:], (0, 0)), found)
     return image
 
 
@@ -452,9 +451,8 @@ def open_folders(class_names: Sequence[str], root: Path, train: Path, val: Path 
     """Open folders with `image.tif`, `class1.tif` ..; ids may restart in each. See `open_csv`."""
     parts = [train, val] if val and any(val.glob("*/class*.tif")) else [train]
     folders = [path for part in parts for path in sorted(part.glob("[!.]*")) if path.is_dir()]
-    with name_file(train):
-        expected = f"expected one per training image. For others remove {MAPPING_NAME}."
-        require(folders and train in folders[0].parents, f"no folders; {expected}")
+    expected = f"expected one per training image. For others remove {MAPPING_NAME}."
+    require(folders and train in folders[0].parents, f"{train}: no folders; {expected}")
     rows, known = [], {f"class{k}.tif": k for k in range(1, len(class_names) + 1)}
     for folder in folders:
         with name_file(folder):
@@ -479,10 +477,9 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
     meant = table["reason"].str.startswith(("annotations around", "regions"))  # to be left out
     lost = table["reason"][~has_shape & ~meant & (table["reason"] != "")].value_counts()
     found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
-    with name_file(source):
-        found = f"{lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
-        expected = "Expected polygons or RLEs in pixels of the images: export them so."
-        require(3 * lost.sum() <= len(table), f"{found} {expected}")
+    found = f"{source}: {lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
+    expected = "Expected polygons or RLEs in pixels of the images: export them so."
+    require(3 * lost.sum() <= len(table), f"{found} {expected}")
     keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
     table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
     rows = {name: [] for name in names}

@@ -30,7 +30,7 @@ def encode_runs(owners, starts, ends, count: int, height: int, width: int) -> li
 
 
 def encode_masks(masks: np.ndarray, tops, lefts, height: int, width: int) -> list[dict]:
-    """Encode masks (N, h, w) bool, corners at `tops`, `lefts`, (N,) ints; none is set outside."""
+    """Encode masks (N, h, w) bool, corners at `tops`, `lefts`, (N,) ints; all pixels are inside."""
     tops, lefts = np.asarray(tops, np.int64), np.asarray(lefts, np.int64)
     steps = np.diff(masks.transpose(0, 2, 1), prepend=False, append=False)
     owners, x, y = np.nonzero(steps)  # down a column, start and end of a run take turns

@@ -119,23 +119,23 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     require(len(unique) >= len(fractions), f"{found}: {help_text}")
     counts = samples.counts[[samples.positions[name] for name in names]]
     counts[:, 0] = 1  # images are shared out like the instances of a class
-    shares = pd.DataFrame(counts / counts.sum(0).clip(1)).groupby(codes).sum().to_numpy()
+    by_group = pd.DataFrame(counts / counts.sum(0).clip(1)).groupby(codes).sum().to_numpy()
     rng, best, parts = np.random.default_rng(config.seed), (np.inf,), None
     for _ in range(50):
         chosen, totals = np.zeros(len(unique), int), np.zeros((len(fractions), counts.shape[1]))
         for number, group in enumerate(rng.permutation(len(unique))):
-            share, empty = shares[group], ~totals.any(1)
+            share, empty = by_group[group], ~totals.any(1)
             costs = (2 * totals + share) @ share / fractions  # growth of totals**2 / fractions
             costs[empty] = -1  # none stays empty
             if len(unique) - number > empty.sum():
                 takes_all = (totals[: config.folds] + share)[:, share > 0] > 0.999999
-                costs[: config.folds] += 1e6 * takes_all.any(1)
+                costs[: config.folds] += 1e6 * takes_all.any(1)  # nothing left to train on
             chosen[group] = costs.argmin()
             totals[chosen[group]] += share
-        held, distance = totals[: config.folds], np.abs(totals - fractions[:, None]).sum()
-        rank = (held > 0.999999).sum(), (~held[:, 1:].any(1)).sum(), distance
-        if rank < best:
-            best, parts = rank, chosen[codes]
+        val, distance = totals[: config.folds], np.abs(totals - fractions[:, None]).sum()
+        cost = (val > 0.999999).sum(), (~val[:, 1:].any(1)).sum(), distance
+        if cost < best:
+            best, parts = cost, chosen[codes]
     splits = {}
     for part in range(config.folds):
         fold = part + (config.folds > 1)

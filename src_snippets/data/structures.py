@@ -37,7 +37,7 @@ class Instances:
 
     boxes: np.ndarray  # (N, 4) float32, XYXY pixels, inside the image
     scores: np.ndarray  # (N,) float32, 0..1
-    labels: np.ndarray  # (N,) int64, 1..C
+    labels: np.ndarray  # (N,) int64, 1..C; -k: a crowd of class k
     rles: Sequence[dict]  # N COCO RLEs at image size
     size: tuple[int, int]  # height and width of the image in pixels
 

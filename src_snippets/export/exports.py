@@ -12,11 +12,9 @@
 # %%
 # @title Pixel size; measurements and outlines of cells
 from contextlib import suppress
-from html import unescape
 import importlib.util
 import os
 from pathlib import Path
-import re
 import shutil
 import uuid
 
@@ -24,7 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 import skimage
-from tifffile import imwrite, TiffFile
+from tifffile import imwrite, TiffFile, xml2dict
 from tqdm.auto import tqdm
 
 from src_snippets.data.drawing import class_color, draw_outlines
@@ -52,10 +50,10 @@ def read_pixel_size(path: Path) -> float:
         if tif.is_imagej:
             unit = tif.imagej_metadata.get("unit", "")
         if tif.is_ome:
-            first = re.search(r"<(?:\w+:)?Pixels\b[^>]*", tif.ome_metadata)[0]  # others: previews
-            found = dict(re.findall(r'(PhysicalSize[XY](?:Unit)?)="([^"]*)"', unescape(first)))
-            sides = [float(found[f"PhysicalSize{axis}"]) for axis in "XY"]
-            unit = found.get("PhysicalSizeXUnit", "um")
+            image = xml2dict(tif.ome_metadata)["OME"]["Image"]  # a list where there are previews
+            pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
+            sides = [float(pixels[f"PhysicalSize{axis}"]) for axis in "XY"]
+            unit = pixels.get("PhysicalSizeXUnit", "um")
         size = sides[0] * UM_PER_UNIT[unit]
         if 0.01 <= size <= 10 and abs(sides[0] - sides[1]) < 0.01 * sides[0]:
             return size

@@ -26,7 +26,7 @@ from src_snippets.data.structures import coco_ground_truth, Instances
 from src_snippets.model.detect import detect, LOW_SCORE, View, without_overlaps
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices
-from src_snippets.setup.files import atomic_write, FREE_SETTINGS
+from src_snippets.setup.files import FREE_SETTINGS, write_json
 from src_snippets.training.checkpoints import code_digest, load_trained
 from src_snippets.training.metrics import average_precision
 
@@ -100,8 +100,7 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     for i in tqdm(rank_indices(len(remaining)), desc="test images", disable=not is_main()):
         pixels = torch.from_numpy(read_image(remaining[i].path, config.channels))
         found = vars(predict_image(members, pixels, config))
-        with atomic_write(folder / f"{remaining[i].image_id}.json") as partial:
-            partial.write_text(json.dumps(found, default=np.ndarray.tolist))
+        write_json(found, folder / f"{remaining[i].image_id}.json")
     gather([])  # until all processes have written theirs
     predictions = {}
     for key in (image.image_id for image in images):

@@ -54,7 +54,7 @@ def find_weights_file(names, folders=("/kaggle/input",)) -> Path | None:
 
 
 def read_state_dict(path: Path | str) -> dict[str, Tensor]:
-    """Reads a state dict, or that of a checkpoint, without running code from the file."""
+    """Read a state dict, or that of a checkpoint, without running code from the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights={str(path)!r}: no such file, nor imagenet, coco or none.")
     try:
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
 
 
 def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
-    """Builds backbone and FPN with the weights of the settings ("coco": see `build_model`).
+    """Build backbone and FPN with the weights of the settings ("coco": see `build_model`).
 
     Raises FileNotFoundError; ValueError for a file or a model of timm that does not fit.
     """

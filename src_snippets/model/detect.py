@@ -142,7 +142,7 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
     origins = torch.tensor(corners, device=device).float().repeat(1, 2)  # (T, 4)
     sides = origins.new_tensor([wide, tall]).repeat(2)
     parts = torch.arange(len(corners)).split(batch)
-    steps, kept, room = list(product(models, views, parts)), {}, KEPT_FEATURES
+    passes, cached, bytes_left = list(product(models, views, parts)), {}, KEPT_FEATURES
 
     def extract(model, view, part):
         """`ImageList` of tiles in a view, their sides (4,) in network pixels, FPN features."""
@@ -156,14 +156,14 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
         middles = (origins + sides / 2)[:, :2]
         return torch.cdist((boxes[:, :2] + boxes[:, 2:]) / 2, middles, p=1).argmin(1)
 
-    rows, found = [], []
+    rows, by_view = [], []
     with autocast_for(config, device):
-        for step, (model, view, part) in enumerate(steps):
+        for step, (model, view, part) in enumerate(passes):
             features = None  # frees those of the tiles before
             images, extent, features = extract(model, view, part)
-            room -= sum(level.nbytes for level in features.values())
-            if room >= 0 or len(steps) == 1:
-                kept[step] = images, extent, features
+            bytes_left -= sum(level.nbytes for level in features.values())
+            if bytes_left >= 0 or len(passes) == 1:
+                cached[step] = images, extent, features
             proposals, _ = model.rpn(images, features)
             heads, sizes = model.roi_heads, images.image_sizes
             outputs = heads.predict_boxes(features, proposals, sizes)
@@ -175,24 +175,24 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
                 stays = is_whole | (nearest_tile(boxes) == k)
                 rows.append(torch.column_stack([boxes, scores, labels])[stays])
         for k in range(0, len(rows), len(corners)):  # by model and view
-            own = torch.cat(rows[k : k + len(corners)])
+            boxes = torch.cat(rows[k : k + len(corners)])
             if len(corners) > 1:  # of duplicates the better stays
-                stay = ops.batched_nms(own[:, :4], own[:, 4], own[:, 5], config.fusion_iou)
-                own = own[stay[: config.detections]]
-            found.append(own)
-        fused = fuse_boxes(found, config) if len(found) > 1 else found[0]
+                stay = ops.batched_nms(boxes[:, :4], boxes[:, 4], boxes[:, 5], config.fusion_iou)
+                boxes = boxes[stay[: config.detections]]
+            by_view.append(boxes)
+        fused = fuse_boxes(by_view, config) if len(by_view) > 1 else by_view[0]
         fused = fused[fused[:, 4] >= config.score_threshold]
         boxes = ops.clip_boxes_to_image(fused[:, :4], size)  # means may be rounded to outside
         scores, labels = fused[:, 4], fused[:, 5].long()
         masks, tile_of = boxes.new_zeros(len(boxes), 28, 28), nearest_tile(boxes)
-        for step, (model, view, part) in enumerate(steps):
+        for step, (model, view, part) in enumerate(passes):
             features = None
-            images, extent, features = kept.pop(step, None) or extract(model, view, part)
+            images, extent, features = cached.pop(step, None) or extract(model, view, part)
             indices = [torch.where(tile_of == k)[0] for k in part]
             rois = view.apply_to_boxes((boxes - origins[tile_of]) / sides) * extent
             columns = zip(*((rois[i], labels[i]) for i in indices), strict=True)
             columns = model.roi_heads.detect_masks(features, *columns, images.image_sizes)
-            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(columns)[:, 0]) / len(found)
+            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(columns)[:, 0]) / len(by_view)
     rles = paste_masks(masks, boxes, size, config.mask_threshold)
     every = Instances(*(values.cpu().numpy() for values in (boxes, scores, labels)), rles, size)
     return every.select([rle is not None for rle in rles])
@@ -202,7 +202,7 @@ def detect(models: Sequence[nn.Module], image: Tensor, config: Config, views=Non
     """Detect the instances of an image (3, H, W) uint8 by all models in all `views`, best first.
 
     Where memory is full, smaller batches, then smaller tiles are used, for later images too; it
-    raises torch.OutOfMemoryError where one tile of `MIN_TILE` px is too much.
+    raises the error where one tile of `MIN_TILE` px is too much.
     """
     limits, longest = models[0].__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
     for heads in (model.eval().roi_heads for model in models):

@@ -77,7 +77,7 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     Boxes are network pixels; the `layers` of the targets may have another resolution.
     """
 
-    def check_targets(self, targets):  # in place of torchvision's, as the next one
+    def check_targets(self, targets):  # torchvision's asks for masks
         known = all("layer_index" in target for target in targets or [{}])
         require(known, "A target without layer_index; expected those of training_target.")
 

@@ -97,20 +97,18 @@ def whole_model_state(config: Config) -> dict[str, Tensor] | None:
 
 def with_model_settings(config: Config, changes: Mapping) -> Config:
     """The settings with those of the model in a best.pt that `weights` names, but for `changes`."""
-    if Path(config.weights).suffix != ".pt" or not Path(config.weights).is_file():
-        return config
-    saved = {}
-    with suppress(Exception):  # a bad file is refused where its weights are read
-        saved = dict(torch.load(config.weights, map_location="cpu", weights_only=True)["config"])
-    saved = {k: saved[k] for k in MODEL_SETTINGS if k in saved and k not in changes}
-    taken = {k: value for k, value in saved.items() if value != getattr(config, k)}
+    taken = {}
+    with suppress(Exception):  # none of ours; a bad file is refused where its weights are read
+        saved = torch.load(config.weights, map_location="cpu", weights_only=True)["config"]
+        names = [k for k in MODEL_SETTINGS if k in saved and k not in changes]
+        taken = {k: saved[k] for k in names if saved[k] != getattr(config, k)}
     if taken:
         print(f"Settings of the model in {config.weights}: {taken}")
     return replace(config, **taken)
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bool = False) -> None:
-    """Loads a state dict that fits, or with `new_classes` all but `CLASS_LAYERS`; ValueError."""
+    """Load a state dict that fits, or with `new_classes` all but `CLASS_LAYERS`; ValueError."""
     own, new = ({k: v.shape for k, v in side.items()} for side in (model.state_dict(), state))
     # Norms of detectron2 do not count batches
     differ = sorted({k for k, _ in own.items() ^ new.items() if "num_batches" not in k})
@@ -126,7 +124,7 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
 # %%
 # @title build_model: torchvision's parts put together; plot_anchors
 def build_model(config: Config, load_initial: bool = True) -> nn.Module:
-    """Builds the Mask R-CNN of the settings, with torchvision's names of parameters.
+    """Build the Mask R-CNN of the settings, with torchvision's names of parameters.
 
     `load_initial=False`: random weights, for a checkpoint to load. Raises FileNotFoundError;
     ValueError for weights that do not fit or over 200 M trainable parameters.
@@ -139,7 +137,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     anchors = detection.anchor_utils.AnchorGenerator(sizes, (ratios,) * 5)
     head = detection.rpn.RPNHead(width, len(ratios), config.rpn_convs)
     # In float32: bfloat16 has steps of 4 px near 512, half of the smallest anchor
-    anchors.register_forward_pre_hook(lambda _, args: (args[0], [v.float() for v in args[1]]))
+    anchors.register_forward_pre_hook(lambda _, args: (args[0], [v[:0].float() for v in args[1]]))
     head.register_forward_hook(lambda _, args, out: [[v.float() for v in part] for part in out])
     top = dict(training=config.proposals, testing=config.proposals)
     sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
@@ -167,7 +165,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
 
 
 def to_device(model: nn.Module) -> nn.Module:
-    """Moves a model to the device, in the layout of its memory that is quick there."""
+    """Move a model to the device, in the layout of its memory that is quick there."""
     device, convs = default_device(), [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     depthwise7 = [conv for conv in convs if conv.groups > 1 and conv.kernel_size[0] > 5]
     if depthwise7 and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):

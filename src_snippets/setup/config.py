@@ -87,7 +87,7 @@ class Config:
     layer_decay: float = within(1.0, 0.1, 1.0)  # lr factor per backbone stage, from the top down
     weight_decay: float = within(0.01, 0.0, 1.0)  # not for norms and biases
     warmup_steps: int = within(500, 0, 100_000)  # linear warm-up; at most a fifth of all steps
-    schedule: str = one_of("constant", "cosine", "plateau")  # plateau: lr / 10 after 3 evaluations
+    schedule: str = one_of("constant", "cosine", "plateau")  # plateau: lr / 10 after 3 without gain
     clip_norm: float = within(1.0, 0.0, 1000.0)  # maximum gradient norm; 0: no clipping
     ema: float = within(0.0, 0.0, 0.99999)  # decay of the EMA of the weights; 0: off
     precision: str = one_of("auto", "no", "fp16", "bf16")  # auto: bf16, else fp16; no on a CPU

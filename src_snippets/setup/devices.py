@@ -46,10 +46,11 @@ def autocast_for(config: Config, device: torch.device) -> torch.autocast:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS have their own."""
     texts = r"OutOfMemory|out of memory|unable to find an engine|NOT_INITIALIZED|ALLOC\w*_FAILED"
-    return isinstance(error, RuntimeError) and re.search(texts, repr(error)) is not None
+    kinds = RuntimeError, torch.multiprocessing.ProcessRaisedException  # of `launch`
+    return isinstance(error, kinds) and re.search(texts, repr(error)) is not None
 
 
-free_memory = accelerate.utils.release_memory  # that nothing uses, of the GPU's cache too
+free_memory = accelerate.utils.release_memory  # of objects in cycles, and the GPU's cache
 
 
 def rank() -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import traceback
 
 import IPython
+import numpy as np
 import pandas as pd
 import torch
 
@@ -57,9 +58,9 @@ def atomic_write(path: Path):
 
 
 def write_json(content, path: Path) -> None:
-    """Write JSON in one step; see `atomic_write`. NaN and infinity raise ValueError."""
+    """Write JSON, of arrays too; see `atomic_write`. NaN and infinity raise ValueError."""
     with atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        partial.write_text(json.dumps(content, allow_nan=False, default=np.ndarray.tolist))
 
 
 def output_folder(out: str) -> Path:
@@ -69,7 +70,7 @@ def output_folder(out: str) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Reads a checkpoint and its `Config` without running code from it; BadInput if it is none."""
+    """Read a checkpoint and its `Config` without running code from it; BadInput if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state | dict(model=state["model"], config=Config(**state["config"]))  # or KeyError

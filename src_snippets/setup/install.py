@@ -18,12 +18,12 @@ PACKAGES = dict.fromkeys(NEEDED.split(), "") | {  # and what happens without the
 }
 GPU_CHECK = """
 import torch
-if torch.cuda.is_available():
-    count = torch.cuda.device_count()
-    print(torch.cuda.get_device_name() + f" x{count}" * (count > 1), flush=True)
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print(", ".join(names), flush=True)
+for i in range(len(names)):
     depthwise = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8)  # as in ConvNeXt
-    layers = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), depthwise).half().cuda()
-    layers(torch.ones(2, 8, 16, 16).half().cuda()).sum().backward()
+    layers = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), depthwise).half().cuda(i)
+    layers(torch.ones(2, 8, 16, 16).half().cuda(i)).sum().backward()
     layers[0].weight.grad.sum().item()  # waits for the GPU
 """
 
@@ -47,14 +47,15 @@ def install_missing(packages=PACKAGES) -> None:
 
 
 def check_gpu() -> str:
-    """Print and return the GPU's name, "" for none; RuntimeError where it cannot compute (P100)."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # from here on GPUs are counted, not used
+    """Print and return the GPUs' names, "" for none; RuntimeError where one cannot compute."""
+    # From here on GPUs are counted, not used, and accelerate takes no TPU
+    os.environ |= dict(PYTORCH_NVML_BASED_CUDA_CHECK="1", USE_TORCH_XLA="0")
     done = subprocess.run([sys.executable, "-c", GPU_CHECK], capture_output=True, text=True)
     name = done.stdout.strip()
     if done.returncode:
         reason = next((v for v in done.stderr.splitlines() if "Error: " in v), done.stderr[-200:])
         help_text = "Choose another accelerator (Kaggle: GPU T4 x2; Colab: T4, L4, A100), update "
-        help_text += "its driver, or set CUDA_VISIBLE_DEVICES='' to take the CPU."
+        help_text += "its driver, or set CUDA_VISIBLE_DEVICES to others, '' to take the CPU."
         raise RuntimeError(f"{name or 'The GPU'} cannot be used: {reason}. {help_text}")
     print(f"GPU: {name or 'none; to choose one: Settings > Accelerator (Kaggle), Runtime (Colab)'}")
     return name

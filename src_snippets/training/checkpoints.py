@@ -29,7 +29,7 @@ from src_snippets.setup.files import atomic_write, load_checkpoint, PREDICTION_S
 
 
 def code_digest(*roots) -> str:
-    """Digest of the source of functions and classes, and of all of ours that their code uses."""
+    """Digest of the source of functions and classes, and of every global of ours that they load."""
     pending, known, sources = [("", root) for root in roots], set(), set()
     while pending:
         name, item = pending.pop()
@@ -44,7 +44,7 @@ def code_digest(*roots) -> str:
         if inspect.isclass(item):  # method by method: in a notebook a class has no source
             pending += [*vars(item).items(), *(("", base) for base in item.__bases__)]
             continue
-        with suppress(OSError):  # nor have methods that `dataclass` makes
+        with suppress(OSError):  # methods that `dataclass` makes have no source
             sources.add(inspect.getsource(item))
         codes = [item.__code__]
         while codes:
@@ -72,7 +72,7 @@ def run_folder(out: Path, config: Config, data: dict, code: str) -> Path:
 
 
 def save_checkpoint(content: dict, path: Path) -> None:
-    """Writes a checkpoint whole or not at all: the one that is there stays until then."""
+    """Write a checkpoint whole or not at all: the one that is there stays until then."""
     with atomic_write(path) as partial:
         try:
             torch.save(content, partial)
@@ -82,7 +82,7 @@ def save_checkpoint(content: dict, path: Path) -> None:
 
 
 def copy_newer(source: Path, target: Path) -> None:
-    """Copies files of a run that `target` lacks or has in an older version, `last.pt` last."""
+    """Copy files of a run that `target` lacks or has in an older version, `last.pt` last."""
     for path in sorted(source.glob("[!.]*.[pc]*")):  # best.pt, history.csv, last.pt
         copy = target / path.name
         if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime:
@@ -101,7 +101,7 @@ def open_run(folder: Path, local: Path, resume: bool) -> dict | None:
 
 
 def check_same_settings(saved: Config, config: Config, path: Path, same: bool = True) -> None:
-    """Raises ValueError where what shapes training, else (`same=False`) the classes, differ."""
+    """Raise ValueError where what shapes training, else (`same=False`) the classes, differ."""
     before, now = (asdict(each) | training_settings(each) for each in (saved, config))
     moved = {a for a, b in zip(saved.class_names, config.class_names, strict=False) if a != b}
     names = ["class_names" if moved & {*config.class_names} else "num_classes"]

@@ -3,9 +3,9 @@
 # %% [markdown]
 # ### Score with COCO average precision
 # AP50 is the area under the precision-recall curve where a detection is correct from a mask IoU of
-# 0.5 on, the mean over classes; AP is the mean over IoU 0.50 to 0.95. COCO's own evaluation code
-# computes both. It keeps the best 100 detections per image and class, fewer than many images have
-# instances, so the scores are given with that cap (`_100`) and without.
+# 0.5 on, the mean over classes; AP is the mean over IoU 0.50 to 0.95. faster-coco-eval computes
+# both, or pycocotools. COCO keeps the best 100 detections per image and class, fewer than many
+# images have instances, so the scores are given with that cap (`_100`) and without.
 
 # %%
 # @title Average precision

@@ -46,6 +46,7 @@ from src_snippets.setup.devices import (
     gather,
     is_main,
     is_out_of_memory,
+    launch,
     rank,
     rank_indices,
     world_size,
@@ -118,7 +119,7 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
 
 
 def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
-    """The score of each evaluation, higher is better; 0 where there is nothing to score."""
+    """The score of each evaluation, higher is better; -inf for a loss that is not finite."""
     if best_by == "last":
         return [row["epoch"] for row in history if "AP50" in row]
     if best_by == "loss":
@@ -128,7 +129,7 @@ def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
 
 
 def stop_reason(history: list[dict], seconds: float, config: Config) -> str:
-    """Why no epoch follows a history that took so many seconds, empty where one does."""
+    """The reason to stop after a history that took so many seconds; "" to go on."""
     metric, patience = config.best_by if config.best_by != "last" else "AP50", config.patience
     scores = evaluation_scores(history, metric)
     if patience and scores[:-patience] and max(scores[-patience:]) < max(scores[:-patience]):
@@ -152,8 +153,8 @@ def training_loader(samples, config: Config, batch_size: int) -> torch.utils.dat
     return torch.utils.data.DataLoader(TrainingSet(samples, config), batch_size, **options)
 
 
-def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
-    """The batch size, halved until a training step on crops full of instances fits into memory.
+def try_step(model: nn.Module, config: Config, batch_size: int, copies: int) -> None:
+    """Take a step on crops full of instances: memory that does not suffice shows before training.
 
     copies: of all weights, those that will be kept and one to spare. Leaves all as it was.
     """
@@ -162,28 +163,15 @@ def fit_memory(model: nn.Module, config: Config, copies: int) -> int:
     image, labels = torch.zeros(3, *ids.shape[1:]).byte(), torch.ones(int(ids.max())).long()
     pair = image, training_target(CellSample(image, ids, labels))
     buffers = [buffer.clone() for buffer in model.buffers()]
-    batch_size, is_full = 2 * config.batch_size, True
-    while is_full:
-        batch_size, is_full = batch_size // 2, False
-        try:
-            with torch.random.fork_rng([device] * (device.type == "cuda")):
-                batch = accelerate.utils.send_to_device(collate([pair] * batch_size), device)
-                _state = [torch.zeros_like(p) for p in model.parameters() for _ in range(copies)]
-                sum(model.train()(*batch).values()).backward()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if batch_size == 1:
-                message = "The GPU's memory does not suffice for one crop: lower crop or scale."
-                raise RuntimeError(message) from error
-            is_full = True
-        batch = _state = None
-        model.zero_grad()
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        free_memory()  # not in the handler, which holds the tensors that did not fit
-        is_full = all_max(is_full)[0] > 0
-    return batch_size
+    with torch.random.fork_rng([device] * (device.type == "cuda")):
+        batch = accelerate.utils.send_to_device(collate([pair] * batch_size), device)
+        state = [torch.zeros_like(p) for p in model.parameters() for _ in range(copies)]
+        sum(model.train()(*batch).values()).backward()
+    del batch, state
+    model.zero_grad()
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    free_memory()
 
 
 # %%
@@ -210,7 +198,7 @@ def validation_loss(model: nn.Module, samples, config: Config) -> float:
 
 
 def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
-    """Evaluates on whole, unaugmented images, from `LOW_SCORE` on.
+    """Evaluate on whole, unaugmented images, from `LOW_SCORE` on.
 
     Returns AP, AP50, AP75 (0..1, uncapped, None without ground truth), val_loss where a setting
     needs it (of the middle); the sample with most instances and its predictions.
@@ -241,7 +229,7 @@ class TrainingState:
         path = self.folder.resolve()  # a Drive's bin fills up: it gets copies, hourly
         is_on_drive, local = path.is_relative_to(DRIVE), Path(gettempdir(), *path.parts[1:])
         self.local = local if is_on_drive else self.folder
-        self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0
+        self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0  # last times
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
         self.accelerator = accelerate.Accelerator(
@@ -277,12 +265,12 @@ class TrainingState:
         return [buffer for buffer in dict.fromkeys(buffers) if buffer.is_floating_point()]
 
     def save_best(self) -> None:
-        """Writes `best.pt`: the weights that are evaluated, with settings and history."""
+        """Write `best.pt`: the weights that are evaluated, with settings and history."""
         content = dict(model=self.best_model.state_dict(), history=self.history)
         save_checkpoint(content | dict(config=asdict(self.config)), self.local / "best.pt")
 
     def save(self, row: dict) -> None:
-        """Adds an epoch to the history and its files; of equal scores the last is the best."""
+        """Add an epoch to the history and its files; of equal scores the last is the best."""
         # Through JSON, or equal values of a resumed run would pickle to other bytes
         self.history = json.loads(json.dumps([*self.history, row]))
         scores = evaluation_scores(self.history, self.config.best_by)
@@ -299,14 +287,14 @@ class TrainingState:
             self.copy_out()
 
     def copy_out(self) -> None:
-        """Copies what is newer on the local disk, if it is another one; shows an error, goes on."""
+        """Copy what is newer on the local disk, if it is another one; show an error and go on."""
         self.copied = time.time()
         with keep_going(f"The copy of {self.local} to {self.folder}"):
             if is_main():
                 copy_newer(self.local, self.folder)
 
     def save_last(self) -> None:
-        """Writes `last.pt`, with all that training needs to continue."""
+        """Write `last.pt`, with all that training needs to continue."""
         self.saved, self.saved_epochs = time.time(), len(self.history)
         best_by = self.config.best_by
         if best_by == "last" or not evaluation_scores(self.history, best_by):
@@ -319,7 +307,7 @@ class TrainingState:
 # %%
 # @title Trainer: step, epoch, fit
 class Trainer(TrainingState):
-    """Trains a model, or continues the run in `folder`; `resume=False` trains anew.
+    """Train a model, or continue the run in `folder`; `resume=False` trains anew.
 
     Without `val` (samples) the last epoch is the best. At the end of `session` training stops; the
     same call continues it later. callback: called in the main process with (history, example,
@@ -331,9 +319,10 @@ class Trainer(TrainingState):
         self.train_samples, self.val_samples = samples, val
         self.session, self.callback, self.example = session or Session(0.0), callback, None
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
+        self.batch_size = config.batch_size  # less where `launch_training` found memory full
 
     def step(self, images, targets) -> list[dict]:
-        """Learns from a batch; returns the losses of those that have changed the weights now."""
+        """Learn from a batch; return the losses of those that have changed the weights now."""
         with self.accelerator.accumulate(self.network):
             losses = self.network(images, targets)
             # Add your own loss here: losses["loss_mine"] = ...
@@ -344,7 +333,7 @@ class Trainer(TrainingState):
             return self.update() if self.accelerator.sync_gradients else []
 
     def update(self) -> list[dict]:
-        """Updates the weights, unless the gradients, equal in all processes, are not finite."""
+        """Update the weights, unless the gradients, equal in all processes, are not finite."""
         losses, names = zip(*self.pending, strict=True)
         self.pending, max_norm = [], self.config.clip_norm or inf
         if self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm).isfinite():
@@ -373,8 +362,8 @@ class Trainer(TrainingState):
         return list(losses)
 
     def run_epoch(self, epoch: int, bar) -> None:
-        """Trains an epoch, evaluates if due, saves; one cut by the session's end is made again."""
-        config, start, losses = self.config, self.start, []
+        """Train an epoch, evaluate if due, save; one cut by the session's end is made again."""
+        config, begin, losses = self.config, self.started, []
         limit, steps = 3600 * config.train_hours or inf, self.steps
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
         self.loader.set_epoch(epoch)  # order of the images
@@ -382,16 +371,16 @@ class Trainer(TrainingState):
         self.model.train()
         self.good_statistics = [values.clone() for values in self.statistics()]
         for images, targets in self.loader:
-            used, is_over = all_max((time.perf_counter() - start) / limit, self.session.is_over())
-            if used and self.steps:  # the schedule ends with the steps that fit into `train_hours`
-                self.total_steps = min(self.steps / min(used, 1), self.max_steps)
+            spent, is_over = all_max((time.perf_counter() - begin) / limit, self.session.is_over())
+            if spent and self.steps:  # the schedule ends with the steps that fit into `train_hours`
+                self.total_steps = min(self.steps / min(spent, 1), self.max_steps)
                 bar.total = ceil(bar.n * self.total_steps / self.steps)
                 if hasattr(bar, "container"):  # a notebook's, which keeps its own
                     bar.container.children[1].max = bar.total
             losses += self.step(images, targets)
             bar.update()
             bar.set_postfix(losses[-1] if losses else {}, refresh=False)
-            if used >= 1 or is_over:
+            if spent >= 1 or is_over:
                 break
         for values in self.statistics(self.model, self.best_model):
             values.copy_(self.accelerator.reduce(values, "mean"))  # processes saw other images
@@ -408,18 +397,18 @@ class Trainer(TrainingState):
             row["scale"] = scaler.get_scale()
             if row["scale"] < 1:
                 bar.write(f"WARNING: fp16 scale {row['scale']:g}, below 1: set precision='no'.")
-        self.seconds = all_max(time.perf_counter() - start)[0]
+        self.seconds = all_max(time.perf_counter() - begin)[0]
         is_last = self.seconds >= limit or epoch == config.epochs
         if len(self.val_samples) and (epoch % config.eval_every == 0 or is_last):
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
             row |= scores
-            self.seconds = all_max(time.perf_counter() - start)[0]
+            self.seconds = all_max(time.perf_counter() - begin)[0]
         self.save(row)
         free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
 
     def fit(self) -> list[dict]:
-        """Trains to the end, or the session's; epoch, lr, losses, `scale`, scores of each epoch."""
-        config, batch_size = self.config, self.config.batch_size
+        """Train to the end, or the session's; return the history, a row for each epoch."""
+        config, batch_size = self.config, self.batch_size
         start = done = len(self.history)
         if reason := stop_reason(self.history, self.seconds, config):
             print(f"ALREADY TRAINED ({reason}): {self.folder} is used. RESUME = False trains anew.")
@@ -427,7 +416,7 @@ class Trainer(TrainingState):
             print(f"{self.folder}: {start} of {config.epochs} epochs are done, training continues.")
         if default_device().type == "cuda" and not reason:
             torch.cuda.set_per_process_memory_fraction(0.85)  # the margin of the trial step
-            batch_size = fit_memory(self.model, config, 1 if start else 3)  # Adam keeps two
+            try_step(self.model, config, batch_size, 1 if start else 3)  # Adam keeps two
             torch.cuda.set_per_process_memory_fraction(0.95)  # Windows would go on in slow RAM
         accumulate = config.accumulate * config.batch_size // batch_size
         if batch_size < config.batch_size:
@@ -445,7 +434,7 @@ class Trainer(TrainingState):
             print(f"At most {self.max_steps:,} steps of {crops} crops, {lr}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
-        self.start = time.perf_counter() - self.seconds
+        self.started = time.perf_counter() - self.seconds
         with self.session.listen(), bar:
             while not reason:
                 done = len(self.history)
@@ -465,13 +454,35 @@ class Trainer(TrainingState):
 
 
 # %%
-# @title train, which launch runs in each process
-def train(*arguments) -> list[dict]:
-    """The history of `Trainer(*arguments).fit()`, as `launch` calls it; frees the memory."""
+# @title launch_training, and train, which it starts in each process
+def train(*arguments, batch_size: int = 0) -> list[dict]:
+    """The history of `Trainer(*arguments).fit()` with `batch_size`, 0: that of the settings."""
     run = Trainer(*arguments)
+    run.batch_size = batch_size or run.batch_size
     try:
         return run.fit()
     finally:  # after an error too
         run.copy_out()
         del run
         free_memory()
+
+
+def launch_training(config: Config, *arguments) -> list[dict]:
+    """`train(config, *arguments)` in all processes; arguments: those of `Trainer`, with `resume`.
+
+    Where memory is full, in the trial step or later, it goes on from `last.pt` with half the batch.
+    """
+    (*arguments, resume), batch_size = arguments, config.batch_size
+    while True:
+        try:
+            return launch(config, partial(train, batch_size=batch_size), config, *arguments, resume)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                message = "The GPU's memory does not suffice for one crop: lower crop or scale."
+                raise RuntimeError(message) from None
+        batch_size, resume = batch_size // 2, True
+        print("The GPU's memory is full: half the batch, from the last checkpoint on.")
+        free_memory()
+        time.sleep(10)  # the loaders of a process that was killed hold its memory for 5 s
