@@ -33,8 +33,8 @@ def brighten(image: np.ndarray) -> np.ndarray:
 def draw_outlines(image: np.ndarray, instances: Instances, side: int = 480) -> np.ndarray:
     """(H * f, W * f, 3) uint8: an image (3, H, W) f times as large, about `side`, and outlines."""
     factor = max(round(side / max(image.shape[1:])), 1)
-    drawn = brighten(image), draw_by_score(instances)
-    canvas, ids = (pixels.repeat(factor, 0).repeat(factor, 1) for pixels in drawn)
+    sources = brighten(image), draw_by_score(instances)
+    canvas, ids = (pixels.repeat(factor, 0).repeat(factor, 1) for pixels in sources)
     width = 1 + 2 * max(round(max(ids.shape) / 700), 1)  # a large image is displayed small
     nearby = ndimage.maximum_filter(ids, width)
     edge = nearby != ndimage.minimum_filter(ids, width)
@@ -86,9 +86,9 @@ def plot_samples(items: list[tuple], names: tuple[str, ...]) -> Figure:
     axes = figure.subplots(2, len(items), squeeze=False)
     for column, (image, instances, name) in zip(axes.T, items, strict=True):
         title = f"{image_stem(name)[:12]}  {image.shape[2]} x {image.shape[1]} px"
-        drawn = [brighten(image), draw_outlines(image, instances)]
+        plots = [brighten(image), draw_outlines(image, instances)]
         count = np.count_nonzero(mask_areas(instances.rles))  # crops have others outside
-        show_image_row(column, drawn, [title, f"{count} cells"])
+        show_image_row(column, plots, [title, f"{count} cells"])
     add_class_legend(figure, names)
     return figure
 
@@ -101,12 +101,12 @@ def plot_predictions(samples: list[CellSample], predictions, wrong, names) -> Fi
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
     for row, sample, prediction, marks in zip(rows, samples, predictions, wrong, strict=True):
         image, sides = sample.image.numpy(), (ground_truth(sample), prediction)
-        drawn = [brighten(image), *(draw_outlines(image, side) for side in sides)]
+        plots = [brighten(image), *(draw_outlines(image, side) for side in sides)]
         texts = "ground truth: {} cells, {} missed", "prediction: {} cells, {} false positives"
         titles = [t.format(len(s), len(m)) for t, s, m in zip(texts, sides, marks, strict=True)]
-        show_image_row(row, drawn, [image_stem(sample.name)[:12], *titles])
+        show_image_row(row, plots, [image_stem(sample.name)[:12], *titles])
         for axis, side, index in zip(row[1:], sides, marks, strict=True):
-            centers = side.boxes[index].reshape(-1, 2, 2).mean(1) * drawn[1].shape[1] / side.size[1]
+            centers = side.boxes[index].reshape(-1, 2, 2).mean(1) * plots[1].shape[1] / side.size[1]
             axis.plot(*centers.T, "wX", markeredgecolor="black", markersize=8)
     add_class_legend(figure, names)
     return figure

@@ -79,12 +79,12 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
         planes = full if stacked and 1 < len(full) <= 64 and page.axes == "YX" else [page]
         series = max(tif.series, key=lambda s: prod(s.shape))
         count = max(len(full), series.size // page.size)
-        found = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
+        issue = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
         help_text = "Save one plane (images: or RGB, Fiji: Type > RGB Color; or set channels)."
-        known = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
-        known &= len(planes) == 1 or sum(n > 1 for n in series.shape) <= 3  # no z, time beside
-        require(known, f"{found} one image. {help_text}")
-        require(count * prod(page.shape) <= MAX_VALUES, f"{found} at most {MAX_VALUES:,} values.")
+        valid = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
+        valid &= len(planes) == 1 or sum(n > 1 for n in series.shape) <= 3  # no z, time beside
+        require(valid, f"{issue} one image. {help_text}")
+        require(count * prod(page.shape) <= MAX_VALUES, f"{issue} at most {MAX_VALUES:,} values.")
         parts = (v for p in planes for v in zip(p.dataoffsets, p.databytecounts, strict=False))
         size, needed = tif.filehandle.size, max(map(sum, parts))
         require(needed <= size, f"cut short, {size} of {needed} bytes. Copy it again.")
@@ -135,9 +135,9 @@ def read_image_values(path: Path, channels: Sequence[int]) -> tuple[np.ndarray, 
             return pixels, np.concatenate(planes + others)
         rgb = kind in ("RGB", "YCBCR") and len(pixels) in (3, 4)
         grey = kind in ("MINISBLACK", "MINISWHITE") and len(pixels) == 1 + alpha
-        found = f"colour model {kind}, {len(pixels)} channels of {pixels.dtype}"
-        known = pixels.dtype.kind in "buif" and (rgb or grey)
-        require(known, f"{found}; expected RGB or grey numbers. Export it as RGB.")
+        issue = f"colour model {kind}, {len(pixels)} channels of {pixels.dtype}"
+        valid = pixels.dtype.kind in "buif" and (rgb or grey)
+        require(valid, f"{issue}; expected RGB or grey numbers. Export it as RGB.")
         values = pixels = pixels[: 3 if rgb else 1]
         if pixels.dtype != np.uint8 or bits < 8:
             pixels = scale_brightness(pixels, bits)
@@ -181,8 +181,8 @@ def check_instance_map(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarr
     name, dense = unique[areas.argmax()], count > 20  # or some small ones beside a large cell
     if (2 + 3 * dense) * areas.max() > values.size and (border == name).mean() > 0.5 - 0.4 * dense:
         holes = max(ndimage.label(values != name)[1], dense * (count - 1))  # 4: a cell's corners
-        found = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
-        require(holes <= 4, f"{found} Set it to 0 (an inverted mask: invert and label it).")
+        issue = f"id {name:g} is around {holes} pieces: the background? It has to be 0."
+        require(holes <= 4, f"{issue} Set it to 0 (an inverted mask: invert and label it).")
     pieces = skimage.measure.label(values, connectivity=2).flat[pixels]
     index, first, sizes = np.unique(pieces, return_index=True, return_counts=True)
     if len(index) == count:
@@ -194,13 +194,13 @@ def check_instance_map(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarr
     # a cell that others cover in part may be little and far, but no farther than a whole cell
     apart = (large["size"] > 1) & (large["max"] > np.maximum(areas, np.percentile(areas, 90)))
     total = len(parts) if count > 5 else large["size"].sum()
-    found = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
+    issue = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
     limit = min(count / 2, max(2, count / 20)) if unique[-1] != 255 or count < 255 else 0  # uint8
     several = is_binary and large["size"].sum() > 1
     instances = total <= 3 * count and apart.sum() <= limit and not several
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
-    require(instances, f"{found} Is it {causes} {help_text}")
+    require(instances, f"{issue} Is it {causes} {help_text}")
     strays = small & (parts["far"] > areas[parts["id"]])
     return pixels[~strays[pieces].to_numpy()], int(strays.sum())
 
@@ -214,9 +214,9 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
     with name_file(path):
         values, _, _, _, lossy, _ = decode(path, indexed=True)
         require(not lossy, "JPEG or WebP, which changes ids. Save it without loss.")
-        found = f"shape {values.shape}, {values.dtype}"
-        known = values.ndim == 2 and values.dtype.kind in "buif"
-        require(known, f"{found}; expected (H, W) with one instance id per pixel.")
+        issue = f"shape {values.shape}, {values.dtype}"
+        valid = values.ndim == 2 and values.dtype.kind in "buif"
+        require(valid, f"{issue}; expected (H, W) with one instance id per pixel.")
         expected = f"expected {size} as of the image beside it"
         require(size in (None, values.shape), f"{values.shape} (H, W); {expected}.")
         pixels = np.flatnonzero(values)  # NaN is one of them

@@ -109,10 +109,10 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     outlines = next(filter(None, places), [])
     labels |= {IMAGE_END.sub("", p.stem): p for p in outlines} | {p.stem: p for p in outlines}
     images = [path for path in images if path not in beside]
-    named = {n: p for p in images for n in (IMAGE_END.sub("", p.stem), p.stem, p.name)}
-    found = {path: labels[name] for name, path in named.items() if name in labels}
+    by_name = {n: p for p in images for n in (IMAGE_END.sub("", p.stem), p.stem, p.name)}
+    pairs = {path: labels[name] for name, path in by_name.items() if name in labels}
     below = [path for path in sorted(folder.glob("[!.]*")) if deep and path.is_dir()]
-    return found or {k: v for path in below for k, v in find_pairs(path, deep=False).items()}
+    return pairs or {k: v for path in below for k, v in find_pairs(path, deep=False).items()}
 
 
 def find_layout(root: Path) -> str:
@@ -207,8 +207,8 @@ def read_table(path: Path, columns: set[str]) -> pd.DataFrame:
     with name_file(path):
         options = dict(dtype=str, keep_default_na=False, engine="python", encoding="utf-8-sig")
         table = pd.read_csv(path, **options)
-        found = f"columns {list(table)}; expected {sorted(columns)}"
-        require(columns <= set(table), f"{found}. Rename the file if it is another table.")
+        issue = f"columns {list(table)}; expected {sorted(columns)}"
+        require(columns <= set(table), f"{issue}. Rename the file if it is another table.")
         full = isinstance(table.index, pd.RangeIndex) and not table.isna().any(axis=None)
         require(full and len(table), "no rows, or some without a value for each column.")
         return table
@@ -266,8 +266,8 @@ def read_image_list(path: Path, folder: Path) -> tuple[dict, list[ImageRecord]]:
 def read_listed(record: ImageRecord, source: Path, channels: Sequence[int]) -> np.ndarray:
     """Read a listed image, (3, H, W) uint8. Raises BadInput, also for another size."""
     image, stated = read_image(record.path, channels), (record.height, record.width)
-    found = f"{source}: {record.path}: {image.shape[1:]} (H, W), but stated as {stated}."
-    require(stated in (image.shape[1:], (0, 0)), found)
+    issue = f"{source}: {record.path}: {image.shape[1:]} (H, W), but stated as {stated}."
+    require(stated in (image.shape[1:], (0, 0)), issue)
     return image
 
 
@@ -360,11 +360,11 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
 def find_brush_masks(table: pd.DataFrame) -> pd.Index:
     """Rows of crowds that are one cell: an RLE of one piece and specks, 4 median areas at most."""
     areas = table["shape"].map(lambda rle: pycocotools.mask.area(rle) if rle else np.nan)
-    found = (table["crowd"] == 1) & (areas <= 4 * areas.groupby(table["kind"]).transform("median"))
-    found &= table["segmentation"].map(lambda shape: isinstance(shape, dict))
-    masks = (ndimage.label(crop_mask(rle)[0])[0].ravel() for rle in table["shape"][found])
+    brush = (table["crowd"] == 1) & (areas <= 4 * areas.groupby(table["kind"]).transform("median"))
+    brush &= table["segmentation"].map(lambda shape: isinstance(shape, dict))
+    masks = (ndimage.label(crop_mask(rle)[0])[0].ravel() for rle in table["shape"][brush])
     sizes = [np.bincount(mask)[1:] for mask in masks]
-    return table.index[found][[own.max() > 0.97 * own.sum() for own in sizes]]
+    return table.index[brush][[own.max() > 0.97 * own.sum() for own in sizes]]
 
 
 def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
@@ -440,8 +440,8 @@ def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
     by_image = len({*homes}) > max(5, 0.9 * len(homes))  # a folder per image, none per class
     for (image, path), folder in zip(pairs.items(), homes, strict=True):
         kind = "cell" if by_image or folder in (train, val) else folder.name
-        found = read_geojson(path) if path.suffix == ".geojson" else [(kind, path, 1, "")]
-        rows += [(image, *row) for row in found]
+        shapes = read_geojson(path) if path.suffix == ".geojson" else [(kind, path, 1, "")]
+        rows += [(image, *row) for row in shapes]
     table = pd.DataFrame(rows, columns=["path", "kind", "shape", "number", "reason"])
     records = {image: ImageRecord(image, 0, 0, 0) for image in pairs}
     return train, records, table, number_classes(table), {}, set()
@@ -502,15 +502,15 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     pixels = np.concatenate(parts)
     steps = np.diff(pixels[np.diff(pixels, prepend=-2) != 1])  # between starts of runs
     step = np.median(steps[steps > 0]) if len(steps) >= 20 and is_down is not None else width
-    found = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
+    issue = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
     help_text = "CSV counts row by row, COCO down columns, points are x, y: transpose the masks."
-    require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{found}. {help_text}")
+    require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{issue}. {help_text}")
     inside = np.zeros((height, width), bool)
     inside.flat[pixels] = True
     sizes = np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].flat)[1:]
     pieces = np.count_nonzero(10 * sizes >= sizes.max(initial=0))
-    found = f"{len(parts)} annotations in {pieces} pieces; expected one per cell. Split them."
-    require(pieces <= 5 * len(parts) + 5, found)
+    issue = f"{len(parts)} annotations in {pieces} pieces; expected one per cell. Split them."
+    require(pieces <= 5 * len(parts) + 5, issue)
     side = min(height, width)
     inside, image = inside[:side, :side], image[:, :side, :side]
     if side >= 32 and len(parts) * inside.sum() >= 10 * len(pixels):  # about 10 cells in it
@@ -518,8 +518,8 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
         grey -= ndimage.uniform_filter(grey, 1 + side // 4)  # light that falls off to one side
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
-        found = "cells fit the image only if mirrored at its diagonal"
-        require(mirrored <= max(3 * fit, limit), f"{found}. {help_text}")
+        issue = "cells fit the image only if mirrored at its diagonal"
+        require(mirrored <= max(3 * fit, limit), f"{issue}. {help_text}")
 
 
 def read_annotated(source: Path, records, rows, config: Config, name: str) -> CellSample:
@@ -573,10 +573,10 @@ def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple
             images.append(ImageRecord(path, len(images) + 1, *read_image(path, channels).shape[1:]))
         except (BadInput, FileNotFoundError) as error:
             errors.append(str(error))
-    found = f"{len(errors)} of {len(paths)} images: {'; '.join(errors[:3])}"
-    require(not errors or (images and not listing.is_file()), found)
+    issue = f"{len(errors)} of {len(paths)} images: {'; '.join(errors[:3])}"
+    require(not errors or (images and not listing.is_file()), issue)
     if errors:
-        print(f"WARNING: left out, {found}")
+        print(f"WARNING: left out, {issue}")
     return images, ids
 
 

@@ -68,8 +68,8 @@ class CellSamples(Sequence):
         self.summary = table.agg({"count": "sum", "example": "first"})
         outside = sum(count for _, reason, count, _ in lost if reason == OUTSIDE)
         require(2 * outside <= total, f"{dataset.root}: {outside:,} annotations {OUTSIDE}.")
-        found = f"{dataset.root}: no instances in any training image; expected some."
-        require(total or not self.names, f"{found}\n{self.summary.to_string()}")
+        issue = f"{dataset.root}: no instances in any training image; expected some."
+        require(total or not self.names, f"{issue}\n{self.summary.to_string()}")
         show_table(self.summary)
 
     def __len__(self):
@@ -114,9 +114,9 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]
     fractions = np.array(single if config.folds == 1 else [1 / config.folds] * config.folds)
-    found = f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts"
+    issue = f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts"
     help_text = f"lower folds ({config.folds}), correct groups.csv, or set split_by='image'."
-    require(len(unique) >= len(fractions), f"{found}: {help_text}")
+    require(len(unique) >= len(fractions), f"{issue}: {help_text}")
     counts = samples.counts[[samples.positions[name] for name in names]]
     counts[:, 0] = 1  # images are shared out like the instances of a class
     by_group = pd.DataFrame(counts / counts.sum(0).clip(1)).groupby(codes).sum().to_numpy()
@@ -190,8 +190,8 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         lines.append(f"Images without instances, learned as background: {empty}")
     limit = config.detections if config.tile else min(config.detections, config.proposals)
     if crowded := int((samples.counts[:, 1:].sum(1) > limit).sum()):
-        found = f"{crowded} images have more than {limit} instances, which cannot all be found"
-        lines.append(f"WARNING: {found}: raise detections and proposals.")
+        issue = f"{crowded} images have more than {limit} instances, which cannot all be found"
+        lines.append(f"WARNING: {issue}: raise detections and proposals.")
     return "\n".join(lines) or "Every class has training instances; `detections` suffices for all."
 
 

@@ -132,10 +132,10 @@ def coco_annotations(instances: Mapping[int, Instances], category_ids: Iterable[
 def coco_dataset(instances, images: Iterable[tuple], categories: Mapping[int, str]) -> dict:
     """A COCO dataset of `Instances` by image id; images: (file name, id, height, width) each."""
     keys = ("file_name", "id", "height", "width")
-    named = [dict(id=key, name=name) for key, name in categories.items()]
+    kinds = [dict(id=key, name=name) for key, name in categories.items()]
     records = [dict(zip(keys, image, strict=True)) for image in images]
     annotations = coco_annotations(instances, categories)
-    return dict(images=records, annotations=annotations, categories=named)
+    return dict(images=records, annotations=annotations, categories=kinds)
 
 
 def coco_ground_truth(samples: Sequence[CellSample], categories: Mapping[int, str]) -> dict:

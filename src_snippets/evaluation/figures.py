@@ -43,9 +43,9 @@ def draw_scores(axes, table: pd.DataFrame, config: Config) -> None:
     for name, line in (("score_threshold", "-"), ("export_score_threshold", "--")):
         axes[1].axvline(getattr(config, name), color="#d62728", linestyle=line, label=name)
     axes[1].set(xlabel="minimum score", title="AP50 and F1 by score threshold", ylim=(0, 1.02))
-    found = table[table.detection >= 0]
+    preds = table[table.detection >= 0]
     style = dict(color=["#d62728", "#2ca02c"], label=["false positives", "true positives"])
-    groups = [found.score[~found.tp50], found.score[found.tp50]]
+    groups = [preds.score[~preds.tp50], preds.score[preds.tp50]]
     axes[2].hist(groups, np.linspace(0, 1, 21), histtype="step", linewidth=2, **style)
     axes[2].set(xlabel="score", ylabel="detections", title="Scores at IoU 0.5", yscale="symlog")
 
@@ -72,8 +72,8 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         axes[1].plot(*dots, "o", label=f"{name}, mean absolute error {error:.1f}", **style)
     axes[1].axline((0, 0), slope=1, color="#555555", linestyle="--")
     axes[1].set(xlabel="true instances", ylabel="predicted instances", title="Detections per image")
-    known = table[table.target >= 0].sort_values("target_area")
-    for _, group in known.groupby(6 * np.arange(len(known)) // max(len(known), 1)):
+    truth = table[table.target >= 0].sort_values("target_area")
+    for _, group in truth.groupby(6 * np.arange(len(truth)) // max(len(truth), 1)):
         test = stats.binomtest(int((group.label == group.target_label).sum()), len(group))
         errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
         axes[2].errorbar(np.sqrt(group.target_area).mean(), test.statistic, errors, fmt="C0o")
@@ -107,14 +107,14 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
     several detections, one without a match. After a duplicate comes the better detection.
     """
     rows = []
-    for image, own in table.query("target >= 0 or not tp50").groupby("image"):
-        scores, known = predictions[image].scores, own.set_index("target")
-        extra, missed = {*own.detection[own.target < 0]}, {*own.target[own.detection < 0]}
+    for image, part in table.query("target >= 0 or not tp50").groupby("image"):
+        scores, by_target = predictions[image].scores, part.set_index("target")
+        extra, missed = {*part.detection[part.target < 0]}, {*part.target[part.detection < 0]}
         pairs = mask_pairs(predictions[image], truths[image])
-        pairs = pairs[pairs.detection.isin(own.detection) & pairs.target.isin(own.target)]
+        pairs = pairs[pairs.detection.isin(part.detection) & pairs.target.isin(part.target)]
         again = pairs[(pairs.iou >= 0.5) & pairs.detection.isin(extra)]
         for d, t in zip(again.detection, again.target, strict=True):
-            rows.append(("duplicate", scores[d], image, [d, known.detection[t]], [t]))
+            rows.append(("duplicate", scores[d], image, [d, by_target.detection[t]], [t]))
         extra -= {*again.detection}
         for d, group in pairs[2 * pairs.shared > pairs.target_area].groupby("detection").target:
             if len(group) > 1 and missed & {*group}:
@@ -124,9 +124,9 @@ def find_mistakes(truths, predictions, table: pd.DataFrame) -> pd.DataFrame:
             if len(group) > 1 and extra & {*group}:
                 rows.append(("merged or split", len(group), image, list(group), [t]))
                 extra, missed = extra - {*group}, missed - {t}
-        wrong = own.query("label > 0 and target_label > 0 and label != target_label").itertuples()
+        wrong = part.query("label > 0 and target_label > 0 and label != target_label").itertuples()
         rows += [("wrong class", row.score, image, [row.detection], [row.target]) for row in wrong]
-        rows += [("missed", known.target_area[t], image, [], [t]) for t in sorted(missed)]
+        rows += [("missed", by_target.target_area[t], image, [], [t]) for t in sorted(missed)]
         rows += [("false positive", scores[d], image, [d], []) for d in sorted(extra)]
     mistakes = pd.DataFrame(rows, columns=["kind", "rank", "image", "detections", "targets"])
     return mistakes.sort_values("rank", ascending=False, kind="stable")
@@ -138,9 +138,9 @@ def draw_outline(axis, rle: dict, **style) -> None:
         axis.plot(line[:, 1] + left - 1, line[:, 0] + top - 1, **style)
 
 
-def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Instances, names):
+def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, pred: Instances, names):
     """Draw a row of `find_mistakes` where it is in its image (3, H, W) uint8."""
-    boxes = np.concatenate([found.boxes[mistake.detections], truth.boxes[mistake.targets]])
+    boxes = np.concatenate([pred.boxes[mistake.detections], truth.boxes[mistake.targets]])
     low, high, size = boxes[:, :2].min(0), boxes[:, 2:].max(0), np.array(truth.size[::-1])
     side = max(2 * (high - low).max(), 64)  # px
     first = ((low + high - side) / 2).clip(0, np.maximum(size - side, 0))
@@ -154,9 +154,9 @@ def draw_mistake(axis, mistake, image: np.ndarray, truth: Instances, found: Inst
         draw_outline(axis, truth.rles[index], lw=3 if index in mistake.targets else 1, **style)
     for place, index in enumerate(mistake.detections):
         is_winner = mistake.kind == "duplicate" and place == 1
-        draw_outline(axis, found.rles[index], **(WINNER_STYLE if is_winner else PREDICTION_STYLE))
+        draw_outline(axis, pred.rles[index], **(WINNER_STYLE if is_winner else PREDICTION_STYLE))
     axis.set(xlim=(first[0] - 0.5, last[0] - 0.5), ylim=(last[1] - 0.5, first[1] - 0.5))
-    texts = [f"{found.scores[k]:.2f} {names[found.labels[k] - 1]}" for k in mistake.detections]
+    texts = [f"{pred.scores[k]:.2f} {names[pred.labels[k] - 1]}" for k in mistake.detections]
     true = {f"true: {names[truth.labels[k] - 1]}" for k in mistake.targets}
     axis.set_title("\n".join([*texts[:2], *sorted(true)[:2]]), fontsize=8)
 

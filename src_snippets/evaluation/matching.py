@@ -40,9 +40,9 @@ def choose_pairs(pairs: pd.DataFrame) -> dict[int, int]:
     keys, ascending = ["score", "detection", "iou", "target"], [False, True, False, False]
     pairs = pairs[pairs.iou >= 0.5].sort_values(keys, ascending=ascending)
     match, used = {}, set()
-    for found, target in zip(pairs.detection, pairs.target, strict=True):
-        if found not in match and target not in used:
-            match[found] = target
+    for pred, target in zip(pairs.detection, pairs.target, strict=True):
+        if pred not in match and target not in used:
+            match[pred] = target
             used.add(target)
     return match
 
@@ -56,19 +56,19 @@ def match_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     that is none and lies half or more in a crowd of its class has no row.
     """
     parts = []
-    for image, (found, truth) in enumerate(zip(predictions, ground_truths, strict=True)):
-        last = np.r_[0, found.labels, truth.labels].max()
+    for image, (pred, truth) in enumerate(zip(predictions, ground_truths, strict=True)):
+        last = np.r_[0, pred.labels, truth.labels].max()
         require(last <= num_classes, f"Image {image}: label {last}, expected up to {num_classes}.")
-        rows = pd.DataFrame(dict(score=found.scores, label=found.labels))
+        rows = pd.DataFrame(dict(score=pred.scores, label=pred.labels))
         rows = rows.reset_index(names="detection")
         targets = pd.DataFrame(dict(target_label=truth.labels, target_area=mask_areas(truth.rles)))
         targets = targets.reset_index(names="target")
-        pairs = mask_pairs(found, truth).merge(rows).merge(targets)
+        pairs = mask_pairs(pred, truth).merge(rows).merge(targets)
         right = choose_pairs(pairs[pairs.label == pairs.target_label])
         crowds = pairs.query("label == -target_label and 2 * shared >= area").detection
         rows = rows[~rows.detection.isin({*crowds} - {*right})]
-        known = pairs[(pairs.target_label > 0) & pairs.detection.isin(rows.detection)]
-        rows = rows.assign(target=rows.detection.map(choose_pairs(known))).merge(pairs, how="left")
+        valid = pairs[(pairs.target_label > 0) & pairs.detection.isin(rows.detection)]
+        rows = rows.assign(target=rows.detection.map(choose_pairs(valid))).merge(pairs, how="left")
         rows = rows.merge(targets[targets.target_label > 0], how="outer")
         parts.append(rows.assign(image=image, tp50=rows.detection.isin(list(right))))
     table = pd.concat(parts) if parts else pd.DataFrame(columns=list(MATCH_DTYPES))
@@ -127,9 +127,9 @@ def ap_interval(table: pd.DataFrame, draws: int = 500) -> tuple[float, float] | 
     return tuple(np.nanquantile(values, [0.025, 0.975]).tolist())
 
 
-def pair_centroids(found: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:
+def pair_centroids(pred: Instances, truth: Instances, radius: float = 12.0) -> np.ndarray:
     """Pair centroids at most `radius` px apart: (2, K) int64, detections and their targets."""
-    maps = [draw_masks(s.rles, np.arange(len(s)) + 1, *s.size) for s in (found, truth)]
+    maps = [draw_masks(s.rles, np.arange(len(s)) + 1, *s.size) for s in (pred, truth)]
     centers = [ndimage.center_of_mass(m > 0, m, range(1, m.max() + 1)) for m in maps]
     distances = spatial.distance.cdist(*(np.reshape(places, (-1, 2)) for places in centers))
     pairs = np.array(optimize.linear_sum_assignment(distances))
@@ -144,21 +144,21 @@ def quality_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     Source: HoVer-Net, Graham et al. 2019, doi:10.1016/j.media.2019.101563, and its code.
     """
     columns, rows = ["label", "DICE", "AJI", "DQ", "SQ", "PQ", "hits", "count"], []
-    for found, truth in zip(predictions, ground_truths, strict=True):
-        every, near = mask_pairs(found, truth), pair_centroids(found, truth)
-        areas = mask_areas(found.rles), mask_areas(truth.rles)
+    for pred, truth in zip(predictions, ground_truths, strict=True):
+        every, near = mask_pairs(pred, truth), pair_centroids(pred, truth)
+        areas = mask_areas(pred.rles), mask_areas(truth.rles)
         for label in range(num_classes + 1):
-            own, known = ((side.labels == label) | (label == 0) for side in (found, truth))
-            if not (count := own.sum() + known.sum()):
+            is_pred, is_truth = ((side.labels == label) | (label == 0) for side in (pred, truth))
+            if not (count := is_pred.sum() + is_truth.sum()):
                 continue
-            pairs = every[own[every.detection] & known[every.target]]
-            foreground = areas[0][own].sum() + areas[1][known].sum()
+            pairs = every[is_pred[every.detection] & is_truth[every.target]]
+            foreground = areas[0][is_pred].sum() + areas[1][is_truth].sum()
             best = pairs.loc[pairs.groupby("target").iou.idxmax()]  # may share a detection
             shared, again = best.shared.sum(), best.area[best.detection.duplicated()].sum()
             dice, aji = 2 * pairs.shared.sum() / foreground, shared / (foreground + again - shared)
             ious = pairs.iou[pairs.iou > 0.5]
             dq, sq = 2 * len(ious) / count, ious.sum() / max(len(ious), 1)
-            first, second = own[near[0]], known[near[1]]
+            first, second = is_pred[near[0]], is_truth[near[1]]
             hits, confused = 2 * (first & second).sum(), (first != second).sum()
             rows.append((label, dice, aji, dq, sq, dq * sq, hits, count + confused))
     groups = pd.DataFrame(rows, columns=columns, dtype=float).groupby("label")

@@ -158,8 +158,8 @@ def keep_corrections(folder: Path) -> None:
     paths = [*folder.glob("c*s.*"), *(p for part in parts for p in (folder / part).rglob("[!.]*"))]
     times = (max(p.stat().st_mtime, p.stat().st_ctime) for p in paths if p.is_file())
     if (latest := max(times, default=0)) > (mark.stat().st_ctime + 1 if mark.exists() else 0):
-        kept = folder.rename(f"{folder}-{latest:.2f}")
-        print(f"{folder}: changed, or not written to its end; kept as {kept}")
+        aside = folder.rename(f"{folder}-{latest:.2f}")
+        print(f"{folder}: changed, or not written to its end; kept as {aside}")
 
 
 def write_exports(predictions, images, folder, categories, config) -> pd.DataFrame:
@@ -171,7 +171,7 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, tables, counts, ums = list(categories.values()), [], [], set()
     columns = [f"class {name}" if name in ("image", "all", "area_mm2") else name for name in kinds]
-    classes = {key: [kinds[label - 1] for label in own.labels] for key, own in visible.items()}
+    classes = {key: [kinds[label - 1] for label in p.labels] for key, p in visible.items()}
     keep_corrections(folder)
     for part in (*PARTS_OF_EXPORTS, "training"):
         shutil.rmtree(folder / part, ignore_errors=True)
@@ -188,8 +188,8 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
         ums |= {um} - {0.0}
         numbers = draw_masks(instances.rles, range(1, len(instances) + 1), *instances.size)
         save_label_image(numbers, paths["labels"], um)
-        shown = values if config.channels else pixels
-        save_training_folder(numbers, instances.labels, shown, folder / "training" / name)
+        original = values if config.channels else pixels
+        save_training_folder(numbers, instances.labels, original, folder / "training" / name)
         with atomic_write(paths["overlays"]) as partial:
             Image.fromarray(draw_outlines(pixels, instances)).save(partial, "PNG")
         table = measure_cells(numbers, values, um)
@@ -216,8 +216,8 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
         with atomic_write(folder / name) as partial:
             table.to_csv(partial, index=False)
     above = os.path.commonpath([image.path.parent for image in images])
-    named = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
-    write_json(coco_dataset(visible, named, categories), folder / "cells.coco.json")
+    listing = [(path.relative_to(above).as_posix(), *facts) for path, *facts in images]
+    write_json(coco_dataset(visible, listing, categories), folder / "cells.coco.json")
     (folder / ".written").touch()
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")

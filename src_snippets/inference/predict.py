@@ -38,8 +38,8 @@ SYMMETRIES["d4"] = list(product(range(4), (False, True)))
 def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instances:
     """Predict one image (3, H, W) uint8 by all `members`, pairs of a model and its settings."""
     views = [View(*turn) for turn in SYMMETRIES[config.tta]]
-    found = detect([model for model, _ in members], image, config, views)
-    return found if config.overlaps else without_overlaps(found)
+    instances = detect([model for model, _ in members], image, config, views)
+    return instances if config.overlaps else without_overlaps(instances)
 
 
 def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
@@ -60,8 +60,8 @@ def submission_preview(samples, predictions, config: Config) -> tuple[pd.DataFra
     if config.score_threshold > LOW_SCORE:
         thresholds["from 0.05 on"] = LOW_SCORE
     for name, threshold in thresholds.items():
-        kept = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
-        rows[name] = average_precision(truth, kept)
+        results = {k: p.above(threshold) for k, p in enumerate(predictions, start=1)}
+        rows[name] = average_precision(truth, results)
     table = pd.DataFrame(rows).T[["AP", "AP50", "AP75", "AP50_100"]].astype(float)
     price = table.AP50.iloc[-1] - table.AP50.iloc[0]
     if len(table) == 1 or np.isnan(price):
@@ -99,8 +99,8 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     remaining.sort(key=lambda image: image.height * image.width, reverse=True)  # dealt evenly
     for i in tqdm(rank_indices(len(remaining)), desc="test images", disable=not is_main()):
         pixels = torch.from_numpy(read_image(remaining[i].path, config.channels))
-        found = vars(predict_image(members, pixels, config))
-        write_json(found, folder / f"{remaining[i].image_id}.json")
+        fields = vars(predict_image(members, pixels, config))
+        write_json(fields, folder / f"{remaining[i].image_id}.json")
     gather([])  # until all processes have written theirs
     predictions = {}
     for key in (image.image_id for image in images):

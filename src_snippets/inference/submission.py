@@ -32,22 +32,22 @@ ENTRY_KEYS = ("image_id", "category_id", "score", "bbox", "segmentation")
 
 def check_entry(entry, sizes: dict[int, tuple], category_ids: list[int]) -> None:
     """Raise ValueError, with what is wrong with an entry of results; sizes: (H, W) by image id."""
-    known = isinstance(entry, dict) and entry.keys() >= set(ENTRY_KEYS)
-    require(known, f"expected an object with {', '.join(ENTRY_KEYS)}")
+    valid = isinstance(entry, dict) and entry.keys() >= set(ENTRY_KEYS)
+    require(valid, f"expected an object with {', '.join(ENTRY_KEYS)}")
     image_id, category, score, box, rle = (entry[key] for key in ENTRY_KEYS)
-    known = type(image_id) is int and image_id in sizes
-    require(known, f"image_id {image_id!r}; expected that of a test image")
-    known = type(category) is int and category in category_ids
-    require(known, f"category_id {category!r}; expected one of {category_ids}")
+    valid = type(image_id) is int and image_id in sizes
+    require(valid, f"image_id {image_id!r}; expected that of a test image")
+    valid = type(category) is int and category in category_ids
+    require(valid, f"category_id {category!r}; expected one of {category_ids}")
     require(type(score) in (int, float) and 0 <= score <= 1, f"score {score!r}; expected 0..1")
-    known = isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4
-    require(known, f"bbox {box!r}; expected x, y, width, height")
+    valid = isinstance(box, list) and [type(v) in (int, float) for v in box] == [True] * 4
+    require(valid, f"bbox {box!r}; expected x, y, width, height")
     (x, y, width, height), size, edge = box, list(sizes[image_id]), 1e-3  # px, float32 edges
     inside = min(x, y) >= -edge and x + width <= size[1] + edge and y + height <= size[0] + edge
-    known = inside and min(width, height) > 0
-    require(known, f"bbox {box} is empty or leaves the image of {size} (H, W)")
-    known = isinstance(rle, dict) and type(rle.get("counts")) is str and rle.get("size") == size
-    require(known, f"segmentation {str(rle)[:80]}; expected size {size}, counts as text")
+    valid = inside and min(width, height) > 0
+    require(valid, f"bbox {box} is empty or leaves the image of {size} (H, W)")
+    valid = isinstance(rle, dict) and type(rle.get("counts")) is str and rle.get("size") == size
+    require(valid, f"segmentation {str(rle)[:80]}; expected size {size}, counts as text")
     starts, ends = decode_runs(rle)  # first: pycocotools reads past the end of a broken RLE
     area, other = int((ends - starts).sum()), int(pycocotools.mask.area(rle))
     require(area == other > 0, f"segmentation of {area} pixels, for pycocotools {other}")

@@ -59,8 +59,8 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"weights={str(path)!r}: no such file, nor imagenet, coco or none.")
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
-        known = state and all(isinstance(value, Tensor) for value in state.values())
-        require(known, "expected names to tensors")
+        valid = state and all(isinstance(value, Tensor) for value in state.values())
+        require(valid, "expected names to tensors")
     except Exception as error:  # of many types; each means a bad file
         raise ValueError(f"{path}: not a state dict that can be read safely: {error}") from error
     print(f"Initial weights: {path}")

@@ -57,9 +57,9 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
 
 def without_overlaps(instances: Instances) -> Instances:
     """Give each pixel to its best detection; order stays, empty ones go."""
-    drawn = draw_by_score(instances)[None]
-    boxes, areas, _ = instance_boxes(torch.from_numpy(drawn), len(instances))
-    rles = encode_layers(drawn, len(instances))
+    numbers = draw_by_score(instances)[None]
+    boxes, areas, _ = instance_boxes(torch.from_numpy(numbers), len(instances))
+    rles = encode_layers(numbers, len(instances))
     return replace(instances, boxes=boxes.numpy(), rles=rles).select(areas.numpy() > 0)
 
 

@@ -78,8 +78,8 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     """
 
     def check_targets(self, targets):  # torchvision's asks for masks
-        known = all("layer_index" in target for target in targets or [{}])
-        require(known, "A target without layer_index; expected those of training_target.")
+        valid = all("layer_index" in target for target in targets or [{}])
+        require(valid, "A target without layer_index; expected those of training_target.")
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
         """Instance and class (R,) int64 of each proposal by image; 0 for the background."""

@@ -66,8 +66,8 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
         return super().batch_images(images, size_divisible).contiguous(memory_format=self.layout)
 
     def postprocess(self, result, image_shapes, original_image_sizes):
-        for found, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
-            found["boxes"] = detection.transform.resize_boxes(found["boxes"], *sizes)
+        for output, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
+            output["boxes"] = detection.transform.resize_boxes(output["boxes"], *sizes)
         return result
 
 
@@ -97,14 +97,14 @@ def whole_model_state(config: Config) -> dict[str, Tensor] | None:
 
 def with_model_settings(config: Config, changes: Mapping) -> Config:
     """The settings with those of the model in a best.pt that `weights` names, but for `changes`."""
-    taken = {}
+    settings = {}
     with suppress(Exception):  # none of ours; a bad file is refused where its weights are read
         saved = torch.load(config.weights, map_location="cpu", weights_only=True)["config"]
         names = [k for k in MODEL_SETTINGS if k in saved and k not in changes]
-        taken = {k: saved[k] for k in names if saved[k] != getattr(config, k)}
-    if taken:
-        print(f"Settings of the model in {config.weights}: {taken}")
-    return replace(config, **taken)
+        settings = {k: saved[k] for k in names if saved[k] != getattr(config, k)}
+    if settings:
+        print(f"Settings of the model in {config.weights}: {settings}")
+    return replace(config, **settings)
 
 
 def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bool = False) -> None:
@@ -113,9 +113,9 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor], new_classes: bo
     # Norms of detectron2 do not count batches
     differ = sorted({k for k, _ in own.items() ^ new.items() if "num_batches" not in k})
     wrong = [name for name in differ if not (new_classes and name.startswith(CLASS_LAYERS))]
-    found = f"The weights do not fit the model: {len(wrong)} parameters, such as {wrong[:3]}, are"
+    issue = f"The weights do not fit the model: {len(wrong)} parameters, such as {wrong[:3]}, are"
     help_text = "Set backbone, fpn_channels and heads as they were when the weights were made."
-    require(not wrong, f"{found} missing, unknown or of another shape. {help_text}")
+    require(not wrong, f"{issue} missing, unknown or of another shape. {help_text}")
     model.load_state_dict({k: v for k, v in state.items() if k not in differ}, strict=False)
     if differ:
         print(f"Not in these weights, so not pretrained: {', '.join(differ)}")

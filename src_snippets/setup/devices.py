@@ -31,8 +31,8 @@ def choose_precision(config: Config, device: torch.device) -> str:
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     possible = ["no", *(["fp16"] if on_gpu else []), *(["bf16"] if has_bf16 else [])]
     expected = f"expected auto, {' or '.join(possible)} on this {device.type}"
-    known = config.precision in ("auto", *possible)
-    require(known, f"Setting precision={config.precision!r}: {expected}.")
+    valid = config.precision in ("auto", *possible)
+    require(valid, f"Setting precision={config.precision!r}: {expected}.")
     return config.precision if config.precision != "auto" else possible[-1] if on_gpu else "no"
 
 

@@ -75,8 +75,8 @@ def load_checkpoint(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state | dict(model=state["model"], config=Config(**state["config"]))  # or KeyError
     except Exception as error:  # of many types; each means a file that cannot be used
-        found = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
-        raise BadInput(f"{found}. Correct the path; in OUT set RESUME = False.") from error
+        issue = f"{path}: expected a best.pt of this version of the notebook, undamaged ({error!r})"
+        raise BadInput(f"{issue}. Correct the path; in OUT set RESUME = False.") from error
 
 
 def saved_config(path: Path, changes: Mapping) -> Config:

@@ -30,15 +30,15 @@ from src_snippets.setup.files import atomic_write, load_checkpoint, PREDICTION_S
 
 def code_digest(*roots) -> str:
     """Digest of the source of functions and classes, and of every global of ours that they load."""
-    pending, known, sources = [("", root) for root in roots], set(), set()
+    pending, visited, sources = [("", root) for root in roots], set(), set()
     while pending:
         name, item = pending.pop()
         item = inspect.unwrap(getattr(item, "__func__", getattr(item, "fget", item)))
         if isinstance(item, (str, int, float, tuple, list, dict)) and name[:2] != "__":
             sources.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(item))}")
-        if not (inspect.isclass(item) or inspect.isfunction(item)) or item in known:
+        if not (inspect.isclass(item) or inspect.isfunction(item)) or item in visited:
             continue
-        known.add(item)
+        visited.add(item)
         if item.__module__.split(".")[0] not in ("__main__", __name__.split(".")[0]):
             continue
         if inspect.isclass(item):  # method by method: in a notebook a class has no source

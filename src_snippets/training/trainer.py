@@ -253,9 +253,9 @@ class TrainingState:
             check_same_settings(state["config"], config, self.folder / "last.pt")
             for name in self.parts.keys() & state.keys():
                 self.parts[name].load_state_dict(state[name])
-            for weight, kept in optimizer.state.items():  # of a GPU with another memory layout
-                own = {k: v for k, v in kept.items() if v.shape == weight.shape}
-                kept |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
+            for weight, moments in optimizer.state.items():  # of a GPU with another memory layout
+                own = {k: v for k, v in moments.items() if v.shape == weight.shape}
+                moments |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
             vars(self).update({name: state[name] for name in PROGRESS})
         self.network, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
