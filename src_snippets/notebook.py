@@ -253,7 +253,7 @@ if trains:
     print(f"{count_parameters(model) / 1e6:.1f} M trainable parameters")
     boxes = np.concatenate([ground_truth(sample).boxes for sample in train_part])
     sides = (boxes[:, 2:] - boxes[:, :2]) * config.scale
-    show_figure(plot_anchors(sides, config), figures / "anchors.png", "Box sizes and anchors")
+    show_figure(plot_anchors(sides, config), figures / "anchors.png")
     del model
 
 # %% [markdown]

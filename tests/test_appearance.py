@@ -43,6 +43,20 @@ def test_features_worked_by_hand():
     assert features[11] == pytest.approx(np.log(0.05))
 
 
+def test_features_of_large_images_take_some_of_the_pixels():
+    image = noise(8, 8000)
+    assert appearance_features(image).tolist() == appearance_features(image[:, :, ::3]).tolist()
+
+
+def test_light_that_falls_off_to_the_borders_is_no_seam():
+    y, x = np.mgrid[-1:1:96j, -1:1:128j]
+    light, rng = 170 * (1 - 0.2 * (x**2 + y**2)), np.random.default_rng(0)
+    images = [np.repeat((light + rng.normal(0, 6, light.shape))[None], 3, 0) for _ in range(12)]
+    borders = [image_borders(image.clip(0, 255).astype(np.uint8)) for image in images]
+    assert find_seams(borders) == []
+    assert len(find_seams(borders[:8])) > 50  # too few to know
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_neighbours_of_one_picture_have_a_seam(turned):
     """Side by side or one above the other, the only pair of three images."""

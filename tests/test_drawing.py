@@ -9,6 +9,7 @@ import pytest
 
 from src_snippets.data.drawing import (
     brighten,
+    CAPTIONS,
     class_color,
     draw_outlines,
     plot_predictions,
@@ -166,8 +167,7 @@ def test_a_notebook_displays_the_figure_with_a_text(sample, tmp_path, monkeypatc
     monkeypatch.setattr(IPython, "get_ipython", lambda: True)
     monkeypatch.setattr(IPython.display, "display", displayed.append)
     figure = plot_samples([(sample.image.numpy(), ground_truth(sample), "a")], NAMES)
-    assert figure.get_label()
-    for alt in ("", "an image"):
-        show_figure(figure, tmp_path / "figure.png", alt)
-        assert displayed[-1].data == Path(tmp_path, "figure.png").read_bytes()
-        assert displayed[-1].metadata["alt"] == (alt or figure.get_label())
+    for name, text in (("samples", "samples"), ("history12", "history")):  # 12: a fold
+        show_figure(figure, tmp_path / f"{name}.png")
+        assert displayed[-1].data == Path(tmp_path, f"{name}.png").read_bytes()
+        assert displayed[-1].metadata["alt"] == CAPTIONS[text]

@@ -35,6 +35,7 @@ from src_snippets.data.structures import ground_truth, Instances
 from src_snippets.export import exports
 from src_snippets.export.exports import (
     measure_cells,
+    qupath_feature,
     read_pixel_size,
     save_label_image,
     trace_polygons,
@@ -680,6 +681,21 @@ def test_pixel_sizes_by_the_tags(options, size, tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.zeros((4, 5), np.uint8), **dict(metadata=None) | options)
     assert read_pixel_size(path) == pytest.approx(size)
+
+
+def test_the_pixel_size_is_that_of_the_largest_page(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for side in (8, 32):  # a preview comes first
+            options = dict(resolution=(1250 * side,) * 2, resolutionunit="CENTIMETER")
+            file.write(np.zeros((side, side), np.uint8), metadata=None, **options)
+    assert read_pixel_size(tmp_path / "a.tif") == 0.25
+
+
+def test_measurements_that_are_not_finite_are_left_out_of_geojson():
+    cell = {"image": "a", "cell": 1, "class": "x", "score": 0.5, "area_px": 4}
+    cell |= dict(intensity_1=np.inf, intensity_2=np.nan)
+    feature = qupath_feature([[[[0, 0], [2, 0], [2, 2], [0, 0]]]], 1, cell)
+    assert feature["properties"]["measurements"] == {"score": 0.5, "area_px": 4}
 
 
 def test_other_files_tell_no_pixel_size(tmp_path):

@@ -10,7 +10,8 @@ import pandas as pd
 from PIL import Image
 import pytest
 
-from src_snippets.export.report import CAPTIONS, environment_table, write_report
+from src_snippets.data.drawing import CAPTIONS
+from src_snippets.export.report import environment_table, write_report
 from src_snippets.setup.config import config_table, make_config
 
 

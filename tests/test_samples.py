@@ -234,7 +234,7 @@ def test_every_part_has_its_share_of_each_class_and_of_empty_images():
             assert sum(name < "n05" for name in fold["val"]) == 1
 
 
-def test_images_that_look_alike_stay_together(tmp_path):
+def test_images_that_look_alike_stay_together(tmp_path, capsys):
     rng, colors = np.random.default_rng(0), [(200, 60, 60), (60, 200, 60), (60, 60, 200)]
     cells = np.zeros((40, 40), int)
     cells[10:20, 10:20] = 1
@@ -258,7 +258,9 @@ def test_images_that_look_alike_stay_together(tmp_path):
     assert len(set(samples.groups("image").values())) == 42
     samples.features[:] = samples.features[:1] * 42
     samples.dataset = replace(samples.dataset, groups={})
+    capsys.readouterr()
     assert len(make_splits(samples, make_config("demo"))[0]["val"]) == 8  # all look alike: by image
+    assert "WARNING: only 1 groups of similar images" in capsys.readouterr().out
 
 
 def test_copies_are_one_group_whatever_else_groups_images(monkeypatch):

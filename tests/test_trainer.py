@@ -676,7 +676,6 @@ def test_a_trial_step_that_does_not_fit_halves_the_batch(
     assert (len(history), tried) == (1, [(4, 3), (2, 3), (1, 3)])
     assert fractions == [0.85, 0.85, 0.85, 0.95]  # the trial has less memory than training
     out = capsys.readouterr().out
-    assert out.count("half the batch, from the last checkpoint on") == len(waits) == 2
     assert "batch_size=1, accumulate=4" in out
     assert load_checkpoint(tmp_path / "last.pt")["steps"] == 2
 
@@ -716,7 +715,6 @@ def test_training_goes_on_with_half_the_batch_where_memory_gets_full(
     assert state["config"].batch_size == 2
     assert state["steps"] == (9 if gpus == 1 else 6)  # as many updates as without the error
     out = capfd.readouterr().out
-    assert out.count("half the batch, from the last checkpoint on") == 1
     assert waits == [10]  # until the memory of what was killed is free
     assert "batch_size=1, accumulate=2 from now on" in out
     assert f"{tmp_path}: 1 of 3 epochs are done" in out

@@ -14,6 +14,16 @@ from src_snippets.data.rle import mask_areas
 from src_snippets.data.samples import image_stem
 from src_snippets.data.structures import CellSample, draw_by_score, ground_truth, Instances
 
+CAPTIONS = {  # by file name, in the order of the report: heading, what to see
+    "evaluation": "Evaluation: Curves that end early miss cells; off the diagonal are confusions.",
+    "mistakes": "Worst mistakes: Truth solid, predictions dashed. Either may be what is wrong.",
+    "predictions": "Predictions: Look for missed, merged and split cells, and for other colours.",
+    "history": "Training: A score that falls means too many epochs, one that still rises too few.",
+    "samples": "Training images: If outlines and cells are apart, image and masks do not match.",
+    "augmentations": "Augmentation: If colours look unlike any slide, lower color_jitter.",
+    "anchors": "Anchors: Many cells without an anchor ask for other anchor_sizes or scale.",
+    "test": "Test images: Cells that were predicted where no ground truth is known.",
+}
 # Colours that stains do not have, bright enough to be seen on pink and on purple
 CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#0047ff", "#000000", "#c6a700")
 
@@ -60,8 +70,8 @@ def show_image_row(axes, images: list[np.ndarray], titles: list[str]) -> None:
         axis.set_anchor("N")
 
 
-def show_figure(figure: Figure, path: Path, alt: str = "", update: bool | None = None) -> None:
-    """Save a figure as PNG; a notebook displays it, with `alt` or its label for screen readers.
+def show_figure(figure: Figure, path: Path, update: bool | None = None) -> None:
+    """Save a figure as PNG; a notebook displays it, its caption as the text for screen readers.
 
     update: False for the first and True for later versions of a display that changes.
     """
@@ -70,7 +80,7 @@ def show_figure(figure: Figure, path: Path, alt: str = "", update: bool | None =
         text.set_parse_math("$" not in text.get_text())  # which is in a name, no formula
     figure.savefig(path, dpi=100, bbox_inches="tight")
     if IPython.get_ipython() is not None:
-        alt_text = {"alt": alt or figure.get_label()}  # alt= came with IPython 8, Colab has 7
+        alt_text = {"alt": CAPTIONS.get(path.stem.rstrip("0123456789"), "")}  # Colab has no alt=
         image = IPython.display.Image(filename=str(path), metadata=alt_text)
         place = {} if update is None else dict(display_id=str(path), update=update)
         IPython.display.display(image, **place)
@@ -82,7 +92,6 @@ def plot_samples(items: list[tuple], names: tuple[str, ...]) -> Figure:
     """Plot (image (3, H, W) uint8, `Instances`, name) each: the image, below it with outlines."""
     tall = min(max(image.shape[1] / image.shape[2] for image, _, _ in items), 1.2)
     figure = Figure(figsize=(3.4 * len(items), 6.6 * tall + 1.2), layout="constrained")
-    figure.set_label(f"{len(items)} images; below them the same with cells outlined by class")
     axes = figure.subplots(2, len(items), squeeze=False)
     for column, (image, instances, name) in zip(axes.T, items, strict=True):
         title = f"{image_stem(name)[:12]}  {image.shape[2]} x {image.shape[1]} px"
@@ -97,7 +106,6 @@ def plot_predictions(samples: list[CellSample], predictions, wrong, names) -> Fi
     """Plot image, ground truth and prediction of each sample; crosses at `wrong` ones of both."""
     heights = [min(sample.size[0] / sample.size[1], 1.5) for sample in samples]
     figure = Figure(figsize=(10.5, 3.4 * sum(heights) + 0.4 * len(samples)), layout="constrained")
-    figure.set_label("Image, ground truth and prediction side by side, cells outlined by class")
     rows = figure.subplots(len(samples), 3, squeeze=False, height_ratios=heights)
     for row, sample, prediction, marks in zip(rows, samples, predictions, wrong, strict=True):
         image, sides = sample.image.numpy(), (ground_truth(sample), prediction)

@@ -144,7 +144,11 @@ def dataset_roots(folder: Path, depth: int = 6) -> list[Path]:
     if find_layout(folder) != "images":
         return [folder]
     below = sorted(folder.glob("[!.]*/"), key=lambda path: (path.name == "drive", path))  # last
-    return [root for path in below if depth for root in dataset_roots(path, depth - 1)]
+    roots = []
+    for path in below if depth else ():
+        if not roots or path.name != "drive":  # each folder of a Drive takes long to look at
+            roots += dataset_roots(path, depth - 1)
+    return sorted(roots, key=has_ground_truth, reverse=True)
 
 
 def find_dataset(data: str, searched=("/kaggle/input", "/content", "data")) -> Path | None:
@@ -415,14 +419,10 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
         table.loc[cells, "crowd"] = False
         print(f"{source}: {len(cells)} crowds of a cell's size (brush masks of CVAT) are cells")
     rles = [rle for rle in table["shape"] if rle]
-    left, top, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
+    _, _, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
     boxes = int((mask_areas(rles) == width * height).sum())
     if boxes >= 10 and 2 * boxes > len(rles):
         print(f"WARNING: {source}: {boxes} of {len(rles)} outlines are upright boxes, not cells?")
-    is_large = min((min(rle["size"]) for rle in rles), default=0) >= 200
-    is_percent = is_large and max(*(left + width), *(top + height)) <= 100
-    if len(rles) >= 20 and is_percent and table["segmentation"].map(type).eq(list).all():
-        print(f"WARNING: {source}: all polygons within 100 px, in percent? Export pixels.")
     groups = kinds["supercategory"][kinds["id"].isin(table["kind"])]
     kinds = kinds[kinds["id"].isin(table["kind"]) | ~kinds["name"].isin(groups)]  # of Roboflow
     again = kinds["name"].duplicated(keep=False)
@@ -501,10 +501,11 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
         image, height, width = image.transpose(0, 2, 1), width, height
     pixels = np.concatenate(parts)
     steps = np.diff(pixels[np.diff(pixels, prepend=-2) != 1])  # between starts of runs
-    step = np.median(steps[steps > 0]) if len(steps) >= 20 and is_down is not None else width
-    issue = f"cells are stripes, with runs {step:.0f} px apart; expected {width} as of the image"
+    near = abs(steps[steps > 0] - height) < min(height, abs(width - height)) / 4
+    stripes = is_down is not None and len(steps) >= 20 and 2 * near.sum() > len(near)
+    issue = f"cells are stripes, with runs {height} px apart; expected {width} as of the image"
     help_text = "CSV counts row by row, COCO down columns, points are x, y: transpose the masks."
-    require(abs(step - height) >= min(height, abs(width - height)) / 4, f"{issue}. {help_text}")
+    require(not stripes, f"{issue}. {help_text}")
     inside = np.zeros((height, width), bool)
     inside.flat[pixels] = True
     sizes = np.bincount(ndimage.label(inside, np.ones((3, 3)))[0].flat)[1:]
@@ -516,6 +517,7 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
     if side >= 32 and len(parts) * inside.sum() >= 10 * len(pixels):  # about 10 cells in it
         grey = image.sum(axis=0, dtype=np.float32)
         grey -= ndimage.uniform_filter(grey, 1 + side // 4)  # light that falls off to one side
+        grey = grey.clip(*np.percentile(grey, [5, 95]))  # one bright thing decides nothing
         fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
         issue = "cells fit the image only if mirrored at its diagonal"
@@ -584,6 +586,7 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     """List a dataset's images and what is left out; folders have `config.class_names`. BadInput."""
     layout, is_mapped = find_layout(root), (root / MAPPING_NAME).is_file()
     train = find_part(root, "train", COCO_FOLDERS) if layout == "coco" else root / "train"
+    train = train / "train" if any(train.glob("train/*/image.tif")) else train  # of a train.zip
     train = root if layout == "pairs" and not find_pairs(train) else train
     val, records = find_part(root, "val", IMAGE_FOLDERS), {}
     source, images, rows, used, own = root, {}, {}, set(), set()
@@ -606,6 +609,8 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     places = COCO_FOLDERS if find_part(root, "test", COCO_FILES) else IMAGE_FOLDERS
     test = find_part(root, "test", ("{}/images", *places)) or root / "test"
     test = root if layout == "images" else root / "test_release" if is_mapped else test
+    lone = layout == "folders" and not is_mapped and image_files(root / "test_release")
+    require(not lone, f"{root}: test_release/ without {MAPPING_NAME}. Add it, or call it test/.")
     test_images, test_ids = list_test_images(root, test, config.channels)
     used |= {*images, *(image.path for image in test_images)}
     unread = {train, test, val, root / "images", root / "test_release"} - {None}

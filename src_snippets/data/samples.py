@@ -109,7 +109,8 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
         val = val if config.val_fraction else []
         return {0: {"train": sorted({*names} - {*val}), "val": val}}
     groups = pd.Series(samples.groups(config.split_by))
-    if groups.nunique() < max(config.folds, 2):
+    if (count := groups.nunique()) < max(config.folds, 2):
+        print(f"WARNING: only {count} groups of similar images: split by image, scores too good.")
         groups = pd.Series(samples.groups("image"))
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]

@@ -83,7 +83,6 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
 def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
     """Plot six panels from the matches of `match_table`."""
     figure = Figure(figsize=(16, 9.5), layout="constrained")
-    figure.set_label("Precision, thresholds, scores, classes, counts and recall in validation")
     upper, lower = figure.subplots(2, 3)
     draw_scores(upper, table, config)
     draw_exported(lower, matches_above(table, config.export_score_threshold), config.class_names)
@@ -168,7 +167,6 @@ def plot_mistakes(samples, truths, predictions, table, config: Config, columns=6
     groups = {kind: mistakes[mistakes.kind == kind] for kind in MISTAKES}
     heights = [2.5 if len(group) else 0.4 for group in groups.values()]
     figure = Figure(figsize=(2 * columns + 1.2, sum(heights) + 0.4), layout="constrained")
-    figure.set_label("Crops around the worst mistakes, ground truth solid, predictions dashed")
     rows = figure.subplots(len(groups), columns, height_ratios=heights, squeeze=False)
     for row, (kind, group) in zip(rows, groups.items(), strict=True):
         text = f"{kind}:\n{len(group) or 'none'}"

@@ -45,8 +45,9 @@ UM_PER_UNIT |= dict(nm=1e-3, mm=1e3, cm=1e4, inch=25400.0)
 def read_pixel_size(path: Path) -> float:
     """Micrometres per pixel by a TIFF's OME, ImageJ or resolution tags, 0.01..10; else 0."""
     with suppress(Exception), TiffFile(path) as tif:  # of any kind: the image itself is readable
-        sides = [1 / r if r else 0 for r in tif.pages.first.resolution]
-        unit = {2: "inch", 3: "cm"}.get(tif.pages.first.resolutionunit, "")
+        page = max(tif.pages, key=lambda page: page.imagelength * page.imagewidth)
+        sides = [1 / r if r else 0 for r in page.resolution]
+        unit = {2: "inch", 3: "cm"}.get(page.resolutionunit, "")
         if tif.is_imagej:
             unit = tif.imagej_metadata.get("unit", "")
         if tif.is_ome:
@@ -122,7 +123,7 @@ def qupath_feature(polygons: list, label: int, cell: dict) -> dict:
     shape = many if len(polygons) > 1 else dict(type="Polygon", coordinates=polygons[0])
     kind = dict(name=cell["class"], color=list(bytes.fromhex(class_color(label)[1:])))
     properties = dict(objectType="annotation", name=str(cell["cell"]), classification=kind)
-    properties["measurements"] = {k: v for k, v in list(cell.items())[3:] if v == v}  # no NaN
+    properties["measurements"] = {k: v for k, v in list(cell.items())[3:] if np.isfinite(v)}
     key = uuid.uuid5(uuid.NAMESPACE_OID, f"{cell['image']} {cell['cell']} {polygons}")
     return dict(type="Feature", id=str(key), geometry=shape, properties=properties)
 

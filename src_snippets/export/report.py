@@ -17,18 +17,9 @@ import platform
 from jinja2 import Environment
 import pandas as pd
 
+from src_snippets.data.drawing import CAPTIONS
 from src_snippets.setup.files import atomic_write
 
-CAPTIONS = {  # by file name, in the order of the report: heading, what to see
-    "evaluation": "Evaluation: Curves that end early miss cells; off the diagonal are confusions.",
-    "mistakes": "Worst mistakes: Truth solid, predictions dashed. Either may be what is wrong.",
-    "predictions": "Predictions: Look for missed, merged and split cells, and for other colours.",
-    "history": "Training: A score that falls means too many epochs, one that still rises too few.",
-    "samples": "Training images: If outlines and cells are apart, image and masks do not match.",
-    "augmentations": "Augmentation: If colours look unlike any slide, lower color_jitter.",
-    "anchors": "Anchors: Many cells without an anchor ask for other anchor_sizes or scale.",
-    "test": "Test images: Cells that were predicted where no ground truth is known.",
-}
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <style>body { font: 16px/1.5 sans-serif; max-width: 64rem; margin: auto; padding: 1rem }
 img { max-width: 100% } div { overflow-x: auto } table { border-collapse: collapse }

@@ -24,7 +24,6 @@ def plot_history(history: list[dict], names: tuple[str, ...], example=None) -> F
     """Plot losses and scores over epochs; below them `example`, a sample and its `Instances`."""
     heights = [3.4, min(5.1 * example[0].size[0] / example[0].size[1], 7)] if example else [3.4]
     figure = Figure(figsize=(10.5, sum(heights) + 0.6), layout="constrained")
-    figure.set_label("Losses and validation scores by epoch, and an example with its prediction")
     rows = figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights)
     table = pd.DataFrame.from_dict({row["epoch"]: row for row in history}, "index", dtype=float)
     for axis, pattern in zip(rows[0], ("loss", "^AP"), strict=True):

@@ -319,13 +319,12 @@ class Trainer(TrainingState):
         self.train_samples, self.val_samples = samples, val
         self.session, self.callback, self.example = session or Session(0.0), callback, None
         self.bad_steps, self.pending = 0, []  # in a row; losses and names since the last update
-        self.batch_size = config.batch_size  # less where `launch_training` found memory full
 
     def step(self, images, targets) -> list[dict]:
         """Learn from a batch; return the losses of those that have changed the weights now."""
         with self.accelerator.accumulate(self.network):
             losses = self.network(images, targets)
-            # Add your own loss here: losses["loss_mine"] = ...
+            # Add your own loss here: losses["loss_mine"] = .. joins the sum and is plotted
             self.accelerator.backward(sum(losses.values()))
             values = self.accelerator.reduce(torch.stack([*losses.values()]).detach(), "mean")
             losses = dict(zip(losses, values.tolist(), strict=True))
@@ -406,9 +405,9 @@ class Trainer(TrainingState):
         self.save(row)
         free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
 
-    def fit(self) -> list[dict]:
+    def fit(self, batch_size: int = 0) -> list[dict]:
         """Train to the end, or the session's; return the history, a row for each epoch."""
-        config, batch_size = self.config, self.batch_size
+        config, batch_size = self.config, batch_size or self.config.batch_size
         start = done = len(self.history)
         if reason := stop_reason(self.history, self.seconds, config):
             print(f"ALREADY TRAINED ({reason}): {self.folder} is used. RESUME = False trains anew.")
@@ -420,7 +419,7 @@ class Trainer(TrainingState):
             torch.cuda.set_per_process_memory_fraction(0.95)  # Windows would go on in slow RAM
         accumulate = config.accumulate * config.batch_size // batch_size
         if batch_size < config.batch_size:
-            print(f"The GPU's memory is too small: {batch_size=}, {accumulate=} from now on.")
+            print(f"The GPU's memory was full: {batch_size=}, {accumulate=} from now on.")
         self.accelerator.gradient_accumulation_steps = accumulate
         loader = training_loader(self.train_samples, config, batch_size)
         self.loader = self.accelerator.prepare(loader)
@@ -458,9 +457,8 @@ class Trainer(TrainingState):
 def train(*arguments, batch_size: int = 0) -> list[dict]:
     """The history of `Trainer(*arguments).fit()` with `batch_size`, 0: that of the settings."""
     run = Trainer(*arguments)
-    run.batch_size = batch_size or run.batch_size
     try:
-        return run.fit()
+        return run.fit(batch_size)
     finally:  # after an error too
         run.copy_out()
         del run
@@ -483,6 +481,5 @@ def launch_training(config: Config, *arguments) -> list[dict]:
                 message = "The GPU's memory does not suffice for one crop: lower crop or scale."
                 raise RuntimeError(message) from None
         batch_size, resume = batch_size // 2, True
-        print("The GPU's memory is full: half the batch, from the last checkpoint on.")
         free_memory()
         time.sleep(10)  # the loaders of a process that was killed hold its memory for 5 s
