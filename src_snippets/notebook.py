@@ -452,8 +452,8 @@ from src_snippets.export.report import environment_table, write_report
 records, to_export = dataset.test_images, above
 if not records:
     records = [ImageRecord(s.path, k, *s.size) for k, s in enumerate(val_samples, start=1)]
-    low = config.export_score_threshold
-    to_export = {k: p.above(low) for k, p in enumerate(val_predictions, start=1)}
+    confident = (p.above(config.export_score_threshold) for p in val_predictions)
+    to_export = dict(enumerate(confident, start=1))
 names = dict(zip(dataset.categories, config.class_names, strict=True))
 counts = None
 

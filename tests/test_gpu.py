@@ -122,6 +122,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, capsys, monkeypatch):
         return really(loss, *arguments, **options)
 
     monkeypatch.setattr(torch.Tensor, "backward", full)
+    monkeypatch.setattr("src_snippets.training.trainer.time.sleep", range)
     with pretended_gpu():
         launch_training(config, samples, [], tmp_path, None, None, True)
     assert "batch_size=1, accumulate=2" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 import pickle
+import shutil
 from unicodedata import normalize
 
 from hypothesis import given, settings, strategies
@@ -150,6 +151,10 @@ def test_folders_and_their_mapping(tmp_path, capsys):
     (root / "train").mkdir()
     (tmp_path / "inner").rename(root / "train" / "train")
     assert open_dataset(root, CONFIG).read("b").name == "b/image.tif"
+    write_folder(root / "train" / "c", {})  # which nobody would miss
+    with refused("no image.tif", root / "train" / "train"):
+        open_dataset(root, CONFIG)
+    shutil.rmtree(root / "train" / "c")
     (root / "train" / "train").rename(tmp_path / "inner")
     (root / "train").rmdir()
     (tmp_path / "inner").rename(root / "train")

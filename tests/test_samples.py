@@ -260,7 +260,7 @@ def test_images_that_look_alike_stay_together(tmp_path, capsys):
     samples.dataset = replace(samples.dataset, groups={})
     capsys.readouterr()
     assert len(make_splits(samples, make_config("demo"))[0]["val"]) == 8  # all look alike: by image
-    assert "WARNING: only 1 groups of similar images" in capsys.readouterr().out
+    assert "WARNING: similar images: 1 groups only; split by image" in capsys.readouterr().out
 
 
 def test_copies_are_one_group_whatever_else_groups_images(monkeypatch):

@@ -296,6 +296,23 @@ def number_classes(table: pd.DataFrame) -> dict[int, str]:
     return dict(enumerate(kinds, start=1))
 
 
+def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dict[str, list]:
+    """Rows (label, shape, number, reason) by name; BadInput where over a third cannot be used."""
+    has_shape = table["shape"].astype(bool)
+    meant = table["reason"].str.startswith(("annotations around", "regions"))  # to be left out
+    lost = table["reason"][~has_shape & ~meant & (table["reason"] != "")].value_counts()
+    found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+    found = f"{source}: {lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
+    expected = "Expected polygons or RLEs in pixels of the images: export them so."
+    require(3 * lost.sum() <= len(table), f"{found} {expected}")
+    keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
+    table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
+    rows = {name: [] for name in names}
+    for name, *row in table[["name", "label", "shape", "number", "reason"]].itertuples(index=False):
+        rows[name].append(row)
+    return rows
+
+
 def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
     """Open `train.csv`, a row per instance. Raises BadInput.
 
@@ -471,23 +488,6 @@ def open_folders(class_names: Sequence[str], root: Path, train: Path, val: Path 
 
 # %%
 # @title Open a dataset of any layout
-def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dict[str, list]:
-    """Rows (label, shape, number, reason) by name; BadInput where over a third cannot be used."""
-    has_shape = table["shape"].astype(bool)
-    meant = table["reason"].str.startswith(("annotations around", "regions"))  # to be left out
-    lost = table["reason"][~has_shape & ~meant & (table["reason"] != "")].value_counts()
-    found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
-    found = f"{source}: {lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
-    expected = "Expected polygons or RLEs in pixels of the images: export them so."
-    require(3 * lost.sum() <= len(table), f"{found} {expected}")
-    keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
-    table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
-    rows = {name: [] for name in names}
-    for name, *row in table[["name", "label", "shape", "number", "reason"]].itertuples(index=False):
-        rows[name].append(row)
-    return rows
-
-
 def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool | None) -> None:
     """Raise BadInput for many cells in one instance, or where rows and columns are exchanged.
 
@@ -586,7 +586,8 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     """List a dataset's images and what is left out; folders have `config.class_names`. BadInput."""
     layout, is_mapped = find_layout(root), (root / MAPPING_NAME).is_file()
     train = find_part(root, "train", COCO_FOLDERS) if layout == "coco" else root / "train"
-    train = train / "train" if any(train.glob("train/*/image.tif")) else train  # of a train.zip
+    nested = any(train.glob("train/*/image.tif")) and not any(train.glob("*/image.tif"))
+    train = train / "train" if nested else train  # as archives named after their folder unpack
     train = root if layout == "pairs" and not find_pairs(train) else train
     val, records = find_part(root, "val", IMAGE_FOLDERS), {}
     source, images, rows, used, own = root, {}, {}, set(), set()
@@ -613,7 +614,7 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     require(not lone, f"{root}: test_release/ without {MAPPING_NAME}. Add it, or call it test/.")
     test_images, test_ids = list_test_images(root, test, config.channels)
     used |= {*images, *(image.path for image in test_images)}
-    unread = {train, test, val, root / "images", root / "test_release"} - {None}
+    unread = {root / "train", train, test, val, root / "images", root / "test_release"} - {None}
     left_out = list_left_out(root, unread, used)
     groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*records])
     validation = [name for path, name in names.items() if path in own or val in path.parents]

@@ -110,7 +110,7 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
         return {0: {"train": sorted({*names} - {*val}), "val": val}}
     groups = pd.Series(samples.groups(config.split_by))
     if (count := groups.nunique()) < max(config.folds, 2):
-        print(f"WARNING: only {count} groups of similar images: split by image, scores too good.")
+        print(f"WARNING: similar images: {count} groups only; split by image, scores are too good.")
         groups = pd.Series(samples.groups("image"))
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]

@@ -51,8 +51,7 @@ def read_pixel_size(path: Path) -> float:
         if tif.is_imagej:
             unit = tif.imagej_metadata.get("unit", "")
         if tif.is_ome:
-            image = xml2dict(tif.ome_metadata)["OME"]["Image"]  # a list where there are previews
-            pixels = (image[0] if isinstance(image, list) else image)["Pixels"]
+            pixels = np.ravel(xml2dict(tif.ome_metadata)["OME"]["Image"])[0]["Pixels"]  # no preview
             sides = [float(pixels[f"PhysicalSize{axis}"]) for axis in "XY"]
             unit = pixels.get("PhysicalSizeXUnit", "um")
         size = sides[0] * UM_PER_UNIT[unit]

@@ -229,7 +229,7 @@ class TrainingState:
         path = self.folder.resolve()  # a Drive's bin fills up: it gets copies, hourly
         is_on_drive, local = path.is_relative_to(DRIVE), Path(gettempdir(), *path.parts[1:])
         self.local = local if is_on_drive else self.folder
-        self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0  # last times
+        self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
         self.accelerator = accelerate.Accelerator(
@@ -406,7 +406,7 @@ class Trainer(TrainingState):
         free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
 
     def fit(self, batch_size: int = 0) -> list[dict]:
-        """Train to the end, or the session's; return the history, a row for each epoch."""
+        """Train to the end, or the session's; return the history. batch_size 0: of the settings."""
         config, batch_size = self.config, batch_size or self.config.batch_size
         start = done = len(self.history)
         if reason := stop_reason(self.history, self.seconds, config):
