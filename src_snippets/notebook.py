@@ -44,11 +44,11 @@ from src_snippets.setup.config import (
 
 # %% [markdown]
 # ### Settings: change them here
-# Leave all as it is for a first run; for a real one set `RECIPE = "best"`: 7 hours, made for a T4, not
-# measured yet (without a GPU `light`: 2 hours). An empty string, 0 or `None` takes the recipe's own
-# value. After a change run all cells from here on. `MAX_HOURS`, `um_per_px`, other `class_names`, `gpus`,
-# `workers`, `cache_gb` and settings of prediction (but `channels` and `overlaps`) keep the trained model; any
-# other change trains a new one and keeps the old one. Environment variables (`HW3_RECIPE`, ..) override these.
+# Leave all as it is for a first run. For a score set `RECIPE = "best"` (7 hours, made for a T4, not measured
+# yet; without a GPU `light`: 2 hours). An empty string, 0 or `None` takes the recipe's own value. After a
+# change run all cells from here on. Settings of prediction (`tta`, `tile`, thresholds), of the machine
+# (`MAX_HOURS`, `gpus`, `workers`, `cache_gb`), `class_names` and `um_per_px` keep the trained model; others
+# train a new one beside it. Environment variables (`HW3_RECIPE`, ..) override these.
 #
 # | setting | meaning |
 # |---|---|
@@ -61,7 +61,7 @@ from src_snippets.setup.config import (
 # | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions set 11.8; no limit: `CHANGES = dict(max_hours=0)`) |
 # | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
 # | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
-# | `BACKBONE` | `resnet50`, or a model of timm with features at strides 4 to 32, as `timm:NAME` (no plain ViT) |
+# | `BACKBONE` | `resnet50`, or a model of timm and its weights, such as `timm:convnext_tiny.fb_in1k`, with features at strides 4 to 32 (no plain ViT) |
 # | `WEIGHTS` | `imagenet`, `coco` (data beyond ImageNet: check the rules), `none`, or the path of a file |
 # | `FOLDS` | 5: five models, each validated on another fifth of the images, predict the test together |
 # | `RESUME` | `False`: train anew although a finished run with the same settings, images and code is there |
@@ -103,9 +103,9 @@ RECIPE = os.environ.get("HW3_RECIPE", RECIPE)
 CHECKPOINTS = os.environ.get("HW3_CHECKPOINTS", CHECKPOINTS) or []
 if isinstance(CHECKPOINTS, str):
     CHECKPOINTS = [path for path in CHECKPOINTS.split(os.pathsep) if path]
-fields_set = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
-fields_set |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
-changes = read_settings({k: v for k, v in fields_set.items() if v} | (CHANGES or {}), os.environ)
+settings = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
+settings |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
+changes = read_settings({k: v for k, v in settings.items() if v} | (CHANGES or {}), os.environ)
 output, started = output_folder(OUT), time.time()
 figures = output / "figures"
 
@@ -249,7 +249,8 @@ from src_snippets.model.detect import detect, visible_instances
 if trains:
     config = with_model_settings(config, changes)
     model = build_model(config)
-    print(f"{config.backbone}, weights {config.weights}:", end=" ")
+    tag = f" ({model.backbone.body.pretrained_cfg['tag']})" * (config.weights == "imagenet")
+    print(f"{config.backbone}, weights {config.weights}{tag}:", end=" ")
     print(f"{count_parameters(model) / 1e6:.1f} M trainable parameters")
     boxes = np.concatenate([ground_truth(sample).boxes for sample in train_part])
     sides = (boxes[:, 2:] - boxes[:, :2]) * config.scale
@@ -283,8 +284,9 @@ from src_snippets.training.trainer import launch_training, Session, Trainer
 
 # %% [markdown]
 # ### Train
-# The figure is drawn anew as epochs end: losses should fall and level off. A validation score that
-# falls while losses go on falling means too many epochs; one that still rises at the end, too few.
+# The figure is drawn anew as epochs end. Losses should fall and level off; a validation score that falls
+# meanwhile means too many epochs, one that still rises at the end too few. It is of whole images in one
+# view: `tile` and `tta` count below, in *What will the submission score?*
 
 # %%
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
@@ -309,9 +311,9 @@ for fold, folder in folders.items():
         continue
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
-    parts = [subset(samples, names) for names in splits[fold].values()]
+    train_set, val_set = (subset(samples, splits[fold][part]) for part in ("train", "val"))
     with session.listen():
-        history = launch_training(config, *parts, folder, session, live, RESUME)
+        history = launch_training(config, train_set, val_set, folder, session, live, RESUME)
     if history or not runs:  # one that is cut in its first epoch would spoil the ensemble
         runs[fold] = folder
 
@@ -328,10 +330,11 @@ from src_snippets.inference.submission import offer_download, write_csv_submissi
 
 # %% [markdown]
 # ### What will the submission score?
-# The validation images, predicted as the test images will be. With folds, each is predicted by the
-# one model that was not trained on it. Weak detections raise AP: where `score_threshold` is above
-# 0.05, a second row shows what it costs. For CSV data `submission.csv` holds only detections from
-# `export_score_threshold` on, without overlaps: DQ and PQ below are of these.
+# The validation images, predicted as the test images will be (with folds each by the model that was not
+# trained on it). `AP50_100` takes the best 100 detections of an image and class, as pycocotools does by
+# default, `AP50` all. Weak detections raise AP: where `score_threshold` is above 0.05, a second row shows
+# what it costs. For CSV data `submission.csv` holds detections from `export_score_threshold` on, without
+# overlaps: DQ and PQ below are of these.
 
 # %%
 val_parts = [(runs[fold] / "best.pt", subset(samples, splits[fold]["val"])) for fold in runs]
@@ -347,16 +350,16 @@ print(advice)
 
 # %%
 checkpoints = [folder / "best.pt" for folder in runs.values()]
-keep_in = checkpoints[0].parent if checkpoints else output
-predict_args = (checkpoints, CHECKPOINTS, dataset.test_images, keep_in, config)
+predictions_folder = checkpoints[0].parent if checkpoints else output
+predict_args = (checkpoints, CHECKPOINTS, dataset.test_images, predictions_folder, config)
 predictions = launch(config, predict_test, *predict_args) if dataset.test_images else {}
-above = {key: p.above(config.export_score_threshold) for key, p in predictions.items()}
+confident_by_id = {key: p.above(config.export_score_threshold) for key, p in predictions.items()}
 archive = None
 if predictions and dataset.layout != "images":
     submitted = {key: p.above(config.score_threshold) for key, p in predictions.items()}
     _, archive = write_results(submitted, dataset.test_images, output, list(dataset.categories))
 if archive and dataset.layout == "csv":
-    write_csv_submissions(above, dataset.test_images, output, dataset.test_ids)
+    write_csv_submissions(confident_by_id, dataset.test_images, output, dataset.test_ids)
 if not archive:
     print("No test images of a dataset: nothing to submit. A submission in OUT is an earlier one.")
 
@@ -449,7 +452,7 @@ from src_snippets.export.exports import write_exports
 from src_snippets.export.report import environment_table, write_report
 
 # %%
-records, to_export = dataset.test_images, above
+records, to_export = dataset.test_images, confident_by_id
 if not records:
     records = [ImageRecord(s.path, k, *s.size) for k, s in enumerate(val_samples, start=1)]
     confident = (p.above(config.export_score_threshold) for p in val_predictions)

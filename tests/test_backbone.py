@@ -78,7 +78,7 @@ def test_aliases_and_recipes_name_models_of_timm():
         assert published.url
         assert not any(tag in name for tag in ("in12k", "in21k", "in22k"))
         assert "." in name or alias in ("resnet10", "resnet50_v1")
-    assert ALIASES["resnet50_v2"] != ALIASES["resnet50"]
+    assert ALIASES["resnet50_v1"] != ALIASES["resnet50"]
     for recipe in RECIPES:
         backbone = make_config(recipe).backbone
         name = ALIASES.get(backbone, backbone.removeprefix("timm:"))

@@ -160,6 +160,7 @@ class Squares:
         self.transform = self.roi_heads = self
         self.scale, self.limit = 1.0, limit
         self.calls, self.tiles, self.features, self.alive = [], [], [], []
+        self.memory_limits = {}
 
     def parameters(self):
         return iter([torch.zeros(1)])

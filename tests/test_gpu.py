@@ -99,10 +99,10 @@ def test_training_and_prediction_stay_on_their_device(name, tmp_path, capsys):
         stop = partial(setattr, session, "terminated", True)  # after an epoch, as SIGTERM does
         first = train(config, train_part, val_part, tmp_path, session, lambda *_: stop())
         history = train(config, train_part, val_part, tmp_path)
-        member = load_trained(tmp_path / "best.pt", config)
-        assert {p.device.type for p in member[0].parameters()} == {"cuda"}
+        model = load_trained(tmp_path / "best.pt", config)
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
         for sample in val_part:
-            assert predict_image([member], sample.image, config).size == (96, 96)
+            assert predict_image([model], sample.image, config).size == (96, 96)
     assert (len(first), len(history)) == (1, 2)
     assert all(row["loss"] > 0 and row["scale"] > 0 for row in history)
     state = load_checkpoint(tmp_path / "last.pt")

@@ -48,7 +48,7 @@ def train_and_predict() -> None:
     losses = model([image], [target])
     sum(losses.values()).backward()
     assert losses["loss_mask"] > 0
-    predictions = predict_image([(model, config)], sample.image, config)
+    predictions = predict_image([model], sample.image, config)
     status = Path("/proc/self/status").read_text()
     print(len(predictions), int(status.split("VmHWM:")[1].split()[0]) * 1024)
 

@@ -40,7 +40,7 @@ def test_views_of_the_settings(monkeypatch):
 def test_all_views_agree_on_exact_detections(tta):
     config = make_config("demo", tta=tta, tile=32)
     model, cells = Squares(), [(5, 5, 15, 15), (20, 14, 34, 28)]
-    found = predict_image([(model, config)], draw(cells, 40, 40), config)
+    found = predict_image([model], draw(cells, 40, 40), config)
     assert sorted(found.boxes[:, [1, 0, 3, 2]].round(3).tolist()) == sorted(map(list, cells))
     assert np.allclose(np.sort(found.scores), [0.2, 0.296])
 
@@ -50,9 +50,9 @@ def test_several_models_predict_together():
     config = make_config("demo", score_threshold=0.0)
     models = [Scripted(result(boxes[0], [0.8])), Scripted(result(boxes[1], [0.4]))]
     image = torch.zeros(3, 20, 20, dtype=torch.uint8)
-    fused = predict_image([(model, config) for model in models], image, config)
+    fused = predict_image(models, image, config)
     assert np.allclose(fused.scores, [0.6])
-    alone = predict_image([(Scripted(result(boxes[0], [0.8])), config)], image, config)
+    alone = predict_image([Scripted(result(boxes[0], [0.8]))], image, config)
     assert np.allclose(alone.scores, [0.8])
 
 
@@ -61,7 +61,7 @@ def test_overlaps_are_separated_where_the_settings_say_so():
     for overlaps, areas in ((True, [100, 100]), (False, [100, 50])):
         config = make_config("demo", overlaps=overlaps)
         model = Scripted(result([[0, 0, 10, 10], [5, 0, 15, 10]], [0.9, 0.8]))
-        found = predict_image([(model, config)], image, config)
+        found = predict_image([model], image, config)
         assert decoded(found).sum((1, 2)).tolist() == areas
 
 
@@ -72,7 +72,7 @@ def models(monkeypatch):
 
     def load(path, config, same=True):
         calls.append((path, config.score_threshold, same))
-        return known[path], config
+        return known[path]
 
     monkeypatch.setattr(predict, "load_trained", load)
     known["calls"] = calls
@@ -161,7 +161,7 @@ def test_what_is_read_back_is_what_was_predicted(images, checkpoint, models, tmp
     found = predict_test([checkpoint], [], images, tmp_path, config)
     for image in images:
         pixels = torch.from_numpy(read_image(image.path))
-        direct = predict_image([(model, config)], pixels, config)
+        direct = predict_image([model], pixels, config)
         own = found[image.image_id]
         assert (own.rles, own.size) == (direct.rles, direct.size)
         for name in ("boxes", "scores", "labels"):
@@ -226,11 +226,11 @@ def test_checkpoints_on_disk_predict_together(images, tiny_config, tmp_path):
         notes = dict(config=vars(own), history=[], best=None)
         save_checkpoint(dict(model=build_model(own).state_dict(), **notes), paths[-1])
     found = predict_test(paths[:1], paths[1:], images, tmp_path, config)
-    members = [load_trained(path, config, same=path is paths[0]) for path in paths]
-    assert [own.detections for _, own in members] == [5, 5]
+    models = [load_trained(path, config, same=path is paths[0]) for path in paths]
+    assert [model.roi_heads.detections_per_img for model in models] == [5, 5]
     for image in images:
         pixels = torch.from_numpy(read_image(image.path))
-        together = detect([model for model, _ in members], pixels, config)
+        together = detect(models, pixels, config)
         assert found[image.image_id].rles == together.rles
 
 

@@ -16,7 +16,7 @@ from src_snippets.data.structures import coco_ground_truth
 from src_snippets.model.mask_rcnn import build_model
 from src_snippets.setup.config import make_config
 from src_snippets.setup.devices import gather, launch, rank
-from src_snippets.training import trainer
+from src_snippets.training import checkpoints, trainer
 from src_snippets.training.checkpoints import load_checkpoint, load_trained, PREDICTION_SETTINGS
 from src_snippets.training.metrics import average_precision
 from src_snippets.training.trainer import (
@@ -304,14 +304,17 @@ def test_other_settings_do_not_continue_a_run(finished, parts, tiny_config):
         load_trained(finished[1] / "best.pt", fewer, same=False)
 
 
-def test_the_best_weights_predict(finished, parts, tiny_config):
+def test_the_best_weights_predict(finished, parts, tiny_config, monkeypatch):
     history, folder = finished
-    model, own = load_trained(folder / "best.pt", replace(tiny_config, detections=7))
-    assert (own.detections, own.lr, model.training) == (7, tiny_config.lr, False)
+    built, build = [], checkpoints.build_model
+    spy = lambda own, **options: built.append(own) or build(own, **options)  # noqa: E731
+    monkeypatch.setattr(checkpoints, "build_model", spy)
+    model = load_trained(folder / "best.pt", replace(tiny_config, detections=7))
+    assert (built[0].detections, built[0].lr, model.training) == (7, tiny_config.lr, False)
     other = make_config("baseline", score_threshold=0.4, precision="no")
-    model, own = load_trained(folder / "best.pt", other, same=False)
+    model = load_trained(folder / "best.pt", other, same=False)
     names = (*PREDICTION_SETTINGS, "precision")
-    assert own == replace(tiny_config, **{name: getattr(other, name) for name in names})
+    assert built[1] == replace(tiny_config, **{name: getattr(other, name) for name in names})
     row, _ = evaluate(model, parts[1], tiny_config)
     assert row == {name: history[1][name] for name in ("AP", "AP50", "AP75")}
 

@@ -34,7 +34,7 @@ def image_borders(image: np.ndarray) -> list[np.ndarray]:
 
 
 def find_seams(borders: Sequence[list[np.ndarray]]) -> list[tuple[int, int]]:
-    """Pairs of images that were cut from one picture: one goes on where the other ends."""
+    """Pairs of images that were cut from one image: one goes on where the other ends."""
     seams = []
     for end, start in ((1, 0), (3, 2)):  # right and left, bottom and top
         for length in {len(lines[end]) for lines in borders}:
@@ -55,10 +55,10 @@ def group_by_appearance(features: np.ndarray, borders: Sequence, size: int = 8) 
     """
     seams = np.array(find_seams(borders), int).reshape(-1, 2)
     links = sparse.coo_array((np.ones(len(seams)), seams.T), (len(borders),) * 2)
-    count, picture = sparse.csgraph.connected_components(links, directed=False)
+    count, component = sparse.csgraph.connected_components(links, directed=False)
     if len(borders) < 5 * size or count == 1:
-        return picture + 1
+        return component + 1
     scaled = (features - features.mean(0)) / features.std(0).clip(1e-6)
-    means = [scaled[picture == index].mean(0) for index in range(count)]
+    means = [scaled[component == index].mean(0) for index in range(count)]
     groups = min(-(-len(borders) // size), count)
-    return cluster.hierarchy.fclusterdata(means, groups, "maxclust", method="ward")[picture]
+    return cluster.hierarchy.fclusterdata(means, groups, "maxclust", method="ward")[component]

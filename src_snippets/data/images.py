@@ -163,7 +163,7 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
 def check_instance_map(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int]:
     """Refuse a map (H, W) that shows no instances; its pixels (K,) without strays, their number.
 
-    In turn: ids that are compact, within 2 sqrt(area) of their centres (a disc: 0.6, a rod of 12:1:
+    In turn: ids that are compact, within 2 sqrt(area) of their centres (a disc: 0.6, a rod of 16:1:
     2), are fine; an id around the others is background; ids of many pieces are a mask, classes or
     restarted; a far piece below a tenth of its id's largest is a stray.
     """

@@ -241,8 +241,8 @@ def match_images(folders: Sequence[Path], names: Iterable[str], source: Path) ->
         changed += [name] if matches[name] is paths else []
     with name_file(source):
         wrong = [name for name, paths in matches.items() if len(paths) != 1]
-        found = f"{wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several files"
-        require(not wrong, f"{found} in {folders[0]}. Add the image or correct the name.")
+        issue = f"{wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several files"
+        require(not wrong, f"{issue} in {folders[0]}. Add the image or correct the name.")
     found = {name: path for name, (path,) in matches.items()}
     for name in changed[:1]:
         print(f"{source}: {len(changed)} names differ on disk: {name!r} is {found[name]}")
@@ -301,10 +301,10 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
     has_shape = table["shape"].astype(bool)
     meant = table["reason"].str.startswith(("annotations around", "regions"))  # to be left out
     lost = table["reason"][~has_shape & ~meant & (table["reason"] != "")].value_counts()
-    found = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
-    found = f"{source}: {lost.sum():,} of {len(table):,} annotations cannot be used: {found}."
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+    issue = f"{source}: {lost.sum():,} of {len(table):,} annotations cannot be used: {reasons}."
     expected = "Expected polygons or RLEs in pixels of the images: export them so."
-    require(3 * lost.sum() <= len(table), f"{found} {expected}")
+    require(3 * lost.sum() <= len(table), f"{issue} {expected}")
     keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
     table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
     rows = {name: [] for name in names}
@@ -453,9 +453,9 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
 def open_pairs(root: Path, train: Path, val: Path | None) -> tuple:
     """Open images with a label image, its class that of its folder, or GeoJSON; see `open_csv`."""
     pairs, rows = find_pairs(train) | (find_pairs(val) if val else {}), []
-    homes = [im.parent.parent if im.parent.name == "images" else im.parent for im in pairs]
-    by_image = len({*homes}) > max(5, 0.9 * len(homes))  # a folder per image, none per class
-    for (image, path), folder in zip(pairs.items(), homes, strict=True):
+    folders = [im.parent.parent if im.parent.name == "images" else im.parent for im in pairs]
+    by_image = len({*folders}) > max(5, 0.9 * len(folders))  # a folder per image, none per class
+    for (image, path), folder in zip(pairs.items(), folders, strict=True):
         kind = "cell" if by_image or folder in (train, val) else folder.name
         shapes = read_geojson(path) if path.suffix == ".geojson" else [(kind, path, 1, "")]
         rows += [(image, *row) for row in shapes]
@@ -518,7 +518,7 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
         grey = image.sum(axis=0, dtype=np.float32)
         grey -= ndimage.uniform_filter(grey, 1 + side // 4)  # light that falls off to one side
         grey = grey.clip(*np.percentile(grey, [5, 95]))  # one bright thing decides nothing
-        fit, mirrored = (abs((side[inside] - grey.mean()).sum()) for side in (grey, grey.T))
+        fit, mirrored = (abs((g[inside] - grey.mean()).sum()) for g in (grey, grey.T))
         limit = grey.std() * inside.sum() * (1 - inside.mean())  # one SD brighter than the rest
         issue = "cells fit the image only if mirrored at its diagonal"
         require(mirrored <= max(3 * fit, limit), f"{issue}. {help_text}")

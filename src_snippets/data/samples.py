@@ -109,30 +109,30 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
         val = val if config.val_fraction else []
         return {0: {"train": sorted({*names} - {*val}), "val": val}}
     groups = pd.Series(samples.groups(config.split_by))
-    if (count := groups.nunique()) < max(config.folds, 2):
+    if (count := groups.nunique()) < max(config.folds, 2) and not samples.dataset.groups:
         print(f"WARNING: similar images: {count} groups only; split by image, scores are too good.")
         groups = pd.Series(samples.groups("image"))
     codes, unique = pd.factorize(groups[names])
     single = [config.val_fraction, 1 - config.val_fraction]
     fractions = np.array(single if config.folds == 1 else [1 / config.folds] * config.folds)
     issue = f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts"
-    help_text = f"lower folds ({config.folds}), correct groups.csv, or set split_by='image'."
+    help_text = f"lower folds ({config.folds}), correct groups.csv, or set val_fraction=0."
     require(len(unique) >= len(fractions), f"{issue}: {help_text}")
     counts = samples.counts[[samples.positions[name] for name in names]]
-    counts[:, 0] = 1  # images are shared out like the instances of a class
+    counts[:, 0] = 1  # images are balanced like one more class
     by_group = pd.DataFrame(counts / counts.sum(0).clip(1)).groupby(codes).sum().to_numpy()
     rng, best, parts = np.random.default_rng(config.seed), (np.inf,), None
     for _ in range(50):
         chosen, totals = np.zeros(len(unique), int), np.zeros((len(fractions), counts.shape[1]))
         for number, group in enumerate(rng.permutation(len(unique))):
-            share, empty = by_group[group], ~totals.any(1)
-            costs = (2 * totals + share) @ share / fractions  # growth of totals**2 / fractions
+            added, empty = by_group[group], ~totals.any(1)
+            costs = (2 * totals + added) @ added / fractions  # growth of totals**2 / fractions
             costs[empty] = -1  # none stays empty
             if len(unique) - number > empty.sum():
-                takes_all = (totals[: config.folds] + share)[:, share > 0] > 0.999999
+                takes_all = (totals[: config.folds] + added)[:, added > 0] > 0.999999
                 costs[: config.folds] += 1e6 * takes_all.any(1)  # nothing left to train on
             chosen[group] = costs.argmin()
-            totals[chosen[group]] += share
+            totals[chosen[group]] += added
         val, distance = totals[: config.folds], np.abs(totals - fractions[:, None]).sum()
         cost = (val > 0.999999).sum(), (~val[:, 1:].any(1)).sum(), distance
         if cost < best:
@@ -171,8 +171,8 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         if (lost := rows.iloc[1:].sum()) > 0.05 * rows.sum():
             lines.append(f"WARNING: {lost} of {rows.sum()} {of} are left out: see the table above.")
     for part, row in dataset_table(samples, splits, config.class_names).iterrows():
-        absent = [name for name, count in row.iloc[1:-2].items() if count == 0]
-        if absent and row.images and (part.endswith("train") or len(absent) == len(row) - 3):
+        absent = [name for name in config.class_names if row[name] == 0]
+        if absent and row.images and (part.endswith("train") or len(absent) == config.num_classes):
             lines.append(f"WARNING: no {', '.join(absent)} in {part}: correct classes or groups.")
     if own:
         groups = pd.Series(samples.groups("image"))

@@ -25,10 +25,10 @@ BLUR_PROBABILITY = 0.1
 
 
 def random_scaled_crop(image, layers, size, scale, contains: int | None = None):
-    """Cut a random window, of a smaller image all, and resize it by a random factor.
+    """Cut a random window and resize it by a random factor: image (3, h, w), layers (L, h, w).
 
-    size: maximum height and width of the result; scale: minimum and maximum factor, drawn evenly on
-    a log scale; contains: id of an instance whose middle pixel the window must hold.
+    size: maximum h and w; a smaller image is taken whole; scale: minimum and maximum factor, drawn
+    evenly on a log scale; contains: id of an instance whose middle pixel the window must hold.
     """
     sides, limits = torch.tensor(image.shape[-2:]), torch.tensor(size)
     factor = scale[0] * (scale[1] / scale[0]) ** float(torch.rand(()))
@@ -149,7 +149,7 @@ class TrainingSet(torch.utils.data.Dataset):
             layers = F.pad(layers, (0, 0, 0, 0, 0, max(len(ids) - len(layers), 0)))
             image[area], layers[: len(ids)][area] = piece, ids + len(labels) * (ids > 0)
             labels, names = torch.cat([labels, sample.labels]), [*names, sample.name]
-            if config.batch_size == 1:
+            if config.batch_size == 1:  # crops of a batch need one size; a single one is not filled
                 return CellSample(image[area].clone(), layers[area].clone(), labels, sample.name)
             spaces += [(top, left + w, h, wide - w), (top + h, left, tall - h, wide)]
             spaces = [space for space in spaces if min(space[2:]) >= 32]  # px; no strips
@@ -159,6 +159,6 @@ class TrainingSet(torch.utils.data.Dataset):
         return CellSample(image, layers, labels, "+".join(names))
 
 
-def collate(pairs):
-    """Batch (image, target) pairs as a list of images and a list of targets; sizes may differ."""
-    return tuple(map(list, zip(*pairs, strict=True)))
+def collate(batch):
+    """Turn (image, target) pairs into all images and all targets; sizes may differ."""
+    return tuple(zip(*batch, strict=True))

@@ -77,7 +77,7 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
         test = stats.binomtest(int((group.label == group.target_label).sum()), len(group))
         errors = np.abs(np.array(test.proportion_ci()) - test.statistic)[:, None]
         axes[2].errorbar(np.sqrt(group.target_area).mean(), test.statistic, errors, fmt="C0o")
-    axes[2].set(xlabel="√area, px", title="Recall of right classes by size, 95% CI", ylim=(0, 1.02))
+    axes[2].set(xlabel="√area, px", title="Recall by size, class correct, 95% CI", ylim=(0, 1.02))
 
 
 def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:

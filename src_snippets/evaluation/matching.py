@@ -92,12 +92,12 @@ def wrong_instances(table: pd.DataFrame, image: int) -> tuple[list[int], list[in
 
 
 def image_table(table: pd.DataFrame, names: list[str], min_score: float) -> pd.DataFrame:
-    """Instances, detections from `min_score` on, those right at IoU 0.5, F1; worst image first."""
+    """Instances, detections from `min_score` on, correct ones (IoU 0.5), F1; worst image first."""
     table = matches_above(table, min_score)
-    rows = dict(instances=table.target >= 0, detections=table.detection >= 0, right=table.tp50)
+    rows = dict(instances=table.target >= 0, detections=table.detection >= 0, correct=table.tp50)
     rows = pd.DataFrame(rows).groupby(table.image).sum().reindex(range(len(names)), fill_value=0)
     name = "F1 at IoU 0.5"  # NaN: nothing there
-    rows[name] = 2 * rows.right / (rows.instances + rows.detections)
+    rows[name] = 2 * rows.correct / (rows.instances + rows.detections)
     return rows.set_index(pd.Index(names, name="image")).sort_values(name, kind="stable")
 
 

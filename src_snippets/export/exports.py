@@ -2,12 +2,10 @@
 
 # %% [markdown]
 # ### Export for Fiji, napari, QuPath and spreadsheets
-# Every file holds the same cells: overlaps are removed once, and a cell has one number in all of
-# them, from 1 on in each image. Coordinates count from the upper left corner of the image. Label
-# images, ROIs and overlays carry no scores: to leave out weak detections, raise
-# `export_score_threshold`. Correct what is wrong in Fiji or QuPath, and train on it: in the folder
-# layout a folder of `training` goes into `train/`, with pairs a label image or GeoJSON beside its
-# image.
+# Every file holds the same cells, each with one number, from 1 on in an image; coordinates count
+# from its upper left corner. Label images, ROIs and overlays carry no scores: to leave out weak
+# detections, raise `export_score_threshold`. To train on corrections, put a folder of `training`
+# into `train/` (folder layout), or the label image or GeoJSON beside its image (pairs).
 
 # %%
 # @title Pixel size; measurements and outlines of cells

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from tqdm.auto import tqdm
 
 from src_snippets.data.images import read_image
@@ -30,15 +30,14 @@ from src_snippets.setup.files import FREE_SETTINGS, write_json
 from src_snippets.training.checkpoints import code_digest, load_trained
 from src_snippets.training.metrics import average_precision
 
-# Quarter turns, mirrored; flips: as it is, left to right, upside down
-SYMMETRIES = dict(none=[(0, False)], flips=[(0, False), (0, True), (2, True)])
-SYMMETRIES["d4"] = list(product(range(4), (False, True)))
+# Of test-time augmentation; flips: as it is, left to right, upside down
+VIEWS = dict(none=[View()], flips=[View(), View(0, True), View(2, True)])
+VIEWS["d4"] = [View(*turn) for turn in product(range(4), (False, True))]
 
 
-def predict_image(members: list[tuple], image: Tensor, config: Config) -> Instances:
-    """Predict one image (3, H, W) uint8 by all `members`, pairs of a model and its settings."""
-    views = [View(*turn) for turn in SYMMETRIES[config.tta]]
-    instances = detect([model for model, _ in members], image, config, views)
+def predict_image(models: list[nn.Module], image: Tensor, config: Config) -> Instances:
+    """Predict one image (3, H, W) uint8 by all `models` in all views of `tta`."""
+    instances = detect(models, image, config, VIEWS[config.tta])
     return instances if config.overlaps else without_overlaps(instances)
 
 
@@ -47,9 +46,9 @@ def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:
     threshold = min(config.score_threshold, config.export_score_threshold, LOW_SCORE)
     config, predictions = replace(config, score_threshold=threshold), []
     for path, samples in parts:
-        members = [load_trained(path, config)]
+        models = [load_trained(path, config)]
         indices = tqdm(rank_indices(len(samples)), desc="validation", disable=not is_main())
-        predictions += gather([predict_image(members, samples[i].image, config) for i in indices])
+        predictions += gather([predict_image(models, samples[i].image, config) for i in indices])
     return predictions
 
 
@@ -92,14 +91,14 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     low = min(config.score_threshold, config.export_score_threshold)
     config = replace(config, score_threshold=low)
     paths = [*checkpoints, *extra_checkpoints]
-    members = [load_trained(path, config, same=path in checkpoints) for path in paths]
+    models = [load_trained(path, config, same=path in checkpoints) for path in paths]
     folder, remaining = broadcast(open_predictions, paths, images, folder, config)
     if count := len(images) - len(remaining):
         print(f"{folder}: {count} of {len(images)} images are predicted already.")
     remaining.sort(key=lambda image: image.height * image.width, reverse=True)  # dealt evenly
     for i in tqdm(rank_indices(len(remaining)), desc="test images", disable=not is_main()):
         pixels = torch.from_numpy(read_image(remaining[i].path, config.channels))
-        fields = vars(predict_image(members, pixels, config))
+        fields = vars(predict_image(models, pixels, config))
         write_json(fields, folder / f"{remaining[i].image_id}.json")
     gather([])  # until all processes have written theirs
     predictions = {}

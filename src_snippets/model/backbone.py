@@ -4,8 +4,8 @@
 # ### Build the backbone and the FPN
 # A backbone of timm with ImageNet weights extracts features; a feature pyramid (FPN,
 # arXiv:1612.03144) merges them at strides 4 to 64. Weights are looked for below `/kaggle/input`,
-# then downloaded; a run never starts from random weights unless `weights="none"` says so. Where
-# only ImageNet-1k is allowed, take no model of timm whose name has `in12k`, `in21k` or `in22k`.
+# then downloaded, never left random unless `weights="none"` says so. If only ImageNet-1k is allowed
+# name them in full (`timm:convnextv2_tiny.fcmae_ft_in1k`): bare names may mean in12k, in21k, in22k.
 
 # %%
 # @title Attention, backbone, FPN and initial weights
@@ -42,7 +42,6 @@ STRIDES = [4, 8, 16, 32]  # of the backbone's features; the FPN adds 64
 ALIASES = {  # short names for models of timm
     "resnet10": "resnet18",  # with one block per stage
     "resnet50_v1": "resnet50",  # with the stride in a block's first convolution, as in detectron2
-    "resnet50_v2": "resnet50.tv2_in1k",
     **{f"resnet{depth}": f"resnet{depth}.tv_in1k" for depth in (18, 34, 50, 101)},
     **{f"convnext_{size}": f"convnext_{size}.fb_in1k" for size in ("tiny", "small", "base")},
 }

@@ -3,12 +3,10 @@
 # %% [markdown]
 # ### Detect instances
 # Boxes first, masks last, as in detectron2's `GeneralizedRCNNWithTTA`. Each model sees the image in
-# each view, whole or in tiles with half overlap, so that memory does not grow with the image. A box
-# that touches the edge of its tile counts only where no other tile is nearer to it: there it is
-# whole, unless it is longer than the overlap. Boxes of one instance are fused, and only for those
-# that stay does each model and view predict the 28 x 28 mask: their mean is pasted at pixel centres
-# and stored as RLE. The fused score is the mean over models and views, 0 where one finds nothing,
-# so it is lower than that of a single view.
+# each view, whole or in tiles with half overlap, so that memory does not grow with the image; a box
+# cut by its tile counts only where no tile is nearer to it. Boxes of one instance are fused; their
+# score is the mean over models and views (0 where one finds nothing), lower than that of one view.
+# Masks of 28 x 28 are predicted in the fused boxes alone, averaged, pasted and stored as RLE.
 
 # %%
 # @title Paste masks, separate instances; views of an image and their boxes fused
@@ -35,7 +33,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     Bilinear, at pixel centres inside box and image; 100,000 pixels or one mask at a time.
     """
     rles, bins = [None] * len(boxes), torch.arange(masks.shape[-1], device=boxes.device)
-    limits, threshold = boxes.new_tensor(size[::-1]), max(threshold, 1e-6)  # 0 is outside
+    limits, threshold = (
+        boxes.new_tensor(size[::-1]),
+        max(threshold, 1e-6),
+    )  # 0 would take pixels outside
     spans = (boxes[:, 2:] - boxes[:, :2]).clamp(0, max(size)).ceil().long().cpu() + 1
     order = spans.amax(1).argsort(descending=True)
     while len(order):
@@ -204,7 +205,7 @@ def detect(models: Sequence[nn.Module], image: Tensor, config: Config, views=Non
     Where memory is full, smaller batches, then smaller tiles are used, for later images too; it
     raises the error where one tile of `MIN_TILE` px is too much.
     """
-    limits, longest = models[0].__dict__.setdefault("memory_limits", {}), max(image.shape[-2:])
+    limits, longest = models[0].transform.memory_limits, max(image.shape[-2:])
     for heads in (model.eval().roi_heads for model in models):
         heads.score_thresh = min(config.score_threshold, LOW_SCORE)  # fused ones are compared later
         heads.nms_thresh, heads.detections_per_img = config.box_nms, config.detections

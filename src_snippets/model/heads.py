@@ -84,7 +84,7 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
         """Instance and class (R,) int64 of each proposal by image; 0 for the background."""
         matched = [self.proposal_matcher(pair) for pair in zip(gt_boxes, proposals, strict=True)]
-        pairs = zip(gt_labels, matched, strict=True)  # -1 below the threshold takes the last, 0
+        pairs = zip(gt_labels, matched, strict=True)  # index -1, background, reads the padded 0
         labels = [F.pad(classes, (0, 1))[index] for classes, index in pairs]
         return [index.clamp(min=0) for index in matched], labels
 

@@ -46,7 +46,7 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
     def __init__(self, config: Config, mean, std):
         super().__init__(min_size=0, max_size=0, image_mean=mean, image_std=std, size_divisible=64)
         self.scale, self.grey = config.scale, config.grey
-        self.layout = torch.channels_last
+        self.layout, self.memory_limits = torch.channels_last, {}  # of `detect`, by tile
 
     def normalize(self, image):
         require(image.dtype == torch.uint8, f"Image of {image.dtype}; expected uint8, 0..255.")
@@ -136,7 +136,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     sizes, ratios = tuple((v,) for v in config.anchor_sizes), config.anchor_ratios
     anchors = detection.anchor_utils.AnchorGenerator(sizes, (ratios,) * 5)
     head = detection.rpn.RPNHead(width, len(ratios), config.rpn_convs)
-    # In float32: bfloat16 has steps of 4 px near 512, half of the smallest anchor
+    # In float32 (bfloat16: steps of 4 px near 512); of the maps, v[:0], only H, W, dtype count
     anchors.register_forward_pre_hook(lambda _, args: (args[0], [v[:0].float() for v in args[1]]))
     head.register_forward_hook(lambda _, args, out: [[v.float() for v in part] for part in out])
     top = dict(training=config.proposals, testing=config.proposals)
@@ -165,7 +165,7 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
 
 
 def to_device(model: nn.Module) -> nn.Module:
-    """Move a model to the device, in the layout of its memory that is quick there."""
+    """Move a model to the device, in the memory format that is fast there."""
     device, convs = default_device(), [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     depthwise7 = [conv for conv in convs if conv.groups > 1 and conv.kernel_size[0] > 5]
     if depthwise7 and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):

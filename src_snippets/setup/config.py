@@ -37,9 +37,9 @@ class Config:
     recipe: str = "baseline"  # set by make_config; a recipe has other values than these defaults
     seed: int = within(0, 0, 2**31 - 1)  # split, initial weights, order, augmentation
     # Data
-    class_names: tuple[str, ...] = ("class1", "class2", "class3", "class4")  # of class1.tif, ..
-    um_per_px: float = within(0.0, 0.0, 1000.0)  # micrometres per pixel, for tables; 0: unknown
-    channels: tuple[int, ...] = within((), 1, 64)  # of a file, for red, green, blue; one: grey
+    class_names: tuple[str, ...] = ("class1", "class2", "class3", "class4")  # in this order
+    um_per_px: float = within(0.0, 0.0, 1000.0)  # micrometres per pixel; 0: as the TIFF says
+    channels: tuple[int, ...] = within((), 1, 64)  # for red, green, blue, from 1 on; one: grey
     val_fraction: float = within(0.2, 0.0, 0.9)  # fraction of the images for validation
     folds: int = within(1, 1, 100)  # k: cross-validation with k models; 1: one split
     fold: int = within(0, 0, 100)  # train this fold only, from 1 on; 0: all of them
@@ -55,7 +55,7 @@ class Config:
     class_crops: float = within(0.0, 0.0, 1.0)  # fraction of crops around a cell of a random class
     copy_paste: float = within(0.0, 0.0, 1.0)  # fraction of crops with cells of another image
     # Model
-    backbone: str = "resnet50"  # resnet10, resnet50_v1, resnet50_v2, timm:NAME (strides 4 to 32)
+    backbone: str = "resnet50"  # resnet10, resnet50_v1, timm:NAME (strides 4 to 32)
     weights: str = "imagenet"  # imagenet, coco (data beyond ImageNet), none, or a file
     drop_path: float = within(0.0, 0.0, 0.9)  # stochastic depth of the backbone
     norm: str = one_of("batch", "frozen")  # batch norm of the backbone; frozen: as in its weights
@@ -71,7 +71,7 @@ class Config:
     anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, per level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height / width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU threshold of NMS on proposals
-    proposals: int = within(2000, 1, 20_000)  # per image; more for images with many cells
+    proposals: int = within(2000, 1, 20_000)  # maximum after NMS; before it, per FPN level
     roi_batch_size: int = within(512, 8, 4096)  # proposals per image that the heads learn from
     # Training
     epochs: int = within(50, 1, 10_000)  # maximum passes over the training part
@@ -82,7 +82,7 @@ class Config:
     accumulate: int = within(1, 1, 256)  # batches per optimiser step
     optimizer: str = one_of("adamw", "adam", "sgd")  # sgd: momentum 0.9, needs 50 times the lr
     lr: float = within(1e-4, 1e-7, 1.0)  # peak learning rate
-    scale_lr: bool = True  # times the root of the number of GPUs
+    scale_lr: bool = True  # lr times the square root of the number of GPUs
     lr_factors: tuple[float, ...] = within((1.0,) * 4, 0.0, 10.0)  # stem, backbone, FPN, heads
     layer_decay: float = within(1.0, 0.1, 1.0)  # lr factor per backbone stage, from the top down
     weight_decay: float = within(0.01, 0.0, 1.0)  # not for norms and biases
@@ -163,13 +163,13 @@ RENAMED = dict(  # names of earlier versions, refused with the present one
     test_views="tta", num_classes="class_names",
 )
 # fmt: on
-FREE_LENGTH = dict(class_names=255, anchor_ratios=32, channels=3)  # at most
+MAX_LENGTHS = dict(class_names=255, anchor_ratios=32, channels=3)  # other tuples: as default
 
 
 def check_setting(item, value):
     """A field's value, of JSON too (lists, whole numbers); ValueError says what is valid."""
     default, limits = item.default, item.metadata
-    is_tuple, most = isinstance(default, tuple), FREE_LENGTH.get(item.name, 0)
+    is_tuple, most = isinstance(default, tuple), MAX_LENGTHS.get(item.name, 0)
     kind = item.type.__args__[0] if is_tuple else item.type
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if kind is float and type(v) is int else v for v in values)

@@ -11,7 +11,7 @@ from warnings import filterwarnings
 NEEDED = """torch>=2.6 torchvision>=0.21 timm>=1.0.3 safetensors>=0.4.3 accelerate>=1.1
     psutil>=5.9.5 pandas>=2.0 scikit-learn>=1.3 scipy>=1.11 scikit-image>=0.22 pillow>=10.0
     tifffile>=2024.1.30 pycocotools>=2.0.8 jinja2>=3.1 tqdm>=4.66 matplotlib>=3.8 ipython>=7.34"""
-PACKAGES = dict.fromkeys(NEEDED.split(), "") | {  # and what happens without the others
+PACKAGES = dict.fromkeys(NEEDED.split(), "") | {  # optional ones: what happens without them
     "imagecodecs>=2024.6.1": "Pillow reads the compressed images",
     "roifile>=2024.1.10": "no ROIs for ImageJ are written",
     "faster-coco-eval>=1.6": "pycocotools computes AP, more slowly",

@@ -111,12 +111,12 @@ def check_same_settings(saved: Config, config: Config, path: Path, same: bool = 
         raise ValueError(f"{path}: made with other settings: {pairs}. Correct or leave it out.")
 
 
-def load_trained(path: Path, config: Config, same: bool = True) -> tuple[nn.Module, Config]:
-    """The model of a checkpoint, trained as `config` unless `same=False`, and its own settings."""
+def load_trained(path: Path, config: Config, same: bool = True) -> nn.Module:
+    """The model of a checkpoint, trained as `config` unless `same=False`, on the device."""
     state = broadcast(load_checkpoint, path)
     check_same_settings(state["config"], config, path, same)
     names = PREDICTION_SETTINGS if same else (*PREDICTION_SETTINGS, "precision")
     own = replace(state["config"], **{name: getattr(config, name) for name in names})
     model = build_model(own, load_initial=False)
     load_model_state(model, state["model"])
-    return to_device(model).eval(), own
+    return to_device(model).eval()

@@ -154,9 +154,9 @@ def training_loader(samples, config: Config, batch_size: int) -> torch.utils.dat
 
 
 def try_step(model: nn.Module, config: Config, batch_size: int, copies: int) -> None:
-    """Take a step on crops full of instances: memory that does not suffice shows before training.
+    """Take a step on crops full of instances, so that too little memory shows before training.
 
-    copies: of all weights, those that will be kept and one to spare. Leaves all as it was.
+    copies: of the weights, to keep room for (Adam's two, others). Leaves all as it was.
     """
     row, device = torch.arange(config.crop) // 24, default_device()
     ids = (row[:, None] * (row[-1] + 1) + row + 1).int()[None]  # a grid of instances of 24 px
@@ -201,7 +201,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     """Evaluate on whole, unaugmented images, from `LOW_SCORE` on.
 
     Returns AP, AP50, AP75 (0..1, uncapped, None without ground truth), val_loss where a setting
-    needs it (of the middle); the sample with most instances and its predictions.
+    needs it (on the middle crop); the sample with most instances and its predictions.
     """
     config = replace(config, tile=0, score_threshold=min(config.score_threshold, LOW_SCORE))
     images = (samples[i].image for i in rank_indices(len(samples)))
@@ -324,7 +324,7 @@ class Trainer(TrainingState):
         """Learn from a batch; return the losses of those that have changed the weights now."""
         with self.accelerator.accumulate(self.network):
             losses = self.network(images, targets)
-            # Add your own loss here: losses["loss_mine"] = .. joins the sum and is plotted
+            # Add your own loss: losses["loss_mine"] = .. (of logits: in CellRoIHeads.forward)
             self.accelerator.backward(sum(losses.values()))
             values = self.accelerator.reduce(torch.stack([*losses.values()]).detach(), "mean")
             losses = dict(zip(losses, values.tolist(), strict=True))
@@ -465,15 +465,13 @@ def train(*arguments, batch_size: int = 0) -> list[dict]:
         free_memory()
 
 
-def launch_training(config: Config, *arguments) -> list[dict]:
-    """`train(config, *arguments)` in all processes; arguments: those of `Trainer`, with `resume`.
-
-    Where memory is full, in the trial step or later, it goes on from `last.pt` with half the batch.
-    """
-    (*arguments, resume), batch_size = arguments, config.batch_size
+def launch_training(config, samples, val, folder, session, callback, resume) -> list[dict]:
+    """Run `train` in a process per GPU; where memory is full, again with half the batch."""
+    batch_size = config.batch_size
     while True:
+        arguments = config, samples, val, folder, session, callback, resume
         try:
-            return launch(config, partial(train, batch_size=batch_size), config, *arguments, resume)
+            return launch(config, partial(train, batch_size=batch_size), *arguments)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -509,7 +509,7 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
             predictions = {}
             for record in records:
                 image = torch.from_numpy(read_image(record.path))
-                predictions[record.image_id] = predict_image([(model, config)], image, config)
+                predictions[record.image_id] = predict_image([model], image, config)
             rows = coco_annotations(predictions, range(1, config.num_classes + 1))
         path.write_text(json.dumps(rows))
         seconds = time.perf_counter() - start

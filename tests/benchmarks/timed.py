@@ -74,8 +74,8 @@ def train_timed(config: Config, samples, folder: Path) -> int:
 
 def predict_samples(checkpoint: Path, samples, config: Config) -> list[Instances]:
     """Predicts samples with a checkpoint, by the thresholds of the settings."""
-    member = load_trained(checkpoint, config)
-    return [predict_image([member], sample.image, config) for sample in samples]
+    model = load_trained(checkpoint, config)
+    return [predict_image([model], sample.image, config) for sample in samples]
 
 
 def score(samples, predictions: list[Instances], config: Config) -> dict:
