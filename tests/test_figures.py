@@ -102,6 +102,14 @@ def test_counts_are_moved_by_less_than_half(panels):
     assert list(legend_texts(panels[4])) == expected
 
 
+def test_images_without_cells_are_counted_too():
+    """Two images are empty and found to be, the third has a cell that is missed."""
+    one = instances([(0, 0, 9, 9, 1, 1.0)])
+    table = match_table([NOTHING] * 3, [NOTHING, NOTHING, one], 1)
+    axes = plot_evaluation(table, replace(CONFIG, class_names=("cell",))).axes
+    assert legend_texts(axes[4]) == ["cell, mean absolute error 0.3"]
+
+
 def test_recall_by_size_has_error_bars(panels):
     points = [bars.lines[0].get_xydata()[0].tolist() for bars in panels[5].containers]
     # Eight instances in six groups by size: areas 100 (6 of them) and 200.

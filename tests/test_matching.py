@@ -237,6 +237,9 @@ def test_duplicates_are_left_out_and_slivers_with_them():
     # What a duplicate had hidden of another is not lost.
     chain = instances([(0, 0, 10, 10, 1, 0.9), (0, 4, 10, 9, 1, 0.8), (0, 10, 10, 10, 1, 0.7)])
     assert mask_areas(visible_instances(chain).rles).tolist() == [100, 100]
+    # One that is left out hides nothing: here a merge of two cells, by its second cell alone.
+    merged = instances([(0, 0, 10, 10, 1, 0.9), (0, 0, 10, 19, 2, 0.8), (0, 10, 10, 9, 1, 0.7)])
+    assert visible_instances(merged).scores.tolist() == pytest.approx([0.9, 0.7])
     assert len(visible_instances(NOTHING)) == 0
 
 

@@ -63,6 +63,9 @@ def test_overlaps_are_separated_where_the_settings_say_so():
         model = Scripted(result([[0, 0, 10, 10], [5, 0, 15, 10]], [0.9, 0.8]))
         found = predict_image([model], image, config)
         assert decoded(found).sum((1, 2)).tolist() == areas
+        again = result([[0, 0, 10, 10], [1, 0, 11, 10]], [0.9, 0.8], [1, 2])  # no rim is a cell
+        found = predict_image([Scripted(again)], image, config)
+        assert decoded(found).sum((1, 2)).tolist() == [100, 100][: 1 + overlaps]
 
 
 @pytest.fixture

@@ -74,6 +74,8 @@ def test_it_links_to_the_exports_beside_it(tmp_path):
     for name in ("a b", "labels"):
         (tmp_path / "exports" / name).mkdir(parents=True)
     assert write(tmp_path / "report.html").links == ["exports/a%20b", "exports/labels"]
+    os.utime(tmp_path / "exports" / "a b", (1e9, 1e9))  # of an earlier run
+    assert write(tmp_path / "report.html", since=1e9 + 1).links == ["exports/labels"]
 
 
 def test_figures_have_headings_captions_and_alt_texts(page):

@@ -197,6 +197,6 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
 
 
 def image_stem(name: str | Path) -> str:
-    """The name to show for a sample: of its file, or of its folder where files are all `image`."""
-    path = Path(name)
-    return path.parent.name if path.stem == "image" and path.parent.name else path.stem
+    """The name to show for a sample: that of its file, of its folder for `image.tif`."""
+    path = Path(str(name).encode(errors="replace").decode())  # disks have names that are no text
+    return path.parent.name if path.name == "image.tif" and path.parent.name else path.stem

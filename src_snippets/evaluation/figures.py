@@ -64,7 +64,8 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     matrix.text_[-1, -1].set_text("")  # background is not counted
     axes[0].set(xlabel="predicted", ylabel="true", title="Confusion matrix, % of row")
     sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
-    true, predicted = (side.reindex(columns=labels, fill_value=0) for side in sides)
+    images = range(table.image.max() + 1 if len(table) else 0)  # those without cells too
+    true, predicted = (s.reindex(index=images, columns=labels, fill_value=0) for s in sides)
     for label, name in enumerate(names, start=1):
         error = (predicted[label] - true[label]).abs().mean()
         dots = [side[label] + rng.uniform(-0.3, 0.3, len(side)) for side in (true, predicted)]

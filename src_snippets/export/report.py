@@ -50,7 +50,8 @@ def write_report(path: Path, title: str, notes: list[str], tables: dict, since=0
         for file in sorted(path.parent.glob(f"figures/{name}*.png")):  # history1.png: a fold
             if file.stat().st_mtime >= since:
                 figures.append((b64encode(file.read_bytes()).decode(), *text.split(": ", 1)))
-    exports = sorted(file.name for file in path.parent.glob("exports/[!.]*"))
+    files = sorted(path.parent.glob("exports/[!.]*"))
+    exports = [file.name for file in files if file.stat().st_mtime >= since]
     content = dict(title=title, lines=notes, tables=tables, figures=figures, exports=exports)
     with atomic_write(path) as partial:
         page = Environment(autoescape=True).from_string(PAGE).render(content)

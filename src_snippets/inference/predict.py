@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from src_snippets.data.images import read_image
 from src_snippets.data.structures import coco_ground_truth, Instances
-from src_snippets.model.detect import detect, LOW_SCORE, View, without_overlaps
+from src_snippets.model.detect import detect, LOW_SCORE, View, visible_instances
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast, gather, is_main, rank_indices
 from src_snippets.setup.files import FREE_SETTINGS, write_json
@@ -38,7 +38,7 @@ VIEWS["d4"] = [View(*turn) for turn in product(range(4), (False, True))]
 def predict_image(models: list[nn.Module], image: Tensor, config: Config) -> Instances:
     """Predict one image (3, H, W) uint8 by all `models` in all views of `tta`."""
     instances = detect(models, image, config, VIEWS[config.tta])
-    return instances if config.overlaps else without_overlaps(instances)
+    return instances if config.overlaps else visible_instances(instances)
 
 
 def predict_validation(parts: list[tuple], config: Config) -> list[Instances]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn, Tensor
 from torchvision import ops
 
-from src_snippets.data.rle import encode_layers, encode_masks, mask_areas
+from src_snippets.data.rle import decode_runs, encode_layers, encode_masks, mask_areas, run_pixels
 from src_snippets.data.structures import draw_by_score, instance_boxes, Instances
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import autocast_for, free_memory, is_out_of_memory
@@ -65,9 +65,13 @@ def without_overlaps(instances: Instances) -> Instances:
 
 
 def visible_instances(instances: Instances) -> Instances:
-    """Instances without overlaps; one that is hidden by over half is a duplicate, left out."""
-    areas = np.bincount(draw_by_score(instances).ravel(), minlength=len(instances) + 1)[1:]
-    return without_overlaps(instances.select(2 * areas >= mask_areas(instances.rles)))
+    """Instances without overlaps; one that is hidden by over half by those kept goes."""
+    taken, kept = np.zeros(np.prod(instances.size), bool), np.zeros(len(instances), bool)
+    for index in np.argsort(-instances.scores, kind="stable"):  # the best first
+        pixels = run_pixels(*decode_runs(instances.rles[index]))
+        kept[index] = 2 * taken[pixels].sum() <= len(pixels)
+        taken[pixels] |= kept[index]
+    return without_overlaps(instances.select(kept))
 
 
 class View(NamedTuple):

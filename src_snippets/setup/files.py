@@ -47,7 +47,7 @@ def show_table(table: pd.DataFrame) -> None:
 @contextmanager
 def atomic_write(path: Path):
     """Yield a partial path, flushed to disk and renamed to `path` unless the block raises."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name[-40:]}.partial")  # names have at most 255 bytes
     try:
         yield partial
         with partial.open("rb+") as file:
