@@ -214,8 +214,8 @@ def test_the_callback_sees_each_epoch_and_the_end(parts, tiny_config, tmp_path):
 def test_a_resumed_run_equals_one_without_stop(parts, tiny_config, tmp_path, monkeypatch, changes):
     config, saved = replace(tiny_config, epochs=3, **changes), Trainer.save
 
-    def save_and_stop(self, row):
-        saved(self, row)
+    def save_and_stop(self, is_last):
+        saved(self, is_last)
         raise KeyboardInterrupt
 
     train(config, *parts, tmp_path / "whole")
@@ -475,10 +475,14 @@ def test_the_state_is_saved_at_evaluations_after_minutes_and_at_the_end(
     parts, tiny_config, tmp_path, monkeypatch
 ):
     """A kill loses at most the epochs since: none but the best weights are written in between."""
-    saved, now, really = [], [0.0], Trainer.save_last
-    monkeypatch.setattr(
-        Trainer, "save_last", lambda run: saved.append(len(run.history)) or really(run)
-    )
+    saved, now, really = [], [0.0], trainer.save_checkpoint
+
+    def watched(content, path):
+        if path.name == "last.pt":
+            saved.append(len(content["history"]))
+        really(content, path)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", watched)
     monkeypatch.setattr(time, "time", lambda: now[0])
 
     def callback(*_):

@@ -229,7 +229,7 @@ class TrainingState:
         path = self.folder.resolve()  # a Drive's bin fills up: it gets copies, hourly
         is_on_drive, local = path.is_relative_to(DRIVE), Path(gettempdir(), *path.parts[1:])
         self.local = local if is_on_drive else self.folder
-        self.copied, self.saved, self.saved_epochs = time.time(), time.time(), 0
+        self.copied, self.saved = time.time(), time.time()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's
         options = dict(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True)
         self.accelerator = accelerate.Accelerator(
@@ -269,20 +269,18 @@ class TrainingState:
         content = dict(model=self.best_model.state_dict(), history=self.history)
         save_checkpoint(content | dict(config=asdict(self.config)), self.local / "best.pt")
 
-    def save(self, row: dict) -> None:
-        """Add an epoch to the history and its files; of equal scores the last is the best."""
-        # Through JSON, or equal values of a resumed run would pickle to other bytes
-        self.history = json.loads(json.dumps([*self.history, row]))
-        scores = evaluation_scores(self.history, self.config.best_by)
-        is_scored = len(evaluation_scores([row], self.config.best_by)) > 0
-        if not is_main():
-            return
+    def save(self, is_last: bool) -> None:
+        """Write the files after an epoch; of equal scores the last is the best."""
         with atomic_write(self.local / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
-        if is_scored and self.config.best_by != "last" and scores[-1] == max(scores):
-            self.save_best()
-        if is_scored or time.time() >= self.saved + SAVE_SECONDS:
-            self.save_last()
+        best_by, is_scored = self.config.best_by, "AP50" in self.history[-1]
+        if is_scored or is_last or time.time() >= self.saved + SAVE_SECONDS:
+            self.saved, scores = time.time(), evaluation_scores(self.history, best_by)
+            if best_by == "last" or not scores or (is_scored and scores[-1] == max(scores)):
+                self.save_best()
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= {name: getattr(self, name) for name in PROGRESS}
+            save_checkpoint(state | dict(config=asdict(self.config)), self.local / "last.pt")
         if time.time() >= self.copied + 3600:
             self.copy_out()
 
@@ -292,16 +290,6 @@ class TrainingState:
         with keep_going(f"The copy of {self.local} to {self.folder}"):
             if is_main():
                 copy_newer(self.local, self.folder)
-
-    def save_last(self) -> None:
-        """Write `last.pt`, with all that training needs to continue."""
-        self.saved, self.saved_epochs = time.time(), len(self.history)
-        best_by = self.config.best_by
-        if best_by == "last" or not evaluation_scores(self.history, best_by):
-            self.save_best()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {name: getattr(self, name) for name in PROGRESS} | dict(config=asdict(self.config))
-        save_checkpoint(state, self.local / "last.pt")
 
 
 # %%
@@ -361,7 +349,7 @@ class Trainer(TrainingState):
         return list(losses)
 
     def run_epoch(self, epoch: int, bar) -> None:
-        """Train an epoch, evaluate if due, save; one cut by the session's end is made again."""
+        """Train an epoch, evaluate if due; one cut by the session's end is made again."""
         config, begin, losses = self.config, self.started, []
         limit, steps = 3600 * config.train_hours or inf, self.steps
         torch.manual_seed(config.seed + 1_000_003 * epoch + 7919 * rank())  # augmentation, sampling
@@ -402,13 +390,14 @@ class Trainer(TrainingState):
             scores, self.example = evaluate(self.best_model, self.val_samples, config)
             row |= scores
             self.seconds = all_max(time.perf_counter() - begin)[0]
-        self.save(row)
+        # Through JSON, or equal values of a resumed run would pickle to other bytes
+        self.history = json.loads(json.dumps([*self.history, row]))
         free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
 
     def fit(self, batch_size: int = 0) -> list[dict]:
         """Train to the end, or the session's; return the history. batch_size 0: of the settings."""
         config, batch_size = self.config, batch_size or self.config.batch_size
-        start = done = len(self.history)
+        start = len(self.history)
         if reason := stop_reason(self.history, self.seconds, config):
             print(f"ALREADY TRAINED ({reason}): {self.folder} is used. RESUME = False trains anew.")
         elif start:
@@ -438,15 +427,15 @@ class Trainer(TrainingState):
             while not reason:
                 done = len(self.history)
                 self.run_epoch(done + 1, bar)
-                if self.callback and is_main() and len(self.history) > done:
-                    self.callback(self.history, self.example, False)
                 reason = stop_reason(self.history, self.seconds, config)
                 if not reason and all_max(self.session.is_over())[0]:
                     reason = "the session ends (max_hours or SIGTERM); run again to continue"
+                if is_main() and len(self.history) > done:  # not cut, half trained
+                    self.save(is_last=bool(reason))
+                    if self.callback:
+                        self.callback(self.history, self.example, False)
                 if reason:
                     bar.write(f"Training ends after epoch {len(self.history)}: {reason}.")
-        if is_main() and max(done, self.saved_epochs) < len(self.history):
-            self.save_last()  # not where an epoch was cut, half trained
         if self.callback and is_main() and self.history:
             self.callback(self.history, self.example, True)
         return self.history
@@ -461,8 +450,6 @@ def train(*arguments, batch_size: int = 0) -> list[dict]:
         return run.fit(batch_size)
     finally:  # after an error too
         run.copy_out()
-        del run
-        free_memory()
 
 
 def launch_training(config, samples, val, folder, session, callback, resume) -> list[dict]:
@@ -478,6 +465,7 @@ def launch_training(config, samples, val, folder, session, callback, resume) -> 
             if batch_size == 1:
                 message = "The GPU's memory does not suffice for one crop: lower crop or scale."
                 raise RuntimeError(message) from None
+        finally:
+            free_memory()
         batch_size, resume = batch_size // 2, True
-        free_memory()
         time.sleep(10)  # the loaders of a process that was killed hold its memory for 5 s
