@@ -147,7 +147,7 @@ def test_training_stops_after_its_patience():
     assert evaluation_scores(losses_history(math.nan, 2), "loss") == [-math.inf, -2]
     assert evaluation_scores(losses_history(3, 2), "AP50") == [0.0, 0.0]
     history = [dict(epoch=1, AP50=0.9), dict(epoch=2), dict(epoch=3, AP50=0.1)]
-    assert evaluation_scores(history, "last") == [1, 3]
+    assert evaluation_scores(history, "last") == []  # so that each epoch is the best
     history = [dict(epoch=k, AP50=score) for k, score in enumerate((0.2, 0.5, 0.4, 0.3), start=1)]
     config = make_config("demo", patience=2, best_by="last", epochs=99)
     assert stop_reason(history, 0, config) == "no better AP50 in 2 evaluations"
@@ -263,7 +263,7 @@ def test_the_last_epoch_is_kept_where_a_session_ends_between_evaluations(
     train(config, *parts, tmp_path, session)
     best, last = load_checkpoint(tmp_path / "best.pt"), load_checkpoint(tmp_path / "last.pt")
     assert len(best["history"]) == len(last["history"]) == 3
-    assert len(evaluation_scores(best["history"], "last")) == 1
+    assert sum("AP50" in row for row in best["history"]) == 1
 
 
 def test_the_best_by_loss_and_early_stop(parts, tiny_config, tmp_path, monkeypatch):

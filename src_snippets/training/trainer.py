@@ -119,9 +119,7 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
 
 
 def evaluation_scores(history: list[dict], best_by: str) -> list[float]:
-    """The score of each evaluation, higher is better; -inf for a loss that is not finite."""
-    if best_by == "last":
-        return [row["epoch"] for row in history if "AP50" in row]
+    """The score of each evaluation, higher is better; none for `last`; -inf: loss is not finite."""
     if best_by == "loss":
         losses = [row["val_loss"] for row in history if "val_loss" in row]
         return [-loss if isfinite(loss) else -inf for loss in losses]
@@ -273,10 +271,10 @@ class TrainingState:
         """Write the files after an epoch; of equal scores the last is the best."""
         with atomic_write(self.local / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
-        best_by, is_scored = self.config.best_by, "AP50" in self.history[-1]
+        is_scored = "AP50" in self.history[-1]
         if is_scored or is_last or time.time() >= self.saved + SAVE_SECONDS:
-            self.saved, scores = time.time(), evaluation_scores(self.history, best_by)
-            if best_by == "last" or not scores or (is_scored and scores[-1] == max(scores)):
+            self.saved, scores = time.time(), evaluation_scores(self.history, self.config.best_by)
+            if not scores or (is_scored and scores[-1] == max(scores)):  # without scores the last
                 self.save_best()
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {name: getattr(self, name) for name in PROGRESS}
