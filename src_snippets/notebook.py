@@ -249,7 +249,7 @@ from src_snippets.model.detect import detect, visible_instances
 if trains:
     config = with_model_settings(config, changes)
     model = build_model(config)
-    tag = f" ({model.backbone.body.pretrained_cfg['tag']})" * (config.weights == "imagenet")
+    tag = f" ({model.backbone.body.pretrained_cfg.get('tag')})" * (config.weights == "imagenet")
     print(f"{config.backbone}, weights {config.weights}{tag}:", end=" ")
     print(f"{count_parameters(model) / 1e6:.1f} M trainable parameters")
     boxes = np.concatenate([ground_truth(sample).boxes for sample in train_part])

@@ -92,6 +92,10 @@ def test_models_without_such_features_are_refused():
         build_backbone(small("timm:mixer_s16_224"))
     with pytest.raises(ValueError, match="no features with strides"):
         build_backbone(small("timm:vit_tiny_patch16_224"))
+    with pytest.raises(ValueError, match="no features with strides"):  # it pads nothing
+        build_backbone(small("timm:inception_v3"))
+    with pytest.raises(ValueError, match="backbone='timm:maxvit_tiny_tf_224'"):  # of one size
+        build_backbone(small("timm:maxvit_tiny_tf_224"))
 
 
 # Initial weights

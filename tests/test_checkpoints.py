@@ -161,7 +161,12 @@ def test_run_folders_tell_settings_data_and_code_apart(tmp_path):
 CELLS = {
     "limit": "LIMIT = 3",
     "table": 'TABLE = {"a": [1, 2]}',
-    "leaf": "def leaf(x):\n    return x + LIMIT",
+    "part": (
+        "from torch import nn\nfrom torchvision.transforms import v2\n"
+        "class Part(nn.Module):\n    def forward(self, x):\n        return x + 1\n"
+        "PARTS = [v2.RandomErasing(p=0.1)]\nPART = Part()"
+    ),
+    "leaf": "def leaf(x):\n    return PART(PARTS[0](x + LIMIT))",
     "base": "class Base:\n    size = 4\n    def width(self):\n        return leaf(self.size)",
     "model": (
         "import torch\nfrom dataclasses import dataclass\n"
@@ -190,6 +195,8 @@ def cells_digest(changes=(), **live):
     [
         ("limit", "3", "4"),
         ("table", "2", "3"),
+        ("part", "x + 1", "x + 2"),
+        ("part", "p=0.1", "p=0.2"),
         ("leaf", "x + LIMIT", "x - LIMIT"),
         ("base", "size = 4", "size = 5"),
         ("base", "self.size", "-self.size"),

@@ -5,7 +5,7 @@
 # A backbone of timm with ImageNet weights extracts features; a feature pyramid (FPN,
 # arXiv:1612.03144) merges them at strides 4 to 64. Weights are looked for below `/kaggle/input`,
 # then downloaded, never left random unless `weights="none"` says so. If only ImageNet-1k is allowed
-# name them in full (`timm:convnextv2_tiny.fcmae_ft_in1k`): bare names may mean in12k, in21k, in22k.
+# name them in full (`timm:convnextv2_tiny.fcmae_ft_in1k`): bare names may mean in12k, in22k, jft.
 
 # %%
 # @title Attention, backbone, FPN and initial weights
@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn, Tensor
 from torchvision import ops
 
@@ -132,7 +133,11 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
         if weights == "imagenet" and config.backbone in ("resnet10", "resnet50_v1"):
             raise LookupError("nobody publishes these weights")
         body = timm.create_model(name, weights != "none", **options)
-        require(body.feature_info.reduction() == STRIDES, f"no features with strides {STRIDES}")
+        issue = f"no features with strides {STRIDES}"
+        require(body.feature_info.reduction() == STRIDES, issue)
+        for features, s in zip(body.eval()(torch.zeros(1, 3, 128, 192)), STRIDES, strict=True):
+            require({128 // s, 192 // s} <= {*features.shape}, issue)  # inception_v3 pads nothing
+        body.train()
         # timm skips names that it does not know: compare the number and the maximum of the values.
         values = {(v.numel(), v.max().item()) for v in state.values() if v.numel()}
         own = {key: (v.numel(), v.max().item()) for key, v in body.named_parameters()}

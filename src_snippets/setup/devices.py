@@ -107,11 +107,10 @@ def run_process(index: int, count: int, port: int, file, function, arguments) ->
     sys.stdout = sys.stdout if is_main() else StringIO()  # tqdm.write needs one
     try:
         result = function(*arguments)
-    except BaseException:  # loaders ignore SIGTERM, and the end of a process waits for them
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise another error
+    finally:  # loaders ignore SIGTERM, and the end of a process waits for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error
         for loader in torch.multiprocessing.active_children():
             loader.kill()
-        raise
     if is_main():
         torch.save(result, file)
         file.flush()

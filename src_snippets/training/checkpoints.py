@@ -34,8 +34,9 @@ def code_digest(*roots) -> str:
     while pending:
         name, item = pending.pop()
         item = inspect.unwrap(getattr(item, "__func__", getattr(item, "fget", item)))
-        if isinstance(item, (str, int, float, tuple, list, dict)) and name[:2] != "__":
+        if isinstance(item, (str, int, float, tuple, list, dict, nn.Module)) and name[:2] != "__":
             sources.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(item))}")
+            item = type(item)  # of a module the class too
         if not (inspect.isclass(item) or inspect.isfunction(item)) or item in visited:
             continue
         visited.add(item)
