@@ -5,7 +5,6 @@
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 import json
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +36,15 @@ def name_file(path: Path | str):
 
 
 def decode(path: Path, stacked: bool = False, indexed: bool = False) -> tuple:
-    """Read the one image in a file, planes where `stacked`, indices of a palette where `indexed`.
+    """Read the one image in a file, planes where `stacked`, ids of instances where `indexed`.
 
-    Returns values (H, W) or (H, W, S) in the file's dtype, turned as EXIF says, photometric
-    ("RGB", "PALETTE", ..), palette (3, K) uint16 or None, whether the last channel is alpha and
-    whether compression is lossy, bits.
+    Returns values (H, W) or (H, W, S) in the file's dtype, a palette's colours as RGB unless they
+    show ids, turned as EXIF says; photometric ("RGB", ..); whether the last channel is alpha; bits.
     """
     with path.open("rb") as file:
         is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     if is_tiff:
-        values, *found, orientation = decode_tiff(path, stacked)
+        values, kind, alpha, bits, lossy, orientation = decode_tiff(path, stacked, indexed)
     else:
         with Image.open(path) as image:  # a phone's MPO has previews behind the first picture
             single = image.format == "MPO" or getattr(image, "n_frames", 1) == 1
@@ -59,15 +57,16 @@ def decode(path: Path, stacked: bool = False, indexed: bool = False) -> tuple:
             require(not halved, "RGB of 16 bits in a PNG. Save it as TIFF.")
             kind = "RGB" if values.shape[2:] in ((3,), (4,)) else "MINISBLACK"
             bits = 1 if image.mode == "1" else 8 * values.itemsize
-            found = kind, None, image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP"), bits
+            alpha, lossy = image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP")
+    require(not (indexed and lossy), "JPEG or WebP, which changes ids. Save it without loss.")
     values = values.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else values
     values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
     values = values[::-1] if orientation in (3, 4, 7, 8) else values
-    return values, *found
+    return values, kind, alpha, bits
 
 
-def decode_tiff(path: Path, stacked: bool) -> tuple:
-    """Read the largest plane of a TIFF, of which others are previews; as `decode`, orientation."""
+def decode_tiff(path: Path, stacked: bool, indexed: bool) -> tuple:
+    """The largest plane of a TIFF, others are previews: as `decode`, whether lossy, orientation."""
     with TiffFile(path) as tif:
         pages = [p for top in tif.pages[:] for p in (top, *(top.pages or ())[:])]  # [:]: or endless
         tif.filehandle.seek(tif.pages.next_page_offset)
@@ -77,14 +76,14 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
         half = page.imagelength * page.imagewidth / 2
         full = [p for p in pages if p.imagelength * p.imagewidth > half and not p.is_reduced]
         planes = full if stacked and 1 < len(full) <= 64 and page.axes == "YX" else [page]
-        series = max(tif.series, key=lambda s: prod(s.shape))
+        series = max(tif.series, key=lambda s: s.size)
         count = max(len(full), series.size // page.size)
         issue = f"axes {series.axes}, shape {series.shape}, {count} pages of similar size; expected"
         help_text = "Save one plane (images: or RGB, Fiji: Type > RGB Color; or set channels)."
         valid = count == len(planes) and page.axes in ("YX", "YXS", "SYX")
         valid &= len(planes) == 1 or sum(n > 1 for n in series.shape) <= 3  # no z, time beside
         require(valid, f"{issue} one image. {help_text}")
-        require(count * prod(page.shape) <= MAX_VALUES, f"{issue} at most {MAX_VALUES:,} values.")
+        require(count * page.size <= MAX_VALUES, f"{issue} at most {MAX_VALUES:,} values.")
         parts = (v for p in planes for v in zip(p.dataoffsets, p.databytecounts, strict=False))
         size, needed = tif.filehandle.size, max(map(sum, parts))
         require(needed <= size, f"cut short, {size} of {needed} bytes. Copy it again.")
@@ -101,12 +100,15 @@ def decode_tiff(path: Path, stacked: bool) -> tuple:
             with suppress(OSError), Image.open(path) as image:
                 image.load()  # first: it turns the image
                 values, orientation = np.asarray(image), 1
-            same = values.dtype == page.dtype and values.size == prod(page.shape)
+            same = values.dtype == page.dtype and values.size == page.size
             require(same and kind in readable, f"{error}, and Pillow fails. Install imagecodecs.")
         alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
-        lossy = page.compression.name[:4] in ("JPEG", "WEBP")
-        palette = getattr(page, "colormap", None)
-        return values, kind, palette, alpha, lossy, page.bitspersample, orientation
+        lossy, bits = page.compression.name[:4] in ("JPEG", "WEBP"), page.bitspersample
+        palette = getattr(page, "colormap", None)  # (3, K)
+        if kind == "PALETTE" and palette is not None and count == 1 and not indexed:
+            colors = palette.T >> (8 if palette.max() > 255 else 0)  # of 16 bits, or of 8
+            values, kind, bits = colors.astype(np.uint8)[values.astype(int)], "RGB", 8
+        return values, kind, alpha, bits, lossy, orientation
 
 
 def read_image(path: Path, channels: Sequence[int] = ()) -> np.ndarray:
@@ -123,11 +125,8 @@ def read_image(path: Path, channels: Sequence[int] = ()) -> np.ndarray:
 def read_image_values(path: Path, channels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Read the values (S, H, W) of an image as in its file, and what `read_image` gives."""
     with name_file(path):
-        pixels, kind, palette, alpha, _, bits = decode(path, stacked=bool(channels))
+        pixels, kind, alpha, bits = decode(path, stacked=bool(channels))
         pixels = np.moveaxis(np.atleast_3d(pixels), 2, 0)
-        if kind == "PALETTE" and palette is not None and len(pixels) == 1:
-            palette = (palette >> (8 if palette.max() > 255 else 0)).astype(np.uint8)  # or 8 bits
-            pixels, kind, bits = palette[:, pixels[0].astype(int)], "RGB", 8
         if channels:
             require(max(channels) <= len(pixels), f"{len(pixels)} channels, but {channels=} set.")
             planes = [scale_brightness(pixels[[k - 1]], bits) for k in channels]
@@ -212,8 +211,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
     and how many stray pieces were left out.
     """
     with name_file(path):
-        values, _, _, _, lossy, _ = decode(path, indexed=True)
-        require(not lossy, "JPEG or WebP, which changes ids. Save it without loss.")
+        values = decode(path, indexed=True)[0]
         issue = f"shape {values.shape}, {values.dtype}"
         valid = values.ndim == 2 and values.dtype.kind in "buif"
         require(valid, f"{issue}; expected (H, W) with one instance id per pixel.")
@@ -231,26 +229,24 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
 def read_geojson(path: Path) -> list[tuple]:
     """Read the outlines that QuPath exports: kind, shape, number, reason each. Raises BadInput."""
     with name_file(path):
-        content, rows, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], []
+        content, rows, types, boxes = json.loads(path.read_text(encoding="utf-8-sig")), [], [], []
         features = content if isinstance(content, list) else content.get("features", [content])
         for number, feature in enumerate(features, start=1):
-            kind = (feature.get("properties") or {}).get("classification") or {}
+            facts, form = feature.get("properties") or {}, feature["geometry"] or {}
+            kind = facts.get("classification") or {}
             name = str(kind.get("name") or ": ".join(kind.get("names", ["cell"])))  # or derived
-            form = feature["geometry"] or {"type": "nothing"}
-            polygons = form["coordinates"] if form["type"] in ("Polygon", "MultiPolygon") else []
-            polygons = [polygons] if form["type"] == "Polygon" else polygons
-            rings = [ring for polygon in polygons for ring in polygon]
-            rings = [np.asarray(ring, float)[:, :2] for ring in rings]  # without z
+            types.append(facts.get("objectType", facts.get("object_type")))  # QuPath 0.3
+            points = form.get("coordinates")
+            polygons = dict(Polygon=[points], MultiPolygon=points).get(form.get("type"), [])
+            rings = [np.asarray(ring, float)[:, :2] for polygon in polygons for ring in polygon]
             valid = all(len(ring) > 2 and np.abs(ring).max() < 1e9 for ring in rings)
             require(valid, f"feature {number}: expected rings of at least 3 points x, y.")
-            reason = "" if rings else f"outlines without an area ({form['type']})"
+            reason = "" if rings else f"outlines without an area ({form.get('type')})"
             reason = f"regions that QuPath ignores ({name})" if name.endswith("*") else reason
             shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
             rows.append((name, shape, number, reason))
             points = np.concatenate(rings) if shape else np.full((1, 2), np.nan)
             boxes.append([*points.min(axis=0), *-points.max(axis=0)])  # inside is >= in all four
-        owns = [feature.get("properties") or {} for feature in features]
-        types = [own.get("objectType", own.get("object_type")) for own in owns]  # QuPath 0.3
         is_cell, boxes = np.isin(types, ["detection", "cell"]), np.array(boxes).reshape(-1, 4)
         areas = (-boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         cells, most = (boxes[is_cell], 2) if is_cell.any() else (boxes, 10)  # a large cell has few
