@@ -41,7 +41,7 @@ from src_snippets.data.images import (
     read_instance_map,
     shape_pixels,
 )
-from src_snippets.data.rle import crop_mask, decode_runs, mask_areas
+from src_snippets.data.rle import crop_mask, decode_runs
 from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import BadInput, Config, require
 
@@ -117,14 +117,12 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
 
 def find_layout(root: Path) -> str:
     """The layout of a folder, by its ground truth or test mapping; "images" without both."""
-    train, is_mapped = root / "train", (root / MAPPING_NAME).is_file()
-    if is_mapped and (train.is_dir() or (root / "test_release").is_dir()):
+    train = root / "train"
+    if (root / MAPPING_NAME).is_file() and (train.is_dir() or (root / "test_release").is_dir()):
         return "folders"
-    if not find_part(root, "train", COCO_FOLDERS):
-        return "images"
     if (root / "train.csv").is_file() and train.is_dir():
         return "csv"
-    if find_part(root, "train", COCO_FILES):
+    if find_part(root, "train", COCO_FILES) and find_part(root, "train", COCO_FOLDERS):
         return "coco"
     files = train.glob("*/class*.tif")  # those of pairs may be called so too
     if any(p.stem[5:].isdigit() or p.with_name("image.tif").exists() for p in files):
@@ -239,10 +237,9 @@ def match_images(folders: Sequence[Path], names: Iterable[str], source: Path) ->
         written = ([p for p in paths if q in (p, p.with_suffix(""))] for q in starts)
         matches[name] = next(filter(None, written), paths)
         changed += [name] if matches[name] is paths else []
-    with name_file(source):
-        wrong = [name for name, paths in matches.items() if len(paths) != 1]
-        issue = f"{wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several files"
-        require(not wrong, f"{issue} in {folders[0]}. Add the image or correct the name.")
+    wrong = [name for name, paths in matches.items() if len(paths) != 1]
+    issue = f"{source}: {wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several"
+    require(not wrong, f"{issue} files in {folders[0]}. Add the image or correct the name.")
     found = {name: path for name, (path,) in matches.items()}
     for name in changed[:1]:
         print(f"{source}: {len(changed)} names differ on disk: {name!r} is {found[name]}")
@@ -283,16 +280,15 @@ def read_groups(root: Path, names: Sequence[str]) -> dict[str, str]:
     rows = [(n, g) for n, g in zip(listed, table["group"], strict=True) if g]
     groups, known = dict(rows), set(names)
     wrong = [(name, g) for name, g in rows if groups[name] != g or name not in known]
-    with name_file(path):
-        require(not wrong, f"{wrong[:3]}; expected images such as {names[:1]}, each in one group.")
+    expected = f"expected images such as {names[:1]}, each in one group"
+    require(not wrong, f"{path}: {wrong[:3]}; {expected}.")
     return groups
 
 
 def number_classes(table: pd.DataFrame) -> dict[int, str]:
     """Number the kinds of a table of annotations that have a shape; its labels, 0 for others."""
     kinds = sorted({*table["kind"][table["shape"] != ""]}) or ["cell"]
-    labels = table["kind"].map({name: label for label, name in enumerate(kinds, start=1)})
-    table["label"] = labels.fillna(0).astype(int)
+    table["label"] = pd.Index(kinds).get_indexer(table["kind"]) + 1
     return dict(enumerate(kinds, start=1))
 
 
@@ -343,7 +339,6 @@ def open_csv(root: Path, train: Path, val: Path | None) -> tuple:
 
 # %%
 # @title Read annotations: COCO, pairs and folders
-SHORT = "polygons of fewer than 3 points"
 OUTSIDE = "without a pixel in the image (coordinates of another size?)"
 
 
@@ -368,24 +363,14 @@ def encode_outline(segmentation, height: int, width: int) -> tuple[dict | None, 
     polygons = [piece for piece in pieces if len(piece) >= 6]
     valid = all(np.isfinite(polygon).all() and len(polygon) % 2 == 0 for polygon in polygons)
     require(valid, f"polygon {str(segmentation)[:60]}; expected pairs of numbers x, y.")
+    reason = "polygons of fewer than 3 points" if len(polygons) < len(pieces) else ""
     if not polygons:
-        return None, SHORT
+        return None, reason
     points = np.concatenate(polygons)
     if points.max() <= 1 or np.abs(points).max() >= 1e5:  # fractions of the image, or far away
         return None, OUTSIDE
     rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, height, width))
-    reason = SHORT if len(polygons) < len(pieces) else ""
     return (rle, reason) if pycocotools.mask.area(rle) else (None, OUTSIDE)
-
-
-def find_brush_masks(table: pd.DataFrame) -> pd.Index:
-    """Rows of crowds that are one cell: an RLE of one piece and specks, 4 median areas at most."""
-    areas = table["shape"].map(lambda rle: pycocotools.mask.area(rle) if rle else np.nan)
-    brush = (table["crowd"] == 1) & (areas <= 4 * areas.groupby(table["kind"]).transform("median"))
-    brush &= table["segmentation"].map(lambda shape: isinstance(shape, dict))
-    masks = (ndimage.label(crop_mask(rle)[0])[0].ravel() for rle in table["shape"][brush])
-    sizes = [np.bincount(mask)[1:] for mask in masks]
-    return table.index[brush][[own.max() > 0.97 * own.sum() for own in sizes]]
 
 
 def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
@@ -432,12 +417,18 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
                 wrong.append(f"annotation {row.number}: {error}")
         require(not wrong, f"{len(wrong)} of {len(table)} annotations: {'; '.join(wrong[:3])}")
     table[["shape", "reason"]] = pd.DataFrame(outlines, table.index, ["shape", "reason"], object)
-    if len(cells := find_brush_masks(table)):
-        table.loc[cells, "crowd"] = False
-        print(f"{source}: {len(cells)} crowds of a cell's size (brush masks of CVAT) are cells")
+    areas = table["shape"].map(lambda rle: pycocotools.mask.area(rle) if rle else np.nan)
+    small = areas <= 4 * areas.groupby(table["kind"]).transform("median")
+    is_rle = table["segmentation"].map(lambda shape: isinstance(shape, dict))
+    crowds = table["crowd"].sum()
+    for index, rle in table["shape"][table["crowd"] & is_rle & small].items():
+        sizes = np.bincount(ndimage.label(crop_mask(rle)[0])[0].flat)[1:]
+        table.loc[index, "crowd"] = sizes.max() <= 0.97 * sizes.sum()  # more than a cell, specks
+    if cells := crowds - table["crowd"].sum():
+        print(f"{source}: {cells} crowds of a cell's size (brush masks of CVAT) are cells")
     rles = [rle for rle in table["shape"] if rle]
-    _, _, width, height = pycocotools.mask.toBbox(rles).T if rles else np.zeros((4, 0))
-    boxes = int((mask_areas(rles) == width * height).sum())
+    sides = np.reshape(pycocotools.mask.toBbox(rles), (-1, 4))[:, 2:]
+    boxes = int((areas.dropna() == sides.prod(axis=1)).sum())
     if boxes >= 10 and 2 * boxes > len(rles):
         print(f"WARNING: {source}: {boxes} of {len(rles)} outlines are upright boxes, not cells?")
     groups = kinds["supercategory"][kinds["id"].isin(table["kind"])]
@@ -445,8 +436,8 @@ def open_coco(root: Path, train: Path, val: Path | None) -> tuple:
     again = kinds["name"].duplicated(keep=False)
     names = kinds["name"].where(~again, kinds["name"] + " " + kinds["id"].astype(str))
     categories = dict(zip(kinds["id"].tolist(), names, strict=True))
-    labels = {key: label for label, key in enumerate(categories, start=1)}
-    table["label"] = table["kind"].map(labels) * (1 - 2 * table["crowd"])
+    labels = pd.Index(kinds["id"]).get_indexer(table["kind"]) + 1
+    table["label"] = labels * (1 - 2 * table["crowd"])
     return source, records, table, categories, {}, validation
 
 
