@@ -13,7 +13,7 @@ import tifffile
 import torch
 from torchvision.ops import clip_boxes_to_image
 
-from src_snippets.data.layouts import open_dataset, open_folders, read_annotated, rows_by_name
+from src_snippets.data.layouts import open_dataset, open_folders, read_annotated, rows_by_path
 from src_snippets.data.rle import decode_runs, encode_runs
 from src_snippets.data.samples import CellSamples
 from src_snippets.data.structures import CellSample, Instances, pack_layers
@@ -88,10 +88,10 @@ def cell_folder_reader(folder: Path, num_classes: int, overlaps=True):
     source, images, table, *_ = open_folders(
         config.class_names, folder.parent.parent, folder.parent, None
     )
-    names = {path: path.parent.name for path in images}
-    records = {name: (f"{name}/image.tif", images[path]) for path, name in names.items()}
-    rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
-    return partial(read_annotated, source, records, rows, config, folder.name)
+    rows = rows_by_path(source, table)
+    names = {path.parent.name: path for path in images}
+    records = {name: (f"{name}/image.tif", images[p], rows[p]) for name, p in names.items()}
+    return partial(read_annotated, source, records, config, folder.name)
 
 
 def read_cell_folder(folder: Path, num_classes: int, overlaps=True) -> CellSample:

@@ -59,10 +59,9 @@ def decode(path: Path, stacked: bool = False, indexed: bool = False) -> tuple:
             bits = 1 if image.mode == "1" else 8 * values.itemsize
             alpha, lossy = image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP")
     require(not (indexed and lossy), "JPEG or WebP, which changes ids. Save it without loss.")
-    values = values.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else values
-    values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
-    values = values[::-1] if orientation in (3, 4, 7, 8) else values
-    return values, kind, alpha, bits
+    values = values[:, ::-1] if orientation in (2, 4, 5, 7) else values  # mirrored, then turned
+    quarter_turns = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)
+    return np.rot90(values, quarter_turns), kind, alpha, bits
 
 
 def decode_tiff(path: Path, stacked: bool, indexed: bool) -> tuple:

@@ -292,8 +292,8 @@ def number_classes(table: pd.DataFrame) -> dict[int, str]:
     return dict(enumerate(kinds, start=1))
 
 
-def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dict[str, list]:
-    """Rows (label, shape, number, reason) by name; BadInput where over a third cannot be used."""
+def rows_by_path(source: Path, table: pd.DataFrame) -> dict[Path, list]:
+    """Rows (label, shape, number, reason) by image; BadInput where over a third cannot be used."""
     has_shape = table["shape"].astype(bool)
     meant = table["reason"].str.startswith(("annotations around", "regions"))  # to be left out
     lost = table["reason"][~has_shape & ~meant & (table["reason"] != "")].value_counts()
@@ -301,11 +301,11 @@ def rows_by_name(source: Path, names: Iterable[str], table: pd.DataFrame) -> dic
     issue = f"{source}: {lost.sum():,} of {len(table):,} annotations cannot be used: {reasons}."
     expected = "Expected polygons or RLEs in pixels of the images: export them so."
     require(3 * lost.sum() <= len(table), f"{issue} {expected}")
-    keys = table[["name", "label"]].assign(shape=table["shape"].astype(str))
+    keys = table[["path", "label"]].assign(shape=table["shape"].astype(str))
     table.loc[keys.duplicated() & has_shape, ["shape", "reason"]] = "", "annotated twice"
-    rows = {name: [] for name in names}
-    for name, *row in table[["name", "label", "shape", "number", "reason"]].itertuples(index=False):
-        rows[name].append(row)
+    rows = defaultdict(list)
+    for path, *row in table[["path", "label", "shape", "number", "reason"]].itertuples(index=False):
+        rows[path].append(row)
     return rows
 
 
@@ -515,16 +515,16 @@ def check_outlines(image: np.ndarray, parts: Sequence[np.ndarray], is_down: bool
         require(mirrored <= max(3 * fit, limit), f"{issue}. {help_text}")
 
 
-def read_annotated(source: Path, records, rows, config: Config, name: str) -> CellSample:
-    """Read an image and its annotations, see `rows_by_name`. Raises BadInput.
+def read_annotated(source: Path, records: Mapping, config: Config, name: str) -> CellSample:
+    """Read an image and its annotations. Raises BadInput.
 
-    records: (path below the dataset, `ImageRecord`) by name. Without `config.overlaps` a pixel that
-    two classes claim belongs to the first.
+    records: (path below the dataset, `ImageRecord`, its rows of `rows_by_path`) by name. Without
+    `config.overlaps` a pixel that two classes claim belongs to the first.
     """
-    file_name, record = records[name]
+    file_name, record, rows = records[name]
     image, parts, outlines = read_listed(record, source, config.channels), [], []
-    left_out = Counter(reason for *_, reason in rows[name] if reason)
-    for label, shape, number, _ in [row for row in rows[name] if row[1]]:
+    left_out = Counter(reason for *_, reason in rows if reason)
+    for label, shape, number, _ in [row for row in rows if row[1]]:
         if isinstance(shape, Path):
             pixels, ids, strays = read_instance_map(shape, image.shape[1:])
             left_out["stray pieces"] += strays
@@ -532,7 +532,7 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
             with name_file(f"{source}, {name}, annotation {number}"):
                 pixels = shape_pixels(shape, *image.shape[1:])
             ids = np.ones(len(pixels), np.int64)
-            left_out.update([] if len(pixels) else [OUTSIDE])
+            left_out[OUTSIDE] += not len(pixels)
             outlines += [pixels] if label > 0 else []
         parts.append((pixels, ids, label))
     if outlines:
@@ -547,27 +547,25 @@ def read_annotated(source: Path, records, rows, config: Config, name: str) -> Ce
 def list_test_images(root: Path, folder: Path, channels: Sequence[int]) -> tuple[list, dict]:
     """Those of the mapping, COCO or `sample_submission.csv`, else all in `folder`; ids by path."""
     mapping, listing = root / MAPPING_NAME, root / "sample_submission.csv"
-    if source := mapping if mapping.is_file() else find_part(root, "test", COCO_FILES):
-        images = read_image_list(source, folder)[1]
-        for image in images:
-            read_listed(image, source, channels)
-        return images, {}
-    paths, ids = image_files(folder), {}
+    source = mapping if mapping.is_file() else find_part(root, "test", COCO_FILES)
+    paths, ids, images, errors = image_files(folder), {}, [], []
     names = {n for p in paths for n in (p.stem, IMAGE_END.sub("", p.stem))}  # outputs are left out
     paths = [p for p in paths if OUTPUT_END.sub("", p.stem) not in names - {p.stem}]
-    if listing.is_file():
+    if not source and listing.is_file():
         table = read_table(listing, set())
-        paths = match_images([folder], table.get("id", table.iloc[:, 0]), listing)
-        ids = {path: name for name, path in paths.items()}
-        paths = list(ids)
-    images, errors = [], []
-    for path in paths:
+        found = match_images([folder], table.get("id", table.iloc[:, 0]), listing)
+        ids = {path: name for name, path in found.items()}
+    records = [ImageRecord(path, 0, 0, 0) for path in ids or paths]
+    records = read_image_list(source, folder)[1] if source else records
+    for record in records:
         try:
-            images.append(ImageRecord(path, len(images) + 1, *read_image(path, channels).shape[1:]))
+            size = read_listed(record, source, channels).shape[1:]
+            image_id = record.image_id if source else len(images) + 1
+            images.append(ImageRecord(record.path, image_id, *size))
         except (BadInput, FileNotFoundError) as error:
             errors.append(str(error))
-    issue = f"{len(errors)} of {len(paths)} images: {'; '.join(errors[:3])}"
-    require(not errors or (images and not listing.is_file()), issue)
+    issue = f"{len(errors)} of {len(records)} images: {'; '.join(errors[:3])}"
+    require(not errors or (images and not source and not ids), issue)
     if errors:
         print(f"WARNING: left out, {issue}")
     return images, ids
@@ -581,12 +579,13 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     train = train / "train" if nested else train  # as archives named after their folder unpack
     train = root if layout == "pairs" and not find_pairs(train) else train
     val, records = find_part(root, "val", IMAGE_FOLDERS), {}
-    source, images, rows, used, own = root, {}, {}, set(), set()
+    source, images, used, own = root, {}, set(), set()
     categories, groups = dict(enumerate(config.class_names, start=1)), {}
     if has_ground_truth(root):
         openers = dict(csv=open_csv, coco=open_coco, pairs=open_pairs)
         opener = openers.get(layout, partial(open_folders, config.class_names))
         source, images, table, categories, groups, own = opener(root, train, val)
+        rows = rows_by_path(source, table)
         pairs = (find_pairs(part) for part in (train, val) if part and layout == "pairs")
         used = {label for pair in pairs for label in pair.values()}
         used |= {shape for shape in table["shape"] if isinstance(shape, Path)}
@@ -594,10 +593,8 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
         file_name = path.relative_to(train if train in path.parents else root).as_posix()
         end = dict(folders="/image.tif", csv=path.suffix).get(layout, "")
         short = file_name.removesuffix(end)
-        records[file_name if short in records else short] = file_name, images[path]
-    names = {record.path: name for name, (_, record) in records.items()}
-    if records:
-        rows = rows_by_name(source, records, table.assign(name=table["path"].map(names)))
+        records[file_name if short in records else short] = file_name, images[path], rows[path]
+    names = {record.path: name for name, (_, record, _) in records.items()}
     places = COCO_FOLDERS if find_part(root, "test", COCO_FILES) else IMAGE_FOLDERS
     test = find_part(root, "test", ("{}/images", *places)) or root / "test"
     test = root if layout == "images" else root / "test_release" if is_mapped else test
@@ -609,6 +606,6 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     left_out = list_left_out(root, unread, used)
     groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*records])
     validation = [name for path, name in names.items() if path in own or val in path.parents]
-    read = partial(read_annotated, source, records, rows, config)
+    read = partial(read_annotated, source, records, config)
     facts = ([*records], read, categories, test_images, groups, validation, left_out, test_ids)
     return CellDataset(root, layout, *facts)
