@@ -55,10 +55,10 @@ def decode(path: Path, stacked: bool = False, indexed: bool = False) -> tuple:
             orientation = image.getexif().get(274, 1)
             values = np.asarray(image if plain else image.convert("RGB"))
             require(not halved, "RGB of 16 bits in a PNG. Save it as TIFF.")
-            kind = "RGB" if values.shape[2:] in ((3,), (4,)) else "MINISBLACK"
-            bits = 1 if image.mode == "1" else 8 * values.itemsize
+            kind, bits = None, 1 if image.mode == "1" else 8 * values.itemsize
             alpha, lossy = image.mode[-1] == "A", image.format in ("JPEG", "MPO", "WEBP")
     require(not (indexed and lossy), "JPEG or WebP, which changes ids. Save it without loss.")
+    kind = kind or ("RGB" if values.shape[2:] in ((3,), (4,)) else "MINISBLACK")
     values = values[:, ::-1] if orientation in (2, 4, 5, 7) else values  # mirrored, then turned
     quarter_turns = {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)
     return np.rot90(values, quarter_turns), kind, alpha, bits
@@ -86,8 +86,7 @@ def decode_tiff(path: Path, stacked: bool, indexed: bool) -> tuple:
         parts = (v for p in planes for v in zip(p.dataoffsets, p.databytecounts, strict=False))
         size, needed = tif.filehandle.size, max(map(sum, parts))
         require(needed <= size, f"cut short, {size} of {needed} bytes. Copy it again.")
-        kind = "RGB" if page.samplesperpixel in (3, 4) else "MINISBLACK"
-        kind = page.photometric.name if 262 in page.tags else kind
+        kind = page.photometric.name if 262 in page.tags else None
         orientation = page.tags.valueof(274, 1)
         try:
             values = np.dstack([p.asarray() for p in planes]) if count > 1 else page.asarray()
@@ -211,11 +210,10 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
     """
     with name_file(path):
         values = decode(path, indexed=True)[0]
-        issue = f"shape {values.shape}, {values.dtype}"
         valid = values.ndim == 2 and values.dtype.kind in "buif"
-        require(valid, f"{issue}; expected (H, W) with one instance id per pixel.")
-        expected = f"expected {size} as of the image beside it"
-        require(size in (None, values.shape), f"{values.shape} (H, W); {expected}.")
+        require(valid, f"{values.dtype} {values.shape}; expected (H, W), an instance id per pixel.")
+        fits = size in (None, values.shape)
+        require(fits, f"{values.shape} (H, W); expected {size} as of the image beside it.")
         pixels = np.flatnonzero(values)  # NaN is one of them
         ids = values.ravel()[pixels]
         wrong = ids[(np.floor(ids) != ids) | (ids < 0) | (ids >= 2.0**63)]

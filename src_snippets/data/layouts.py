@@ -108,7 +108,6 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     places = (sorted(folder.glob(f"{part}*.geojson")) for part in parts)
     outlines = next(filter(None, places), [])
     labels |= {IMAGE_END.sub("", p.stem): p for p in outlines} | {p.stem: p for p in outlines}
-    images = [path for path in images if path not in beside]
     by_name = {n: p for p in images for n in (IMAGE_END.sub("", p.stem), p.stem, p.name)}
     pairs = {path: labels[name] for name, path in by_name.items() if name in labels}
     below = [path for path in sorted(folder.glob("[!.]*")) if deep and path.is_dir()]
