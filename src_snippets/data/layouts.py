@@ -121,13 +121,13 @@ def find_layout(root: Path) -> str:
         return "folders"
     if (root / "train.csv").is_file() and train.is_dir():
         return "csv"
-    if find_part(root, "train", COCO_FILES) and find_part(root, "train", COCO_FOLDERS):
+    if find_part(root, "train", COCO_FOLDERS) and find_part(root, "train", COCO_FILES):
         return "coco"
     files = train.glob("*/class*.tif")  # those of pairs may be called so too
     if any(p.stem[5:].isdigit() or p.with_name("image.tif").exists() for p in files):
         return "folders"
     apart = (root / "images").is_dir() and find_pairs(root, deep=False)
-    return "pairs" if find_pairs(train) or apart else "images"
+    return "pairs" if (train.is_dir() and find_pairs(train)) or apart else "images"
 
 
 def has_ground_truth(root: Path) -> bool:
