@@ -49,13 +49,13 @@ IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
 MAPPING_NAME = "test_image_name_to_ids.json"
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
-# What a part of a dataset is called, by Roboflow and CVAT too, and where its files are
-PARTS = dict(train=("train", "default", "Train"), val=("val", "valid", "validation", "Validation"))
-PARTS |= dict(test=("test", "Test"))
-IMAGE_FOLDERS = ("{}", "{}2017", "images/{}", "images/{}2017")
+# What a part of a dataset is called, by COCO, Roboflow and CVAT too, and where its files are
+PARTS = dict(train=("train", "train2017", "default", "Train"), test=("test", "test2017", "Test"))
+PARTS |= dict(val=("val", "val2017", "valid", "validation", "Validation"))
+IMAGE_FOLDERS = ("{}", "images/{}")
 COCO_FOLDERS = (*IMAGE_FOLDERS, "images")
 COCO_FILES = ("{}.json", "{}_gt.json", "annotations/{}.json", "annotations/instances_{}.json")
-COCO_FILES += ("annotations/instances_{}2017.json", "{}/_annotations.coco.json")
+COCO_FILES += ("{}/_annotations.coco.json",)
 # How the names of images and label images end, and of what else Cellpose writes beside an image
 IMAGE_END = re.compile(r"(_img)?(\.ome)?$")
 LABEL_END = re.compile(r"(?<!_outlines)(_cp)?_(masks?|labels?)(\.ome)?$", re.IGNORECASE)
