@@ -157,19 +157,18 @@ def scale_brightness(pixels: np.ndarray, bits: int) -> np.ndarray:
 
 # %%
 # @title Read instance maps and outlines
-def check_instance_map(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, int]:
+def check_instance_map(values: np.ndarray, pixels: np.ndarray, ids: np.ndarray) -> tuple:
     """Refuse a map (H, W) that shows no instances; its pixels (K,) without strays, their number.
 
-    In turn: ids that are compact, within 2 sqrt(area) of their centres (a disc: 0.6, a rod of 16:1:
-    2), are fine; an id around the others is background; ids of many pieces are a mask, classes or
-    restarted; a far piece below a tenth of its id's largest is a stray.
+    pixels, ids: (K,). In turn: ids that are compact, within 2 sqrt(area) of their centres (a disc:
+    0.6, a rod of 16:1: 2), are fine; an id around the others is background; ids of many pieces are
+    a mask, classes or restarted; a far piece below a tenth of its id's largest is a stray.
     """
-    unique, owners = np.unique(values.ravel()[pixels], return_inverse=True)
-    areas, count = np.bincount(owners), len(unique)
-    spread = np.zeros(len(pixels))  # squared distance to the centre / 4, to compare with areas
+    unique, owners, areas = np.unique(ids, return_inverse=True, return_counts=True)
+    count, spread = len(unique), np.zeros(len(pixels))
     for places in np.divmod(pixels, max(values.shape[1], 1)):
         centres = np.bincount(owners, places) / areas
-        spread += (places - centres[owners]) ** 2 / 4
+        spread += (places - centres[owners]) ** 2 / 4  # to be compared with areas
     is_binary = count == 1 and unique[0] == 255
     compact = not is_binary and (spread <= areas[owners]).all()
     if compact and 20 * areas.max(initial=0) <= values.size:
@@ -193,8 +192,7 @@ def check_instance_map(values: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarr
     total = len(parts) if count > 5 else large["size"].sum()
     issue = f"{count} ids in {total} pieces, {apart.sum()} ids far apart; expected an id per cell."
     limit = min(count / 2, max(2, count / 20)) if unique[-1] != 255 or count < 255 else 0  # uint8
-    several = is_binary and large["size"].sum() > 1
-    instances = total <= 3 * count and apart.sum() <= limit and not several
+    instances = total <= (1 if is_binary else 3 * count) and apart.sum() <= limit
     causes = "a mask of cells and background, classes, blurred by resizing, ids that start again?"
     help_text = "Label cells (Fiji: Analyze Particles, count masks), resize without smoothing."
     require(instances, f"{issue} Is it {causes} {help_text}")
@@ -218,7 +216,7 @@ def read_instance_map(path: Path, size: tuple[int, int] | None = None) -> tuple:
         ids = values.ravel()[pixels]
         wrong = ids[(np.floor(ids) != ids) | (ids < 0) | (ids >= 2.0**63)]
         require(not len(wrong), f"ids {wrong[:3]}; expected whole numbers from 0 to 2^63 - 1.")
-        pixels, strays = check_instance_map(values, pixels)
+        pixels, strays = check_instance_map(values, pixels, ids)
         ids = values.ravel()[pixels]
         return pixels, ids.astype(np.int32 if ids.max(initial=0) < 2**31 else np.int64), strays
 
