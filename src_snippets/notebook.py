@@ -3,7 +3,8 @@
 # %% [markdown]
 # # Cell instance segmentation with Mask R-CNN
 # Run all cells. The notebook finds the dataset, shows it, trains a Mask R-CNN, writes and checks
-# `test-results.json`, then says how good the model is and what goes wrong.
+# `test-results.json`, says how good the model is and what goes wrong, and exports outlines, sizes and
+# counts of cells.
 #
 # - **Kaggle**: File > Import Notebook, add the dataset as input, choose GPU T4 x2, Run All.
 # - **Colab**: upload the notebook, choose a GPU runtime, upload the dataset to `/content`, Run all.
@@ -45,27 +46,28 @@ from src_snippets.setup.config import (
 # %% [markdown]
 # ### Settings: change them here
 # Leave all as it is for a first run. For a score set `RECIPE = "best"` (7 hours, made for a T4, not measured
-# yet; without a GPU `light`: 2 hours). An empty string, 0 or `None` takes the recipe's own value. After a
-# change run all cells from here on. Settings of prediction (`tta`, `tile`, thresholds), of the machine
-# (`MAX_HOURS`, `gpus`, `workers`, `cache_gb`), `class_names` and `um_per_px` keep the trained model; others
-# train a new one beside it. Environment variables (`HW3_RECIPE`, ..) override these.
+# yet), then once more with `CHANGES = dict(val_fraction=0)`, on all images. Without a GPU, or to count cells,
+# `light`: 2 hours; half an hour gives most of its score. An empty string, 0 or `None` takes the recipe's own
+# value. After a change run all cells from here on. Settings of prediction (`tta`, `tile`, `detections`,
+# thresholds), of the machine (`MAX_HOURS`, `gpus`, `workers`, `cache_gb`), `class_names` and `um_per_px` keep
+# the trained model; others train a new one beside it. Environment variables (`HW3_RECIPE`, ..) override these.
 #
 # | setting | meaning |
 # |---|---|
 # | `DATA` | folder with `train/`, or `demo`; empty: search `/kaggle/input`, `/content` and `./data` |
 # | `OUT` | folder for results; empty: `/kaggle/working`, else `./results` |
 # | `CHECKPOINTS` | paths of `best.pt` files: they predict where `DATA` holds images alone; with `train/` there a new model trains, and all predict the test images |
-# | `RECIPE` | empty: `baseline`, or `demo` without a dataset |
-# | `EPOCHS` | 1 to 10,000 passes over the training images; more while the validation curve rises |
+# | `RECIPE` | empty: `baseline`, or `demo` without a dataset; `best`: ResNet-101, 7 hours; `best_large`: ConvNeXtV2-Base, 20 hours; `light`: 2 hours on a CPU; others: folded cell *RECIPES* above |
+# | `EPOCHS` | 1 to 10,000 passes over the training images; `best` and `light` go by `TRAIN_HOURS` |
 # | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
-# | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions set 11.8; no limit: `CHANGES = dict(max_hours=0)`) |
+# | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions 11.8, with `best` also `TRAIN_HOURS = 9.5`; no limit: `CHANGES = dict(max_hours=0)`) |
 # | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
 # | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
 # | `BACKBONE` | `resnet50`, or a model of timm and its weights, such as `timm:convnext_tiny.fb_in1k`, with features at strides 4 to 32 (no plain ViT) |
 # | `WEIGHTS` | `imagenet`, `coco` (data beyond ImageNet: check the rules), `none`, or the path of a file |
-# | `FOLDS` | 5: five models, each validated on another fifth of the images, predict the test together |
+# | `FOLDS` | 5: five models, each trained for `TRAIN_HOURS` and validated on another fifth of the images, predict the test images together |
 # | `RESUME` | `False`: train anew although a finished run with the same settings, images and code is there |
-# | `CHANGES` | any other setting, such as `dict(score_threshold=0.05, class_names=["tumour", "other"])` |
+# | `CHANGES` | any other setting of the folded cell *Config* above, such as `dict(val_fraction=0)` or `dict(class_names=["tumour", "other"])` |
 
 # %% tags=["parameters"]
 DATA = ""  # @param {type:"string"}
@@ -147,7 +149,7 @@ if is_demo:
     print("DEMO: the images below are synthetic; the scores say nothing about real cells.")
     print("For your own images: set DATA to a folder with train/, run from the settings cell on.")
 trains = has_ground_truth(data_root)
-require(trains or CHECKPOINTS, f"{data_root}: no ground truth in train/; set DATA or CHECKPOINTS.")
+require(trains or CHECKPOINTS, f"{data_root}: no masks found; expected in train/, or CHECKPOINTS.")
 if trains:
     config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)
 else:
@@ -258,9 +260,9 @@ if trains:
     del model
 
 # %% [markdown]
-# The model learns a cell best when an anchor, a box of fixed size on a grid, has an IoU of 0.5 or
-# more with it (from 0.7 on every anchor counts, below only a cell's best). Red dots have none. If
-# they are many, change `anchor_sizes`, `anchor_ratios` or `scale`.
+# The model learns a cell best when an anchor, a box of fixed size on a grid, has an IoU (shared / joint area)
+# of 0.5 or more with it (from 0.7 on every anchor counts, below only a cell's best). Red dots have none. Many
+# beyond the largest anchors: lower `scale`; below the smallest: raise it; beside: change `anchor_ratios`.
 
 # %% [markdown]
 # ## Training
@@ -284,9 +286,10 @@ from src_snippets.training.trainer import launch_training, Session, Trainer
 
 # %% [markdown]
 # ### Train
-# The figure is drawn anew as epochs end. Losses should fall and level off; a validation score that falls
-# meanwhile means too many epochs, one that still rises at the end too few. It is of whole images in one
-# view: `tile` and `tta` count below, in *What will the submission score?*
+# The figure is drawn anew as epochs end (`best` and `light` validate every 50th). Losses should fall and level
+# off. A validation score that falls at the end means too many epochs: lower `EPOCHS` or `TRAIN_HOURS`. One
+# that still rises means too few, but with a cosine schedule it always does. It is of whole images in one view:
+# `tile` and `tta` count below, in *What will the submission score?*
 
 # %%
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
@@ -332,9 +335,9 @@ from src_snippets.inference.submission import offer_download, write_csv_submissi
 # ### What will the submission score?
 # The validation images, predicted as the test images will be (with folds each by the model that was not
 # trained on it). `AP50_100` takes the best 100 detections of an image and class, as pycocotools does by
-# default, `AP50` all. Weak detections raise AP: where `score_threshold` is above 0.05, a second row shows
-# what it costs. For CSV data `submission.csv` holds detections from `export_score_threshold` on, without
-# overlaps: DQ and PQ below are of these.
+# default, `AP50` all. Differences below about 0.03 are noise: two trainings with the same settings differ as
+# much. Weak detections raise AP: where `score_threshold` is above 0.05, a second row shows what it costs. For
+# CSV data `submission.csv` holds detections from `export_score_threshold` on, without overlaps (as DQ, PQ).
 
 # %%
 val_parts = [(runs[fold] / "best.pt", subset(samples, splits[fold]["val"])) for fold in runs]
@@ -424,8 +427,9 @@ if val_samples:
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident
 # mistakes. If AP50 is higher left of the solid red line, lower `score_threshold`; if F1 (at IoU 0.5) is
-# highest elsewhere than at the dashed one, move `export_score_threshold` there. Off the diagonal of the
-# confusion matrix are confused classes, missed cells and false positives.
+# highest elsewhere than at the dashed one, move `export_score_threshold` there: counts hold what scores more.
+# *Detections per image*: dots off the dashed line are images counted wrong, the legend has the mean error.
+# Off the diagonal of the confusion matrix are confused classes, missed cells and false positives.
 
 # %%
 if val_samples:
@@ -441,9 +445,9 @@ if val_samples:
 
 # %% [markdown]
 # ## Export
-# Label images for Fiji and napari, outlines for QuPath, tables of cells and counts, COCO: all from
-# one set of instances without overlaps, with scores from `export_score_threshold` on. Without test
-# images the validation images are exported.
+# Label images for Fiji and napari, outlines for QuPath, tables of cells and counts, COCO: all of the predicted
+# cells, without overlaps, with scores from `export_score_threshold` on. Your own masks are not measured.
+# Without test images the validation images are exported (with `FOLDS = 5` all).
 
 # %%
 from src_snippets.export.exports import write_exports
@@ -491,8 +495,9 @@ with keep_going("the report"):
 
 # %% [markdown]
 # ### Download the results
-# Submit `test-results.zip`, which holds exactly `test-results.json`; for CSV data `submission.csv`.
-# On Kaggle they also lie in the Output panel at the right. `report.html` has all figures.
+# Submit `test-results.zip`, which holds exactly `test-results.json`; for CSV data `submission.csv`. Counts and
+# sizes of cells: `exports/counts.csv`, `exports/cells.csv`. On Kaggle all lie in the Output panel at the right,
+# on Colab in the files panel at the left. `report.html` has all figures.
 
 # %%
 if is_demo:

@@ -563,6 +563,14 @@ def test_classes_called_as_other_columns(predictions, tmp_path, grey):
     assert {row[2] for row in read_rows(tmp_path / "cells.csv")[1:]} == {"all", "image"}
 
 
+def test_counts_that_the_maximum_may_have_cut_are_told(predictions, tmp_path, grey, capsys):
+    most = max(len(predictions[image.image_id]) for image in grey)
+    for detections, told in ((most + 1, False), (most, True)):
+        write_exports(predictions, grey, tmp_path, CATEGORIES, Config(detections=detections))
+        text = f"WARNING: 1 images may have more cells: raise detections ({most})"
+        assert (text in capsys.readouterr().out) is told
+
+
 def test_no_cells_at_all(predictions, tmp_path, grey):
     counts = write_exports(predictions, grey[1:], tmp_path, CATEGORIES, Config())
     assert len(read_rows(tmp_path / "cells.csv")) == 1

@@ -255,7 +255,7 @@ def test_images_without_a_checkpoint_are_refused(tmp_path, demo_root):
     environ = dict(HW3_DATA=str(demo_root / "test_release"), HW3_OUT=str(tmp_path))
     command = [sys.executable, "-m", "src_snippets.notebook"]
     done = subprocess.run(command, cwd=ROOT, env=kept | environ, capture_output=True, text=True)
-    assert "no ground truth in train/; set DATA or CHECKPOINTS" in done.stderr
+    assert "no masks found; expected in train/, or CHECKPOINTS" in done.stderr
 
 
 def execute(notebook, folder: Path, **environ) -> str:

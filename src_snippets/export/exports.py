@@ -164,7 +164,7 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     """Write the files of all images, see the README; the table of counts.csv, a row per image.
 
     predictions: `Instances` by image id, of which `visible_instances` count; images: at least one
-    `ImageRecord`; categories: names by the dataset's own ids; config: `um_per_px` and `channels`.
+    `ImageRecord`; categories: names by the dataset's ids; config: um_per_px, channels, detections.
     """
     visible = {image.image_id: visible_instances(predictions[image.image_id]) for image in images}
     kinds, tables, counts, ums = list(categories.values()), [], [], set()
@@ -219,6 +219,10 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     (folder / ".written").touch()
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
+    if full := sum(len(predictions[image.image_id]) >= config.detections for image in images):
+        print(
+            f"WARNING: {full} images may have more cells: raise detections ({config.detections})."
+        )
     sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"
     print(f"Pixel size in um, by the setting or the files: {sizes}")
     return counts
