@@ -400,7 +400,7 @@ if val_samples:
     by_image = image_table(matches, names, config.export_score_threshold)
     print("Validation images, the worst first, scores from export_score_threshold on:")
     show_table(by_image.head(8))
-    if interval := ap_interval(matches_above(matches, config.score_threshold)):
+    if interval := ap_interval(matches_above(matches, config.score_threshold), len(names)):
         notes += ["AP50 as submitted, 95% CI over images: {:.3f} to {:.3f}".format(*interval)]
 print(*notes, sep="\n")
 
@@ -422,7 +422,7 @@ if val_samples:
 # %%
 if val_samples:
     with keep_going("the evaluation figure"):
-        show_figure(plot_evaluation(matches, config), figures / "evaluation.png")
+        show_figure(plot_evaluation(matches, config, len(val_samples)), figures / "evaluation.png")
 
 # %% [markdown]
 # A precision curve that ends early: cells that are never detected. One that starts low: confident

@@ -78,7 +78,6 @@ def test_aliases_and_recipes_name_models_of_timm():
         assert published.url
         assert not any(tag in name for tag in ("in12k", "in21k", "in22k"))
         assert "." in name or alias in ("resnet10", "resnet50_v1")
-    assert ALIASES["resnet50_v1"] != ALIASES["resnet50"]
     for recipe in RECIPES:
         backbone = make_config(recipe).backbone
         name = ALIASES.get(backbone, backbone.removeprefix("timm:"))
@@ -94,7 +93,7 @@ def test_models_without_such_features_are_refused():
         build_backbone(small("timm:vit_tiny_patch16_224"))
     with pytest.raises(ValueError, match="no features with strides"):  # it pads nothing
         build_backbone(small("timm:inception_v3"))
-    with pytest.raises(ValueError, match="backbone='timm:maxvit_tiny_tf_224'"):  # of one size
+    with pytest.raises(ValueError, match=r"'timm:maxvit_tiny_tf_224'.*divisible by window"):
         build_backbone(small("timm:maxvit_tiny_tf_224"))
 
 

@@ -44,7 +44,7 @@ def panels():
         ]
     )
     table = match_table([found, NOTHING], [FOUR, FOUR], 3)
-    return plot_evaluation(table, CONFIG).axes
+    return plot_evaluation(table, CONFIG, 2).axes
 
 
 def test_precision_by_class_and_their_mean(panels):
@@ -103,11 +103,12 @@ def test_counts_are_moved_by_less_than_half(panels):
 
 
 def test_images_without_cells_are_counted_too():
-    """Two images are empty and found to be, the third has a cell that is missed."""
-    one = instances([(0, 0, 9, 9, 1, 1.0)])
-    table = match_table([NOTHING] * 3, [NOTHING, NOTHING, one], 1)
-    axes = plot_evaluation(table, replace(CONFIG, class_names=("cell",))).axes
-    assert legend_texts(axes[4]) == ["cell, mean absolute error 0.3"]
+    """Two images are empty and found to be, one has a cell that is missed."""
+    truths = [instances([(0, 0, 9, 9, 1, 1.0)]), NOTHING, NOTHING]
+    for group in (truths, truths[::-1]):
+        table = match_table([NOTHING] * 3, group, 1)
+        axes = plot_evaluation(table, replace(CONFIG, class_names=("cell",)), 3).axes
+        assert legend_texts(axes[4]) == ["cell, mean absolute error 0.3"]
 
 
 def test_recall_by_size_has_error_bars(panels):
@@ -139,8 +140,11 @@ def test_figures_of_many_and_of_no_images(num_classes, tmp_path):
     ):
         truths = [ground_truth(sample, crowds=True) for sample in group]
         table = match_table(found, truths, num_classes)
-        figures = plot_evaluation(table, config), plot_mistakes(group, truths, found, table, config)
-        for figure in figures:
+        plots = (
+            plot_evaluation(table, config, len(group)),
+            plot_mistakes(group, truths, found, table, config),
+        )
+        for figure in plots:
             figure.savefig(tmp_path / "figure.png", dpi=20)
     assert np.isnan(ap50(table))
 

@@ -929,6 +929,7 @@ def test_validation_images_of_the_dataset(tmp_path):
     ("folder", "file"),
     [
         ("train2017", "annotations/instances_train2017.json"),
+        ("train2017", "train2017.json"),
         ("images/default", "annotations/instances_default.json"),
         ("images", "annotations/instances_default.json"),
         ("images/train", "annotations/instances_train.json"),
@@ -1153,6 +1154,9 @@ def test_pairs_beside_train_are_counted_as_left_out(tmp_path):
     assert dataset.names == ["a.tif"]
     lost = [path for paths in dataset.left_out.values() for path in paths]
     assert root / "images" / "old.tif" in lost
+    # A label image is no image, though an outline or a label image of its own lies beside it
+    save(root / "train" / "a_masks_cp_masks.tif", IDS)
+    assert open_dataset(root, CONFIG).names == ["a.tif"]
 
 
 @pytest.mark.parametrize("wrap", ["collection", "list", "one"])

@@ -206,7 +206,9 @@ def test_the_interval_holds_95_of_100_draws():
     good, bad = (truth, truth), (NOTHING, truth)
 
     def interval(*pairs):
-        return ap_interval(match_table(*zip(*pairs, strict=True), 1) if pairs else table)
+        return ap_interval(
+            match_table(*zip(*pairs, strict=True), 1) if pairs else table, len(pairs)
+        )
 
     table = match_table([], [], 1)
     assert interval(*[good] * 5) == (1.0, 1.0)

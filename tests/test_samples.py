@@ -423,8 +423,8 @@ def test_parts_facts_and_names(tmp_path):
     assert table.loc["val"].tolist() == [0, 0, 0, 0, 0]
     assert table.loc["fold 2, val"].tolist() == [1, 0, 4, 4, 4]
     assert subset(samples, ["b", "a"]).indices == [1, 0]
-    names = ("a/image.tif", "image.tif", "b.png", "deep/b.c.png", "a/image.png", "caf\udce9.png")
-    assert [image_stem(name) for name in names] == ["a", "image", "b", "b.c", "image", "caf?"]
+    names = ("a/image.tif", "image.tif", "b.png", "deep/b.c.png", "a/b/image.png", "caf\udce9.png")
+    assert [image_stem(name) for name in names] == ["a", "image", "b", "b.c", "b", "caf?"]
 
 
 def test_the_samples_of_a_part(demo_samples):

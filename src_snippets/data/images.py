@@ -103,7 +103,7 @@ def decode_tiff(path: Path, stacked: bool, indexed: bool) -> tuple:
         alpha = tuple(page.extrasamples)[-1:] in ((1,), (2,))
         lossy, bits = page.compression.name[:4] in ("JPEG", "WEBP"), page.bitspersample
         palette = getattr(page, "colormap", None)  # (3, K)
-        if kind == "PALETTE" and palette is not None and count == 1 and not indexed:
+        if kind == "PALETTE" and palette is not None and values.ndim == 2 and not indexed:
             colors = palette.T >> (8 if palette.max() > 255 else 0)  # of 16 bits, or of 8
             values, kind, bits = colors.astype(np.uint8)[values.astype(int)], "RGB", 8
         return values, kind, alpha, bits, lossy, orientation
@@ -236,7 +236,7 @@ def read_geojson(path: Path) -> list[tuple]:
             rings = [np.asarray(ring, float)[:, :2] for polygon in polygons for ring in polygon]
             valid = all(len(ring) > 2 and np.abs(ring).max() < 1e9 for ring in rings)
             require(valid, f"feature {number}: expected rings of at least 3 points x, y.")
-            reason = "" if rings else f"outlines without an area ({form.get('type')})"
+            reason = "" if rings else f"outlines without an area ({form.get('type', 'nothing')})"
             reason = f"regions that QuPath ignores ({name})" if name.endswith("*") else reason
             shape = "" if reason else json.dumps([ring.tolist() for ring in rings])
             rows.append((name, shape, number, reason))

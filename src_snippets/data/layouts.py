@@ -109,7 +109,7 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     outlines = next(filter(None, places), [])
     labels |= {IMAGE_END.sub("", p.stem): p for p in outlines} | {p.stem: p for p in outlines}
     by_name = {n: p for p in images for n in (IMAGE_END.sub("", p.stem), p.stem, p.name)}
-    pairs = {path: labels[name] for name, path in by_name.items() if name in labels}
+    pairs = {p: labels[n] for n, p in by_name.items() if n in labels and p not in beside}
     below = [path for path in sorted(folder.glob("[!.]*")) if deep and path.is_dir()]
     return pairs or {k: v for path in below for k, v in find_pairs(path, deep=False).items()}
 

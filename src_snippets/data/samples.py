@@ -116,7 +116,7 @@ def make_splits(samples: CellSamples, config: Config) -> dict[int, dict[str, lis
     single = [config.val_fraction, 1 - config.val_fraction]
     fractions = np.array(single if config.folds == 1 else [1 / config.folds] * config.folds)
     issue = f"Images of {len(unique)} groups (copies are one), but {len(fractions)} parts"
-    help_text = f"lower folds ({config.folds}), correct groups.csv, or set val_fraction=0."
+    help_text = f"lower folds ({config.folds}), correct groups.csv, or set folds=1, val_fraction=0."
     require(len(unique) >= len(fractions), f"{issue}: {help_text}")
     counts = samples.counts[[samples.positions[name] for name in names]]
     counts[:, 0] = 1  # images are balanced like one more class
@@ -171,8 +171,8 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         if (lost := rows.iloc[1:].sum()) > 0.05 * rows.sum():
             lines.append(f"WARNING: {lost} of {rows.sum()} {of} are left out: see the table above.")
     for part, row in dataset_table(samples, splits, config.class_names).iterrows():
-        absent = [name for name in config.class_names if row[name] == 0]
-        if absent and row.images and (part.endswith("train") or len(absent) == config.num_classes):
+        absent = [k for k, n in zip(config.class_names, row.iloc[1:-2], strict=True) if n == 0]
+        if absent and row.iloc[0] and (part.endswith("train") or len(absent) == config.num_classes):
             lines.append(f"WARNING: no {', '.join(absent)} in {part}: correct classes or groups.")
     if own:
         groups = pd.Series(samples.groups("image"))
@@ -197,6 +197,6 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
 
 
 def image_stem(name: str | Path) -> str:
-    """The name to show for a sample: that of its file, of its folder for `image.tif`."""
+    """The name to show for a sample: that of its file, of its folder for `image`."""
     path = Path(str(name).encode(errors="replace").decode())  # disks have names that are no text
-    return path.parent.name if path.name == "image.tif" and path.parent.name else path.stem
+    return path.parent.name if path.stem == "image" and path.parent.name else path.stem

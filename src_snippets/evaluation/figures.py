@@ -50,8 +50,8 @@ def draw_scores(axes, table: pd.DataFrame, config: Config) -> None:
     axes[2].set(xlabel="score", ylabel="detections", title="Scores at IoU 0.5", yscale="symlog")
 
 
-def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
-    """Draw the confusion matrix, counts per image and recall by size: 3 axes."""
+def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...], images: int) -> None:
+    """Draw the confusion matrix, counts in `images` images and recall by size: 3 axes."""
     labels, rng = [*range(1, len(names) + 1), 0], np.random.default_rng(0)
     counts = pd.crosstab(table.target_label, table.label)
     counts = counts.reindex(index=labels, columns=labels, fill_value=0).to_numpy()
@@ -64,8 +64,8 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     matrix.text_[-1, -1].set_text("")  # background is not counted
     axes[0].set(xlabel="predicted", ylabel="true", title="Confusion matrix, % of row")
     sides = [pd.crosstab(table.image, table[name]) for name in ("target_label", "label")]
-    images = range(table.image.max() + 1 if len(table) else 0)  # those without cells too
-    true, predicted = (s.reindex(index=images, columns=labels, fill_value=0) for s in sides)
+    axes_of_table = dict(index=range(images), columns=labels, fill_value=0)
+    true, predicted = (side.reindex(**axes_of_table) for side in sides)
     for label, name in enumerate(names, start=1):
         error = (predicted[label] - true[label]).abs().mean()
         dots = [side[label] + rng.uniform(-0.3, 0.3, len(side)) for side in (true, predicted)]
@@ -81,12 +81,13 @@ def draw_exported(axes, table: pd.DataFrame, names: tuple[str, ...]) -> None:
     axes[2].set(xlabel="√area, px", title="Recall by size, class correct, 95% CI", ylim=(0, 1.02))
 
 
-def plot_evaluation(table: pd.DataFrame, config: Config) -> Figure:
-    """Plot six panels from the matches of `match_table`."""
+def plot_evaluation(table: pd.DataFrame, config: Config, images: int) -> Figure:
+    """Plot six panels from the matches of `match_table` of that many images."""
     figure = Figure(figsize=(16, 9.5), layout="constrained")
     upper, lower = figure.subplots(2, 3)
     draw_scores(upper, table, config)
-    draw_exported(lower, matches_above(table, config.export_score_threshold), config.class_names)
+    exported = matches_above(table, config.export_score_threshold)
+    draw_exported(lower, exported, config.class_names, images)
     for axis in (*upper, lower[1]):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

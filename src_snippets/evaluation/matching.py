@@ -117,11 +117,10 @@ def ap50(table: pd.DataFrame) -> float:
     return float(np.mean([precision_curve(table, k) for k in labels])) if len(labels) else np.nan
 
 
-def ap_interval(table: pd.DataFrame, draws: int = 500) -> tuple[float, float] | None:
-    """95% CI of AP50 by bootstrap over images (Efron 1979); None: fewer than two have instances."""
+def ap_interval(table: pd.DataFrame, count: int, draws=500) -> tuple[float, float] | None:
+    """95% CI of AP50 by bootstrap over `count` images (Efron 1979); None: below two with cells."""
     if table.image[table.target >= 0].nunique() < 2:
         return None
-    count = table.image.max() + 1
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
     values = [ap50(table.loc[np.repeat(table.index, row[table.image])]) for row in weights]
     return tuple(np.nanquantile(values, [0.025, 0.975]).tolist())

@@ -33,10 +33,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     Bilinear, at pixel centres inside box and image; 100,000 pixels or one mask at a time.
     """
     rles, bins = [None] * len(boxes), torch.arange(masks.shape[-1], device=boxes.device)
-    limits, threshold = (
-        boxes.new_tensor(size[::-1]),
-        max(threshold, 1e-6),
-    )  # 0 would take pixels outside
+    limits, threshold = boxes.new_tensor(size[::-1]), max(threshold, 1e-6)  # 0: outside too
     spans = (boxes[:, 2:] - boxes[:, :2]).clamp(0, max(size)).ceil().long().cpu() + 1
     order = spans.amax(1).argsort(descending=True)
     while len(order):

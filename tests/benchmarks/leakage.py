@@ -45,7 +45,7 @@ def measure(options, split_by: str, seed: int, samples: CellSamples) -> dict:
         predictions += predict_samples(folder / "best.pt", part, config)
         held_out += part
     truths = [ground_truth(sample, crowds=True) for sample in held_out]
-    interval = ap_interval(match_table(predictions, truths, config.num_classes))
+    interval = ap_interval(match_table(predictions, truths, config.num_classes), len(truths))
     return dict(AP50=score(held_out, predictions, config)["AP50"], interval=interval)
 
 

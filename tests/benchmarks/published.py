@@ -128,7 +128,7 @@ def main(checkpoints: list[Path], data: Path) -> pd.DataFrame:
     show_table(score_table(tiles, predictions, config))
     truths = [ground_truth(tile, crowds=True) for tile in tiles]
     matches = match_table(predictions, truths, config.num_classes)
-    interval = ap_interval(matches_above(matches, config.score_threshold))
+    interval = ap_interval(matches_above(matches, config.score_threshold), len(tiles))
     print(f"AP50 of the tiles, 95% CI over them: {interval}")
     return table
 
