@@ -27,6 +27,7 @@ gpu_name = check_gpu()
 
 # %%
 import os
+from pathlib import Path
 import time
 
 import numpy as np
@@ -93,7 +94,6 @@ from src_snippets.setup.files import (
     output_folder,
     saved_config,
     show_table,
-    write_json,
 )
 
 # %%
@@ -103,8 +103,9 @@ from src_snippets.setup.devices import launch
 DATA, OUT = os.environ.get("HW3_DATA", DATA), os.environ.get("HW3_OUT", OUT)
 RECIPE = os.environ.get("HW3_RECIPE", RECIPE)
 CHECKPOINTS = os.environ.get("HW3_CHECKPOINTS", CHECKPOINTS) or []
-if isinstance(CHECKPOINTS, str):
-    CHECKPOINTS = [path for path in CHECKPOINTS.split(os.pathsep) if path]
+if isinstance(CHECKPOINTS, (str, os.PathLike)):
+    CHECKPOINTS = [path for path in os.fspath(CHECKPOINTS).split(os.pathsep) if path]
+CHECKPOINTS = [Path(path).expanduser() for path in CHECKPOINTS]
 settings = dict(epochs=EPOCHS, train_hours=TRAIN_HOURS, max_hours=MAX_HOURS, folds=FOLDS)
 settings |= dict(batch_size=BATCH_SIZE, crop=CROP, backbone=BACKBONE, weights=WEIGHTS)
 changes = read_settings({k: v for k, v in settings.items() if v} | (CHANGES or {}), os.environ)
@@ -124,7 +125,7 @@ figures = output / "figures"
 from src_snippets.data.rle import encode_runs
 
 # %%
-from src_snippets.data.structures import coco_ground_truth, ground_truth, Instances
+from src_snippets.data.structures import ground_truth, Instances
 
 # %%
 from src_snippets.data.synthetic import make_synthetic, SYNTHETIC_NAMES
@@ -143,6 +144,7 @@ from src_snippets.data.layouts import (
 # %%
 data_root = find_dataset(DATA)
 is_demo = data_root is None
+require(DATA or RECIPE in ("", "demo") or not is_demo, f"{RECIPE=}, but no dataset: set DATA.")
 if is_demo:
     data_root = make_synthetic(output / ".synthetic-dataset")
     changes |= {"class_names": SYNTHETIC_NAMES}
@@ -150,10 +152,8 @@ if is_demo:
     print("For your own images: set DATA to a folder with train/, run from the settings cell on.")
 trains = has_ground_truth(data_root)
 require(trains or CHECKPOINTS, f"{data_root}: no masks found; expected in train/, or CHECKPOINTS.")
-if trains:
-    config = make_config(RECIPE or ("demo" if is_demo else "baseline"), **changes)
-else:
-    config = saved_config(CHECKPOINTS[0], changes)
+recipe = RECIPE or ("demo" if is_demo else "baseline")
+config = make_config(recipe, **changes) if trains else saved_config(CHECKPOINTS[0], changes)
 print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}; changed settings:")
 show_table(config_table(config).astype(str))
 
@@ -276,6 +276,7 @@ from src_snippets.training.checkpoints import (
     check_same_settings,
     code_digest,
     run_folder,
+    write_split,
 )
 
 # %%
@@ -294,27 +295,19 @@ from src_snippets.training.trainer import launch_training, Session, Trainer
 # %%
 for path in CHECKPOINTS:  # what does not fit shows now, not after training
     check_same_settings(load_checkpoint(path)["config"], config, path, same=False)
-code = code_digest(TrainingSet, build_model, Trainer)
-session = Session(config.max_hours)
-
-# %%
-folders = {}
-for fold, split in splits.items():
-    folders[fold] = run_folder(output, config, dict(split=split, images=samples.digest), code)
-    write_json(split, folders[fold] / "split.json")
-    for part, names in split.items():
-        truth = coco_ground_truth(subset(samples, names), dataset.categories)
-        write_json(truth, folders[fold] / f"{part}_gt.json")
 
 # %%
 runs = {}
-for fold, folder in folders.items():
+session, code = Session(config.max_hours), code_digest(TrainingSet, build_model, Trainer)
+for fold, split in splits.items():
+    folder = run_folder(output, config, dict(split=split, images=samples.digest), code)
+    write_split(folder, split, samples)
     if runs and session.is_over() and not (RESUME and (folder / "last.pt").exists()):
         print(f"fold {fold} is not trained: the session ends")
         continue
     print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
-    train_set, val_set = (subset(samples, splits[fold][part]) for part in ("train", "val"))
+    train_set, val_set = (subset(samples, split[part]) for part in ("train", "val"))
     with session.listen():
         history = launch_training(config, train_set, val_set, folder, session, live, RESUME)
     if history or not runs:  # one that is cut in its first epoch would spoil the ensemble
@@ -340,6 +333,7 @@ from src_snippets.inference.submission import offer_download, write_csv_submissi
 # CSV data `submission.csv` holds detections from `export_score_threshold` on, without overlaps (as DQ, PQ).
 
 # %%
+require(runs or not trains, "Training was stopped: run its cell again; MAX_HOURS = 0.01 ends it.")
 val_parts = [(runs[fold] / "best.pt", subset(samples, splits[fold]["val"])) for fold in runs]
 val_samples = torch.utils.data.ConcatDataset([part for _, part in val_parts] or [[]])
 val_predictions = launch(config, predict_validation, val_parts, config) if val_samples else []
@@ -461,10 +455,7 @@ if not records:
     records = [ImageRecord(s.path, k, *s.size) for k, s in enumerate(val_samples, start=1)]
     confident = (p.above(config.export_score_threshold) for p in val_predictions)
     to_export = dict(enumerate(confident, start=1))
-names = dict(zip(dataset.categories, config.class_names, strict=True))
-counts = None
-
-# %%
+names, counts = dict(zip(dataset.categories, config.class_names, strict=True)), None
 with keep_going("the exports"):
     if records:
         counts = write_exports(to_export, records, output / "exports", names, config)

@@ -103,7 +103,7 @@ def test_the_checkpoint_of_a_run(tmp_path):
     (tmp_path / "best.pt").touch()
     (tmp_path / "notes.txt").touch()
     assert open_run(tmp_path, tmp_path, resume=False) is None
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert {p.name for p in tmp_path.iterdir()} == {"notes.txt", "best.old", "last.old"}
 
 
 def test_the_newer_checkpoint_of_a_run_and_its_local_disk(tmp_path):
@@ -164,9 +164,10 @@ CELLS = {
     "part": (
         "from torch import nn\nfrom torchvision.transforms import v2\n"
         "class Part(nn.Module):\n    def forward(self, x):\n        return x + 1\n"
-        "PARTS = [v2.RandomErasing(p=0.1)]\nPART = Part()"
+        "PARTS = [v2.RandomErasing(p=0.1)]\nPART = Part()\n"
+        "import torch\nWEIGHTS = torch.tensor([1.0, 5.0])"
     ),
-    "leaf": "def leaf(x):\n    return PART(PARTS[0](x + LIMIT))",
+    "leaf": "def leaf(x):\n    return PART(PARTS[0](x + LIMIT)) * WEIGHTS",
     "base": "class Base:\n    size = 4\n    def width(self):\n        return leaf(self.size)",
     "model": (
         "import torch\nfrom dataclasses import dataclass\n"
@@ -197,6 +198,7 @@ def cells_digest(changes=(), **live):
         ("table", "2", "3"),
         ("part", "x + 1", "x + 2"),
         ("part", "p=0.1", "p=0.2"),
+        ("part", "5.0", "6.0"),
         ("leaf", "x + LIMIT", "x - LIMIT"),
         ("base", "size = 4", "size = 5"),
         ("base", "self.size", "-self.size"),

@@ -64,7 +64,7 @@ def test_every_default_is_within_its_own_limits(name):
         ({"tta": "all"}, "tta='all': expected one of none, flips, d4."),
         (
             {"anchor_sizes": [8, 16]},
-            "expected int as in the default (8, 16, 32, 64, 128), from 1 to 2048",
+            "expected int as in the default (8, 16, 32, 64, 128), from 2 to 2048",
         ),
         ({"anchor_ratios": []}, "anchor_ratios"),
         (

@@ -118,6 +118,16 @@ def test_detections_equal_torchvisions(both):
 # Weights
 
 
+def test_a_head_of_your_own_starts_anew_on_earlier_weights(capsys):
+    config = make_config("demo")
+    state, model = build_model(config).state_dict(), build_model(config)
+    model.roi_heads.my_head = torch.nn.Linear(2, 1)
+    load_model_state(model, state, new_classes=True)
+    assert "not pretrained: roi_heads.my_head.bias" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"2 parameters, such as .'roi_heads.my_head.bias'"):
+        load_model_state(model, state)
+
+
 def test_coco_weights_load_with_new_class_layers(both, tmp_path, monkeypatch, capsys):
     source = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
     name = "maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth"

@@ -142,6 +142,10 @@ def test_offline_without_the_optional_packages(tmp_path, demo_root):
             "Setting score_floor is called score_threshold now.",
         ),
         (
+            {"HW3_DATA": "", "HW3_RECIPE": "light"},  # hours of training on synthetic cells
+            "RECIPE='light', but no dataset: set DATA.",
+        ),
+        (
             {"HW3_DATA": "/no/such/folder"},
             "No dataset in /no/such/folder, but no folder.",
         ),
@@ -361,17 +365,26 @@ def test_a_fold_that_is_cut_in_its_first_epoch_does_not_join_the_ensemble(tmp_pa
     assert re.search(r"validation AP50 0\.\d+ on 4 images", said)
 
 
-AGAIN = """
-Session.is_over = lambda self: True  # in the same kernel, after the session's end
-runs = {}
-"""
+def test_after_a_training_that_was_stopped_the_next_cell_says_so(tmp_path, demo_root):
+    notebook, _ = code_cells()
+    (cell,) = (cell for cell in notebook.cells if cell.source.startswith("runs = {}"))
+    cell.source = "runs = {}"  # all that a stopped training leaves
+    settings = json.dumps(QUICK)
+    environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_SETTINGS=settings)
+    with pytest.raises(
+        nbclient.exceptions.CellExecutionError, match="Training was stopped: run its cell again"
+    ):
+        execute(notebook, tmp_path, **environ)
 
 
 def test_folds_that_are_finished_predict_after_the_end_of_the_session(tmp_path, demo_root):
     notebook, _ = code_cells()
     (cell,) = (cell for cell in notebook.cells if cell.source.startswith("runs = {}"))
-    again = nbformat.v4.new_code_cell(cell.source.replace("runs = {}\n", AGAIN))
-    notebook.cells.insert(notebook.cells.index(cell) + 1, again)
+    loop = "for fold, split in splits.items()"  # in the same kernel, after the session's end
+    again = cell.source.replace(loop, f"session.terminated = True\n{loop}")
+    assert again != cell.source
+    place = notebook.cells.index(cell) + 1
+    notebook.cells.insert(place, nbformat.v4.new_code_cell(again))
     settings = json.dumps(QUICK | {"folds": 2})
     environ = dict(HW3_DATA=str(demo_root), HW3_RECIPE="demo", HW3_SETTINGS=settings)
     said = execute(notebook, tmp_path, **environ)

@@ -405,7 +405,7 @@ def test_the_datasets_own_validation_part():
     for changed in (replace(config, val_fraction=0), replace(config, folds=2)):
         splits = make_splits(samples, changed)
         told = dataset_warnings(samples, splits, changed)
-        assert told == "The dataset's own 2 validation images are split like all others."
+        assert told == "The dataset's own 2 validation images are used like all others."
     assert sorted(splits[1]["val"] + splits[2]["val"]) == names
     assert {"a", "valid/c", "e"} in ({*splits[1]["val"]}, {*splits[1]["train"]})
     assert make_splits(samples, replace(config, val_fraction=0))[0]["train"] == names

@@ -177,7 +177,7 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     if own:
         groups = pd.Series(samples.groups("image"))
         alone = all(split["val"] == own for split in splits.values())
-        use = "validate, all others train" if alone else "are split like all others"
+        use = "validate, all others train" if alone else "are used like all others"
         lines.append(f"The dataset's own {len(own)} validation images {use}.")
         if alone and (copies := groups.drop(own).isin(groups[own]).sum()):
             lines.append(f"WARNING: {copies} training images are copies of these, or of one group.")

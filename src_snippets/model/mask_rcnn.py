@@ -30,7 +30,7 @@ from src_snippets.setup.devices import default_device
 
 # Layers that initial weights may lack; attention starts as the identity
 CLASS_LAYERS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-CLASS_LAYERS += ("backbone.attention.",)
+CLASS_LAYERS += ("backbone.attention.", "roi_heads.my_")  # the latter: of a head of your own
 # Settings that go with a model's weights
 MODEL_SETTINGS = ("backbone", "attention", "grey", "scale", "fpn_channels", "head_norm")
 MODEL_SETTINGS += ("rpn_convs", "box_convs", "box_layers", "box_features", "mask_convs")
@@ -179,6 +179,7 @@ def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
     """Plot sides (N, 2) of boxes and anchors, network px; red: IoU below 0.5 on their grid."""
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
     anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
+    anchors = 2 * np.round(anchors / 2)  # as AnchorGenerator does
     beside = np.repeat(2.0 ** np.arange(len(sizes)), len(ratios))[:, None]  # stride / 4, the mean
     corners = np.c_[-sides, sides] / 2, np.c_[beside - anchors / 2, beside + anchors / 2]
     fits = (ops.box_iou(*map(torch.from_numpy, corners)).amax(1) >= 0.5).numpy()

@@ -68,7 +68,7 @@ class Config:
     box_layers: int = within(1, 1, 4)  # fully connected layers of the box head
     box_features: int = within(1024, 16, 4096)  # width of these layers
     mask_convs: int = within(4, 1, 8)  # convolutions of the mask head
-    anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 1, 2048)  # network px, per level
+    anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 2, 2048)  # network px, per level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height / width
     rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU threshold of NMS on proposals
     proposals: int = within(2000, 1, 20_000)  # maximum after NMS; before it, per FPN level

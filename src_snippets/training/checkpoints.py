@@ -22,10 +22,17 @@ import shutil
 import torch
 from torch import nn
 
+from src_snippets.data.samples import CellSamples, subset
+from src_snippets.data.structures import coco_ground_truth
 from src_snippets.model.mask_rcnn import build_model, load_model_state, to_device
 from src_snippets.setup.config import Config
 from src_snippets.setup.devices import broadcast
-from src_snippets.setup.files import atomic_write, load_checkpoint, PREDICTION_SETTINGS
+from src_snippets.setup.files import (
+    atomic_write,
+    load_checkpoint,
+    PREDICTION_SETTINGS,
+    write_json,
+)
 
 
 def code_digest(*roots) -> str:
@@ -34,7 +41,8 @@ def code_digest(*roots) -> str:
     while pending:
         name, item = pending.pop()
         item = inspect.unwrap(getattr(item, "__func__", getattr(item, "fget", item)))
-        if isinstance(item, (str, int, float, tuple, list, dict, nn.Module)) and name[:2] != "__":
+        is_value = isinstance(item, nn.Module) or not (callable(item) or inspect.ismodule(item))
+        if is_value and name[:2] != "__":
             sources.add(f"{name} = {re.sub(' at 0x[0-9a-f]+', '', repr(item))}")
             item = type(item)  # of a module the class too
         if not (inspect.isclass(item) or inspect.isfunction(item)) or item in visited:
@@ -72,6 +80,14 @@ def run_folder(out: Path, config: Config, data: dict, code: str) -> Path:
     return out / "runs" / name
 
 
+def write_split(folder: Path, split: dict[str, list[str]], samples: CellSamples) -> None:
+    """Write a run's `split.json` and the ground truth of its parts, COCO: `train_gt.json`, .."""
+    write_json(split, folder / "split.json")
+    for part, names in split.items():
+        truth = coco_ground_truth(subset(samples, names), samples.dataset.categories)
+        write_json(truth, folder / f"{part}_gt.json")
+
+
 def save_checkpoint(content: dict, path: Path) -> None:
     """Write a checkpoint whole or not at all: the one that is there stays until then."""
     with atomic_write(path) as partial:
@@ -92,11 +108,11 @@ def copy_newer(source: Path, target: Path) -> None:
 
 
 def open_run(folder: Path, local: Path, resume: bool) -> dict | None:
-    """`last.pt` of a run, the newer one, if any; `resume=False` removes all checkpoints."""
+    """`last.pt` of a run, the newer one, if any; `resume=False` puts all checkpoints aside."""
     for each in (folder, local):
         each.mkdir(parents=True, exist_ok=True)
         for path in () if resume else each.glob("*.pt"):
-            path.unlink()
+            path.replace(path.with_suffix(".old"))
     copy_newer(folder, local)
     return load_checkpoint(local / "last.pt") if (local / "last.pt").exists() else None
 

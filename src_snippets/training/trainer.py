@@ -269,7 +269,7 @@ class TrainingState:
 
     def save(self, is_last: bool) -> None:
         """Write the files after an epoch; of equal scores the last is the best."""
-        with atomic_write(self.local / "history.csv") as partial:
+        with keep_going("history.csv"), atomic_write(self.local / "history.csv") as partial:
             pd.DataFrame(self.history).to_csv(partial, index=False)
         is_scored = "AP50" in self.history[-1]
         if is_scored or is_last or time.time() >= self.saved + SAVE_SECONDS:
@@ -427,7 +427,9 @@ class Trainer(TrainingState):
                 self.run_epoch(done + 1, bar)
                 reason = stop_reason(self.history, self.seconds, config)
                 if not reason and all_max(self.session.is_over())[0]:
-                    reason = "the session ends (max_hours or SIGTERM); run again to continue"
+                    reason = (
+                        "the session ends (max_hours since its start, or SIGTERM); restart to go on"
+                    )
                 if is_main() and len(self.history) > done:  # not cut, half trained
                     self.save(is_last=bool(reason))
                     if self.callback:
