@@ -47,7 +47,7 @@ from src_snippets.setup.config import (
 # %% [markdown]
 # ### Settings: change them here
 # Leave all as it is for a first run. For a score set `RECIPE = "best"` (7 hours, made for a T4, not measured
-# yet), then once more with `CHANGES = dict(val_fraction=0)`, on all images. Without a GPU, or to count cells,
+# yet), then once more with `CHANGES = dict(val_fraction=0)`, on all images. Without a GPU, and to count cells,
 # `light`: 2 hours; half an hour gives most of its score. An empty string, 0 or `None` takes the recipe's own
 # value. After a change run all cells from here on. Settings of prediction (`tta`, `tile`, `detections`,
 # thresholds), of the machine (`MAX_HOURS`, `gpus`, `workers`, `cache_gb`), `class_names` and `um_per_px` keep
@@ -58,7 +58,7 @@ from src_snippets.setup.config import (
 # | `DATA` | folder with `train/`, or `demo`; empty: search `/kaggle/input`, `/content` and `./data` |
 # | `OUT` | folder for results; empty: `/kaggle/working`, else `./results` |
 # | `CHECKPOINTS` | paths of `best.pt` files: they predict where `DATA` holds images alone; with `train/` there a new model trains, and all predict the test images |
-# | `RECIPE` | empty: `baseline`, or `demo` without a dataset; `best`: ResNet-101, 7 hours; `best_large`: ConvNeXtV2-Base, 20 hours; `light`: 2 hours on a CPU; others: folded cell *RECIPES* above |
+# | `RECIPE` | empty: `baseline`, without a GPU `light`, without a dataset `demo`; `best`: ResNet-101, 7 hours; `best_large`: ConvNeXtV2-Base, 20 hours; `light`: 2 hours on a CPU; others: folded cell *RECIPES* above |
 # | `EPOCHS` | 1 to 10,000 passes over the training images; `best` and `light` go by `TRAIN_HOURS` |
 # | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
 # | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions 11.8, with `best` also `TRAIN_HOURS = 9.5`; no limit: `CHANGES = dict(max_hours=0)`) |
@@ -152,7 +152,7 @@ if is_demo:
     print("For your own images: set DATA to a folder with train/, run from the settings cell on.")
 trains = has_ground_truth(data_root)
 require(trains or CHECKPOINTS, f"{data_root}: no masks found; expected in train/, or CHECKPOINTS.")
-recipe = RECIPE or ("demo" if is_demo else "baseline")
+recipe = RECIPE or ("demo" if is_demo else "baseline" if gpu_name else "light")
 config = make_config(recipe, **changes) if trains else saved_config(CHECKPOINTS[0], changes)
 print(f"dataset: {data_root}\nresults: {output}\nrecipe: {config.recipe}; changed settings:")
 show_table(config_table(config).astype(str))
@@ -188,8 +188,6 @@ dataset = open_dataset(data_root, config)
 config = with_class_names(config, list(dataset.categories.values()))
 samples = CellSamples(dataset, config.cache_gb)
 splits = make_splits(samples, config) if trains else {}
-if trains and not (gpu_name or RECIPE or is_demo):
-    print('Without a GPU training is slow: set RECIPE = "light".')
 print(f"{len(dataset.test_images)} test images")
 if trains:
     print(dataset_warnings(samples, splits, config))

@@ -181,11 +181,15 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
         lines.append(f"The dataset's own {len(own)} validation images {use}.")
         if alone and (copies := groups.drop(own).isin(groups[own]).sum()):
             lines.append(f"WARNING: {copies} training images are copies of these, or of one group.")
+    has_val = any(split["val"] for split in splits.values())
+    known = own or samples.dataset.groups or config.split_by == "image"
+    if has_val and not known and len(samples) < 40:
+        lines.append("WARNING: below 40 images and no groups.csv: slides may be on both sides.")
     earlier, is_ours = Path(config.weights).parent / "split.json", config.weights.endswith(".pt")
     seen = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
     if count := sum(name in seen for split in splits.values() for name in split["val"]):
         lines.append(f"WARNING: {count} validation images trained {config.weights}: biased scores.")
-    if not any(split["val"] for split in splits.values()) and config.schedule == "plateau":
+    if not has_val and config.schedule == "plateau":
         lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")
     if empty := int((samples.counts[:, 1:].sum(1) == 0).sum()):
         lines.append(f"Images without instances, learned as background: {empty}")
