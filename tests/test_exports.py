@@ -567,7 +567,7 @@ def test_counts_that_the_maximum_may_have_cut_are_told(predictions, tmp_path, gr
     most = max(len(predictions[image.image_id]) for image in grey)
     for detections, told in ((most + 1, False), (most, True)):
         write_exports(predictions, grey, tmp_path, CATEGORIES, Config(detections=detections))
-        text = f"WARNING: 1 images may have more cells: raise detections ({most})"
+        text = f"WARNING: 1 images may have more cells: raise detections={most}"
         assert (text in capsys.readouterr().out) is told
 
 

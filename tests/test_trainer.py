@@ -818,7 +818,7 @@ def test_a_session_that_ends_is_continued_exactly(parts, tiny_config, tmp_path, 
         assert len(train(config, *parts, tmp_path / "cut", Short(1.0))) < 3
         assert (tmp_path / "cut" / "best.pt").exists()
     out = capsys.readouterr().out
-    assert "epoch 1: the session ends (max_hours since its start, or SIGTERM); restart to" in out
+    assert "epoch 1: the session ends (its max_hours, or SIGTERM); restart to" in out
     train(config, *parts, tmp_path / "cut")
     assert "2 of 3 epochs are done, training continues" in capsys.readouterr().out
     same_files(tmp_path / "whole", tmp_path / "cut")

@@ -102,7 +102,7 @@ def find_pairs(folder: Path, deep: bool = True) -> dict[Path, Path]:
     """Map each image to its annotation, GeoJSON first; `deep`: of folders in it if it has none."""
     images = image_files(folder / "images") or image_files(folder)
     apart = image_files(folder / "masks") or image_files(folder / "labels")
-    beside = [path for path in images if LABEL_END.search(path.stem)]
+    beside = dict.fromkeys(path for path in images if LABEL_END.search(path.stem))
     labels = {LABEL_END.sub("", path.stem): path for path in apart or beside}
     parts = ("geojson/", "qupath/", "images/", "")
     places = (sorted(folder.glob(f"{part}*.geojson")) for part in parts)

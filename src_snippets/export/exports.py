@@ -220,9 +220,7 @@ def write_exports(predictions, images, folder, categories, config) -> pd.DataFra
     hidden = sum(len(predictions[image.image_id]) for image in images) - len(cells)
     print(f"{folder}: {len(cells)} cells of {len(images)} images, {hidden} duplicates left out.")
     if full := sum(len(predictions[image.image_id]) >= config.detections for image in images):
-        print(
-            f"WARNING: {full} images may have more cells: raise detections ({config.detections})."
-        )
+        print(f"WARNING: {full} images may have more cells: raise detections={config.detections}.")
     sizes = ", ".join(f"{um:.4g}" for um in sorted(ums)) or "unknown; set um_per_px"
     print(f"Pixel size in um, by the setting or the files: {sizes}")
     return counts

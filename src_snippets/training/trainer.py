@@ -427,9 +427,7 @@ class Trainer(TrainingState):
                 self.run_epoch(done + 1, bar)
                 reason = stop_reason(self.history, self.seconds, config)
                 if not reason and all_max(self.session.is_over())[0]:
-                    reason = (
-                        "the session ends (max_hours since its start, or SIGTERM); restart to go on"
-                    )
+                    reason = "the session ends (its max_hours, or SIGTERM); restart to go on"
                 if is_main() and len(self.history) > done:  # not cut, half trained
                     self.save(is_last=bool(reason))
                     if self.callback:
