@@ -18,7 +18,7 @@ CAPTIONS = {  # by file name, in the order of the report: heading, what to see
     "evaluation": "Evaluation: Curves that end early miss cells; off the diagonal are confusions.",
     "mistakes": "Worst mistakes: Truth solid, predictions dashed. Either may be what is wrong.",
     "predictions": "Predictions: Look for missed, merged and split cells, and for other colours.",
-    "history": "Training: A score that falls means too many epochs; by cosine one always rises.",
+    "history": "Training: A falling score: too many epochs. With a cosine schedule it should rise.",
     "samples": "Training images: If outlines and cells are apart, image and masks do not match.",
     "augmentations": "Augmentation: If colours look unlike any slide, lower color_jitter.",
     "anchors": "Anchors: Many cells without an anchor ask for other anchor_sizes or scale.",
