@@ -1,7 +1,7 @@
 """Draw images with outlined instances; show and save figures."""
 
 # %%
-# @title Drawing: outlines, and figures of samples and predictions
+# @title Drawing: captions, outlines, and figures of samples and predictions
 from pathlib import Path
 
 import IPython

@@ -7,7 +7,7 @@
 # last.
 
 # %%
-# @title write_report: captions and page
+# @title write_report: one page for all
 from base64 import b64encode
 from importlib import metadata
 import os
