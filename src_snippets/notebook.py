@@ -59,9 +59,9 @@ from src_snippets.setup.config import (
 # | `OUT` | folder for results; empty: `/kaggle/working`, else `./results` |
 # | `CHECKPOINTS` | paths of `best.pt` files: they predict where `DATA` holds images alone; with `train/` there a new model trains, and all predict the test images |
 # | `RECIPE` | empty: `baseline`, without a GPU `light`, without a dataset `demo`; `best`: ResNet-101, 7 hours; `best_large`: ConvNeXtV2-Base, 20 hours; `light`: 2 hours on a CPU; others: folded cell *RECIPES* above |
-# | `EPOCHS` | 1 to 10,000 passes over the training images; `best` and `light` go by `TRAIN_HOURS` |
+# | `EPOCHS` | 1 to 10,000 passes over the training images; `best`, `best_large` and `light` go by `TRAIN_HOURS` |
 # | `TRAIN_HOURS` | hours of training, such as 3.5: the schedule ends then, or after `EPOCHS` |
-# | `MAX_HOURS` | hours of the session with predicting and writing; on Kaggle 8.8 (for 12-hour sessions 11.8, with `best` also `TRAIN_HOURS = 9.5`; no limit: `CHANGES = dict(max_hours=0)`) |
+# | `MAX_HOURS` | hours from the start of the kernel on, with predicting and writing; on Kaggle 8.8 (for 12-hour sessions 11.8, with `best` also `TRAIN_HOURS = 9.5`; no limit: `CHANGES = dict(max_hours=0)`) |
 # | `BATCH_SIZE` | 1 to 256 crops per step and GPU; lower when memory runs out |
 # | `CROP` | 32 to 8192 px, side of a training crop; time and memory grow with its square |
 # | `BACKBONE` | `resnet50`, or a model of timm and its weights, such as `timm:convnext_tiny.fb_in1k`, with features at strides 4 to 32 (no plain ViT) |
@@ -101,7 +101,7 @@ from src_snippets.setup.devices import launch
 
 # %%
 DATA, OUT = os.environ.get("HW3_DATA", DATA), os.environ.get("HW3_OUT", OUT)
-RECIPE = os.environ.get("HW3_RECIPE", RECIPE)
+RECIPE = os.environ.get("HW3_RECIPE", RECIPE) or ""
 CHECKPOINTS = os.environ.get("HW3_CHECKPOINTS", CHECKPOINTS) or []
 if isinstance(CHECKPOINTS, (str, os.PathLike)):
     CHECKPOINTS = [path for path in os.fspath(CHECKPOINTS).split(os.pathsep) if path]
@@ -193,7 +193,7 @@ if trains:
     print(dataset_warnings(samples, splits, config))
     show_table(dataset_table(samples, splits, config.class_names))
     train_part = subset(samples, next(iter(splits.values()))["train"])
-    shown = [train_part[i] for i in range(0, len(train_part), max(len(train_part) // 4, 1))][:4]
+    shown = [train_part[i] for i in range(0, len(train_part), max(len(train_part) // 4, 1))[:4]]
     items = [(sample.image.numpy(), ground_truth(sample), sample.name) for sample in shown]
     show_figure(plot_samples(items, config.class_names), figures / "samples.png")
 
@@ -215,8 +215,8 @@ if trains:
     show_figure(plot_samples(items, config.class_names), figures / "augmentations.png")
 
 # %% [markdown]
-# One image as the model sees it in training: flipped, turned, scaled, cut and recoloured, with
-# pieces of other images where it is smaller than `crop`. Outlines must still lie on the cells. If
+# An image, and crops as in training: flipped, turned, scaled, cut, recoloured, small ones filled up
+# with others; with `class_crops` some are of other images. Outlines must still lie on the cells. If
 # colours look unlike any slide you have, lower `color_jitter`.
 
 # %% [markdown]
@@ -285,7 +285,7 @@ from src_snippets.training.trainer import launch_training, Session, Trainer
 
 # %% [markdown]
 # ### Train
-# The figure is drawn anew as epochs end (`best` and `light` validate every 50th). Losses should fall and level
+# The figure is drawn anew as epochs end (`best`, `best_large`, `light`: every 50th is validated). Losses should fall and level
 # off. A validation score that falls at the end means too many epochs: lower `EPOCHS` or `TRAIN_HOURS`. One
 # that still rises means too few, but with a cosine schedule it always does. It is of whole images in one view:
 # `tile` and `tta` count below, in *What will the submission score?*
@@ -303,7 +303,7 @@ for fold, split in splits.items():
     if runs and session.is_over() and not (RESUME and (folder / "last.pt").exists()):
         print(f"fold {fold} is not trained: the session ends")
         continue
-    print(f"fold {fold}, " * (fold > 0) + f"checkpoints and history.csv: {folder}")
+    print(f"{f'fold {fold}, ' if fold else ''}checkpoints and history.csv: {folder}")
     live = LiveHistory(figures / f"history{fold or ''}.png", config.class_names)
     train_set, val_set = (subset(samples, split[part]) for part in ("train", "val"))
     with session.listen():
@@ -331,7 +331,7 @@ from src_snippets.inference.submission import offer_download, write_csv_submissi
 # CSV data `submission.csv` holds detections from `export_score_threshold` on, without overlaps (as DQ, PQ).
 
 # %%
-require(runs or not trains, "Training was stopped: run its cell again; MAX_HOURS = 0.01 ends it.")
+require(runs or not trains, "Training was stopped: run its cell again, or all with MAX_HOURS=0.01.")
 val_parts = [(runs[fold] / "best.pt", subset(samples, splits[fold]["val"])) for fold in runs]
 val_samples = torch.utils.data.ConcatDataset([part for _, part in val_parts] or [[]])
 val_predictions = launch(config, predict_validation, val_parts, config) if val_samples else []
@@ -460,10 +460,10 @@ with keep_going("the exports"):
 
 # %%
 with keep_going("the figure of test images"):
-    shown = records[:: max(len(records) // 4, 1)][:4]
-    images = [read_image(record.path, config.channels) for record in shown]
-    cells = [visible_instances(to_export[record.image_id]) for record in shown]
-    items = [(*item, r.path) for *item, r in zip(images, cells, shown, strict=True)]
+    items = []
+    for record in records[:: max(len(records) // 4, 1)][:4]:
+        image = read_image(record.path, config.channels)
+        items.append((image, visible_instances(to_export[record.image_id]), record.path))
     if items:
         show_figure(plot_samples(items, config.class_names), figures / "test.png")
 

@@ -11,6 +11,7 @@ without a GPU it says so and ends.
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import product
 import os
 from pathlib import Path
 import platform
@@ -42,8 +43,9 @@ from src_snippets.training.trainer import launch_training, Session, train
 from tests.benchmarks.cases import baseline_model, grid_sample, new_trainer
 from tests.benchmarks.recipes import seconds
 
-RECIPES = ("baseline", "best", "best_large")
+RECIPES = ("baseline", "light", "best", "best_large")
 BATCH_SIZES = (1, 2, 4, 8)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 FREE = ("view", "reshape", "expand", "slice", "select", "unbind", "split", "permute", "transpose")
 FREE += ("t", "detach", "alias", "unsqueeze", "squeeze", "as_strided", "empty", "chunk")
@@ -79,35 +81,43 @@ def fork_probe() -> Iterator[tuple]:
     yield "a forked process uses the GPU", "yes"
 
 
-def several_gpus(samples, epochs: int, **changes) -> Iterator[tuple]:
-    """Training on all GPUs, one process each, with loaders; before anything else uses one."""
-    count, config = torch.cuda.device_count(), recipe_config("demo", epochs=epochs, **changes)
-    if count < 2:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        history = launch(config, train, config, samples, [], Path(folder))
-        spent = time.perf_counter() - begin
-    losses = ", ".join(f"{row['loss']:.3f}" for row in history)
-    yield f"training on {count} GPUs", f"{spent:.0f} s, losses by epoch {losses}"
+def train_with_times(config: Config, samples, folder: Path) -> tuple[list[dict], list[float]]:
+    """The history, and when each epoch ended."""
+    times = []
+    history = train(config, samples, [], folder, None, lambda *_: times.append(time.monotonic()))
+    return history, times
+
+
+def several_gpus(samples, name: str, epochs: int, **changes) -> Iterator[tuple]:
+    """Training on all GPUs, one process each, with loaders, before anything else uses one; on one.
+
+    The speed is that of the epochs after the first.
+    """
+    for gpus in sorted({torch.cuda.device_count(), 1}, reverse=True):
+        config = recipe_config(name, epochs=epochs, gpus=gpus, **changes)
+        with tempfile.TemporaryDirectory() as folder:
+            history, times = launch(config, train_with_times, config, samples, Path(folder))
+        speed = len(samples) * (epochs - 1) / (times[epochs - 1] - times[0])
+        losses = ", ".join(f"{row['loss']:.3f}" for row in history)
+        text = f"{speed:.1f} crops/s, losses by epoch {losses}"
+        yield f"{name}, training on {gpus} GPU{'s' * (gpus > 1)}", text
 
 
 def depthwise(channels: int, side: int, times: int) -> Iterator[tuple]:
-    """Time of ConvNeXt's depthwise 7x7 convolution, forward and backward."""
-    for dtype in TYPES:
-        for layout in (torch.contiguous_format, torch.channels_last):
-            layer = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-            layer = layer.to(default_device(), dtype, memory_format=layout)
-            x = torch.randn(4, channels, side, side, device=default_device(), dtype=dtype)
-            x = x.to(memory_format=layout).requires_grad_()
-            name = f"depthwise 7x7, {str(dtype)[6:]}, {str(layout)[6:]}"
-            try:
-                spent = seconds(
-                    lambda x=x, layer=layer: layer(x).sum().backward(), default_device(), times
-                )
-                yield name, f"{1000 * spent:.2f} ms"
-            except RuntimeError as error:  # reported on some cards for some layouts
-                yield name, f"FAILS: {error}"
+    """Time of depthwise convolutions, of EfficientNet (3, 5) and ConvNeXt (7), with gradients."""
+    for kernel, dtype, layout in product((3, 5, 7), TYPES, LAYOUTS):
+        layer = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        layer = layer.to(default_device(), dtype, memory_format=layout)
+        x = torch.randn(4, channels, side, side, device=default_device(), dtype=dtype)
+        x = x.to(memory_format=layout).requires_grad_()
+        name = f"depthwise {kernel}x{kernel}, {str(dtype)[6:]}, {str(layout)[6:]}"
+        try:
+            spent = seconds(
+                lambda x=x, layer=layer: layer(x).sum().backward(), default_device(), times
+            )
+            yield name, f"{1000 * spent:.2f} ms"
+        except RuntimeError as error:  # reported on some cards for some layouts
+            yield name, f"FAILS: {error}"
 
 
 def recipe_config(name: str, **changes) -> Config:
@@ -279,11 +289,11 @@ def main() -> None:
     run(
         [
             fork_probe,
-            partial(several_gpus, small, 2, workers=2),
+            partial(several_gpus, small * 6, "light", 4, workers=2),
             versions,
             partial(depthwise, 384, 64, 20),
             partial(training_speed, samples, RECIPES, BATCH_SIZES, 5),
-            partial(operators, samples, RECIPES[:2]),
+            partial(operators, samples, RECIPES[:3]),
             partial(precisions, small, 6, workers=2),
             partial(resume, small, 4, workers=2),
             partial(prediction, samples, RECIPES, 3),

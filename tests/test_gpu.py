@@ -4,13 +4,18 @@ from functools import partial
 import io
 import json
 from pathlib import Path
+import re
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torchvision import ops
 
 from src_snippets.inference.predict import predict_image
 from src_snippets.model.mask_rcnn import build_model, to_device
+from src_snippets.model.roi_align import CellRoIAlign
 from src_snippets.setup.config import make_config
+from src_snippets.setup.devices import is_out_of_memory
 from src_snippets.training.checkpoints import load_checkpoint, load_trained
 from src_snippets.training.trainer import launch_training, Session, train
 from tests import gpu
@@ -130,6 +135,27 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, capsys, monkeypatch):
     assert len(calls) == 2 + 4
 
 
+def test_an_error_that_looks_like_full_memory_is_named(tmp_path, monkeypatch):
+    """cuDNN says the same of full memory and of what it cannot compute."""
+    config = make_config("baseline", **(TINY | dict(backbone="resnet10", epochs=1, batch_size=1)))
+    text = "GET was unable to find an engine to execute this computation"
+    monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=RuntimeError(text)))
+    with pretended_gpu(), pytest.raises(RuntimeError, match=f"one crop.*{text}"):
+        launch_training(config, [field_of_cells(0, 96)], [], tmp_path, None, None, True)
+
+
+def test_features_that_roi_align_cannot_count_are_too_large(monkeypatch):
+    """Its kernel on GPUs computes int32 indices: 2**31 values or more would be read wrongly."""
+    align, boxes = CellRoIAlign(7), [torch.tensor([[0.0, 0.0, 8.0, 8.0]])]
+    monkeypatch.setattr(ops.MultiScaleRoIAlign, "forward", lambda *_: "pooled")
+    features = Mock(is_cuda=True, numel=lambda: 2**31 - 1)
+    assert align({"0": features}, boxes, [(64, 64)]) == "pooled"
+    features.numel = lambda: 2**31
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        align({"0": features}, boxes, [(64, 64)])
+    assert is_out_of_memory(raised.value)  # so tiles or batches get smaller
+
+
 def report(*parts) -> dict[str, str]:
     """What `python -m tests.gpu` says, by row."""
     out = io.StringIO()
@@ -156,7 +182,8 @@ def test_the_report_on_a_gpu_has_a_row_for_each_measurement():
         )
     assert rows["GPUs"] == "1 x pretended"
     assert rows["memory of the first"] == "16.0 GB"
-    assert sum(name.startswith("depthwise 7x7, float16") for name in rows) == 2
+    for kernel in ("3x3", "5x5", "7x7"):
+        assert sum(name.startswith(f"depthwise {kernel}, float16") for name in rows) == 2
     for size in (1, 2):
         assert rows[f"baseline, batch size {size}"].endswith("1.0 GB")
     for name in ("baseline", "best"):
@@ -176,8 +203,9 @@ def test_the_report_trains_on_all_gpus_and_prints_one_table(monkeypatch, capsys)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     samples = [grid_sample(16, 96)] * 4
     options = dict(class_names=("a",), crop=96, batch_size=2, workers=2)
-    rows = report(partial(gpu.several_gpus, samples, 1, **options))
-    assert "losses by epoch" in rows.pop("training on 2 GPUs")
+    rows = report(partial(gpu.several_gpus, samples, "demo", 2, **options))
+    for name in ("demo, training on 2 GPUs", "demo, training on 1 GPU"):
+        assert re.match(r"[\d.]+ crops/s, losses by epoch [\d.]+, [\d.]+$", rows.pop(name))
     assert not rows
     assert not capsys.readouterr().out
 

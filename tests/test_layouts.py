@@ -1159,6 +1159,28 @@ def test_pairs_beside_train_are_counted_as_left_out(tmp_path):
     assert open_dataset(root, CONFIG).names == ["a.tif"]
 
 
+def test_a_drive_and_results_beside_images_are_not_looked_at(tmp_path, monkeypatch):
+    """On Colab all of them lie in /content."""
+    root = save_images(tmp_path, "images/a.tif", "images/b.tif")
+    save_images(root, "drive/My/c.png", "results/figures/d.png")
+    (root / "masks").mkdir()
+    for path in (root / "LICENSE", root / "masks" / "a.tif", root / "notes.pdf"):
+        save(path.with_suffix(".tif"), IDS).rename(path)
+    seen, really = [], Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda path, *rest: seen.append(path) or really(path, *rest))
+    for layout in ("pairs", "images"):
+        dataset = open_dataset(root, CONFIG)
+        assert dataset.layout == layout
+        lost = {path.name for paths in dataset.left_out.values() for path in paths}
+        alone = {"alone.png", "b.tif"} if layout == "pairs" else set()
+        assert lost == alone | {"notes.pdf"}
+        for path in (root / "images").iterdir():
+            path.rename(root / path.name)
+        (root / "masks" / "a.tif").unlink(missing_ok=True)
+    assert root not in seen
+    assert root / "drive" not in seen
+
+
 @pytest.mark.parametrize("wrap", ["collection", "list", "one"])
 def test_outlines_drawn_by_hand_in_qupath(tmp_path, wrap):
     """A cell with a hole, one in two pieces, points with a third coordinate, half pixels."""

@@ -36,13 +36,13 @@ def train_and_predict() -> None:
         roi_batch_size=512,
         score_threshold=0.0,
         box_nms=1.0,
-        rpn_nms=1.0,
         detections=CELLS,
         mask_threshold=0.4,
         overlaps=False,
     )
     sample = grid_of_cells()
     model = build_model(config).train()
+    model.rpn.nms_thresh = 1.0
     image, target = TrainingSet([sample], config)[0]
     assert (tuple(image.shape[1:]), len(target["ids"])) == ((SIDE, SIDE), CELLS)
     losses = model([image], [target])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from torchvision.models import detection
 
 from src_snippets.data import transforms
 from src_snippets.data.structures import coco_ground_truth
@@ -984,6 +985,16 @@ def test_a_scale_that_is_too_high_is_halved(scaled, parts, tiny_config, tmp_path
     assert not torch.equal(before, weight)
 
 
+def test_steps_while_the_scale_is_searched_are_no_failure(scaled, parts, tiny_config, tmp_path):
+    """Gradients that fit fp16 at 16 in place of 65,536 take twelve halvings, not ten."""
+    scaled(2.0**16)
+    run = ready(Trainer(tiny_config, *parts, tmp_path))
+    poison(run, *range(1, 13))
+    taken = [run.step(*batch) for batch in batches(run, 13)]
+    assert [len(row) for row in taken] == [0] * 12 + [1]
+    assert (run.accelerator.scaler.get_scale(), run.steps, run.bad_steps) == (16.0, 1, 0)
+
+
 def test_the_scaler_is_resumed_and_its_scale_is_watched(
     scaled, parts, tiny_config, tmp_path, capsys
 ):
@@ -1012,11 +1023,17 @@ def two(monkeypatch):
 
 
 @pytest.fixture
-def plain(tiny_config):
+def plain(tiny_config, monkeypatch):
     """Settings without chance: no augmentation, and every anchor is a proposal and learned from."""
     options = dict(norm="frozen", head_norm="none", scale_jitter=(1.0, 1.0), flips=False)
-    options |= dict(color_jitter=0.0, proposals=20_000, rpn_nms=1.0, roi_batch_size=4096)
+    options |= dict(color_jitter=0.0, proposals=20_000, roi_batch_size=4096)
     options |= dict(optimizer="sgd", lr=1e-3, warmup_steps=0, clip_norm=0.0, epochs=1)
+    really = detection.rpn.RegionProposalNetwork
+
+    def without_nms(*parts, nms_thresh):
+        return really(*parts, nms_thresh=1.0)
+
+    monkeypatch.setattr(detection.rpn, "RegionProposalNetwork", without_nms)
     return replace(tiny_config, **options)
 
 

@@ -22,7 +22,7 @@ CAPTIONS = {  # by file name, in the order of the report: heading, what to see
     "samples": "Training images: If outlines and cells are apart, image and masks do not match.",
     "augmentations": "Augmentation: If colours look unlike any slide, lower color_jitter.",
     "anchors": "Anchors: Many cells without an anchor ask for other anchor_sizes or scale.",
-    "test": "Test images: Cells that were predicted where no ground truth is known.",
+    "test": "Test images: Predicted cells; without a test part in validation images.",
 }
 # Colours that stains do not have, bright enough to be seen on pink and on purple
 CLASS_COLORS = ("#00e5ff", "#39ff14", "#ffea00", "#ff6d00", "#0047ff", "#000000", "#c6a700")

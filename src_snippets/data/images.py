@@ -244,10 +244,10 @@ def read_geojson(path: Path) -> list[tuple]:
             boxes.append([*points.min(axis=0), *-points.max(axis=0)])  # inside is >= in all four
         is_cell, boxes = np.isin(types, ["detection", "cell"]), np.array(boxes).reshape(-1, 4)
         areas = (-boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-        cells, most = (boxes[is_cell], 2) if is_cell.any() else (boxes, 10)  # a large cell has few
+        cells, limit = (boxes[is_cell], 2) if is_cell.any() else (boxes, 10)  # a large cell has few
         for index in np.flatnonzero(~is_cell & (areas > 4 * np.nanmedian(np.append(areas, 0)))):
             inside = (cells >= boxes[index]).all(axis=1).sum()
-            if inside > most or 0 < inside == is_cell.sum():
+            if inside > limit or (inside and inside == is_cell.sum()):
                 rows[index] = rows[index][0], "", index + 1, "annotations around others"
     return rows
 

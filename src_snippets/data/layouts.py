@@ -46,7 +46,7 @@ from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import BadInput, Config, require
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
-TEXT_SUFFIXES = (".csv", ".json", ".txt", ".md", ".xml", ".html")
+TEXT_SUFFIXES = ("", ".csv", ".json", ".txt", ".md", ".xml", ".html")
 MAPPING_NAME = "test_image_name_to_ids.json"
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
 # What a part of a dataset is called, by COCO, Roboflow and CVAT too, and where its files are
@@ -173,9 +173,9 @@ def find_dataset(data: str, searched=("/kaggle/input", "/content", "data")) -> P
 
 
 def list_left_out(root: Path, folders: Iterable[Path], used: set[Path]) -> dict[str, list[Path]]:
-    """List the files below `folders`, folders of `root`, that are not used, by reason."""
+    """List the files that are or lie below `folders`, paths in `root`, and not used, by reason."""
     left_out = defaultdict(list)
-    for path in sorted({path for folder in folders for path in folder.rglob("*.*")} - used):
+    for path in sorted({p for folder in folders for p in (folder, *folder.rglob("*.*"))} - used):
         suffix, is_hidden = path.suffix.lower(), "/." in f"/{path.relative_to(root).as_posix()}"
         reason = "images without ground truth, not listed or not readable"
         if suffix not in IMAGE_SUFFIXES:
@@ -232,10 +232,10 @@ def match_images(folders: Sequence[Path], names: Iterable[str], source: Path) ->
             by_name[normal_name(path.stem)].add(path)
     for name in dict.fromkeys(names):
         paths = by_name[normal_name(name)]
-        starts = [folder / name for folder in (*folders, folders[0].parent)]
-        written = ([p for p in paths if q in (p, p.with_suffix(""))] for q in starts)
-        matches[name] = next(filter(None, written), paths)
-        changed += [name] if matches[name] is paths else []
+        places = [folder / name for folder in (*folders, folders[0].parent)]
+        exact = [[p for p in paths if place in (p, p.with_suffix(""))] for place in places]
+        matches[name] = next(filter(None, exact), paths)
+        changed += [] if any(exact) else [name]
     wrong = [name for name, paths in matches.items() if len(paths) != 1]
     issue = f"{source}: {wrong[:3]}, {len(wrong)} of {len(matches)} names: not there, or several"
     require(not wrong, f"{issue} files in {folders[0]}. Add the image or correct the name.")
@@ -518,7 +518,7 @@ def read_annotated(source: Path, records: Mapping, config: Config, name: str) ->
     """Read an image and its annotations. Raises BadInput.
 
     records: (path below the dataset, `ImageRecord`, its rows of `rows_by_path`) by name. Without
-    `config.overlaps` a pixel that two classes claim belongs to the first.
+    `config.overlaps` a pixel that two instances claim belongs to the first.
     """
     file_name, record, rows = records[name]
     image, parts, outlines = read_listed(record, source, config.channels), [], []
@@ -601,8 +601,10 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     require(not lone, f"{root}: test_release/ without {MAPPING_NAME}. Add it, or call it test/.")
     test_images, test_ids = list_test_images(root, test, config.channels)
     used |= {*images, *(image.path for image in test_images)}
-    unread = {root / "train", train, test, val, root / "images", root / "test_release"} - {None}
-    left_out = list_left_out(root, unread, used)
+    unread = {root / "train", train, test, val, root / "images", root / "test_release"}
+    if root in unread:  # all that lies in it, but no Drive and no earlier results
+        unread |= {path for path in root.glob("[!.]*") if path.name not in NO_UPLOADS}
+    left_out = list_left_out(root, unread - {None, root}, used)
     groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*records])
     validation = [name for path, name in names.items() if path in own or val in path.parents]
     read = partial(read_annotated, source, records, config)

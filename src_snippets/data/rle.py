@@ -23,8 +23,7 @@ def encode_runs(owners, starts, ends, count: int, height: int, width: int) -> li
     cuts = np.searchsorted(keys, np.arange(1, count + 1) * (pixels + 1))
     for bounds in np.split(keys % (pixels + 1), cuts)[:-1]:
         counts = np.diff(bounds, prepend=0, append=pixels).tolist()
-        rle = {"size": [height, width], "counts": counts}
-        rle = pycocotools.mask.frPyObjects(rle, height, width)
+        rle = pycocotools.mask.frPyObjects(dict(size=[height, width], counts=counts), height, width)
         rles.append(rle | {"counts": rle["counts"].decode("ascii")})
     return rles
 

@@ -186,8 +186,8 @@ def dataset_warnings(samples: CellSamples, splits: Mapping, config: Config) -> s
     if has_val and not known and len(samples) < 40:
         lines.append("WARNING: below 40 images and no groups.csv: slides may be on both sides.")
     earlier, is_ours = Path(config.weights).parent / "split.json", config.weights.endswith(".pt")
-    seen = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
-    if count := sum(name in seen for split in splits.values() for name in split["val"]):
+    trained_on = json.loads(earlier.read_text())["train"] if is_ours and earlier.is_file() else []
+    if count := sum(name in trained_on for split in splits.values() for name in split["val"]):
         lines.append(f"WARNING: {count} validation images trained {config.weights}: biased scores.")
     if not has_val and config.schedule == "plateau":
         lines.append("WARNING: without validation images schedule='plateau' lowers nothing.")

@@ -21,7 +21,7 @@ class CellSample:
     image: Tensor  # (3, H, W) uint8, RGB
     layers: Tensor  # (L, H, W) int16 (int32 from N = 32,768 on): ids 1..N, 0 = background; L >= 1
     labels: Tensor  # (N,) int64, class 1..C of id i at labels[i - 1]; -k: a crowd of class k
-    name: str = ""  # path of the image below the dataset
+    name: str = ""  # path of the image, below its part or the dataset
     left_out: Mapping[str, int] = field(default_factory=dict)  # instances in its files, by reason
     path: Path | None = None  # of the image, where it is one of a file
 

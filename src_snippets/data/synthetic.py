@@ -65,7 +65,7 @@ def draw_field(rng: np.random.Generator, height: int, width: int, count: int):
     inner = np.s_[REACH:-REACH, REACH:-REACH]
     image = ndimage.gaussian_filter(image, (0.6, 0.6, 0)) + rng.normal(0, 3, image.shape)
     image = np.clip(image[inner], 0, 255).astype(np.uint8)
-    return image, {label: drawn[inner] for label, drawn in maps.items()}
+    return image, {label: ids[inner] for label, ids in maps.items()}
 
 
 def make_synthetic(root: Path, train: int = 40, test: int = 8, seed: int = 7) -> Path:
@@ -85,7 +85,7 @@ def make_synthetic(root: Path, train: int = 40, test: int = 8, seed: int = 7) ->
             for label, ids in maps.items():
                 imwrite(path.with_name(f"class{label}.tif"), ids)
         else:
-            size = dict(height=height, width=width)
-            entries.append(dict(file_name=path.name, id=len(entries) + 1) | size)
+            row = dict(file_name=path.name, id=len(entries) + 1, height=height, width=width)
+            entries.append(row)
     write_json(entries, mapping)
     return root

@@ -3,7 +3,7 @@
 # %% [markdown]
 # ### Match detections with the ground truth and score them
 # AP50 is one number; the table of matches says where it comes from. Predictions and ground truth of
-# the validation images go in, scores and figures below come out. AP takes all detections; DICE,
+# the validation images go in, scores and figures below come out. AP takes what is submitted; DICE,
 # AJI, PQ and F1 of the table of scores take what is exported, without overlaps and duplicates.
 
 # %%
@@ -59,8 +59,8 @@ def match_table(predictions, ground_truths, num_classes: int) -> pd.DataFrame:
     for image, (pred, truth) in enumerate(zip(predictions, ground_truths, strict=True)):
         last = np.r_[0, pred.labels, truth.labels].max()
         require(last <= num_classes, f"Image {image}: label {last}, expected up to {num_classes}.")
-        rows = pd.DataFrame(dict(score=pred.scores, label=pred.labels))
-        rows = rows.reset_index(names="detection")
+        detections = range(len(pred))
+        rows = pd.DataFrame(dict(detection=detections, score=pred.scores, label=pred.labels))
         targets = pd.DataFrame(dict(target_label=truth.labels, target_area=mask_areas(truth.rles)))
         targets = targets.reset_index(names="target")
         pairs = mask_pairs(pred, truth).merge(rows).merge(targets)

@@ -95,7 +95,7 @@ def predict_test(checkpoints, extra_checkpoints, images, folder: Path, config: C
     folder, remaining = broadcast(open_predictions, paths, images, folder, config)
     if count := len(images) - len(remaining):
         print(f"{folder}: {count} of {len(images)} images are predicted already.")
-    remaining.sort(key=lambda image: image.height * image.width, reverse=True)  # dealt evenly
+    remaining.sort(key=lambda image: image.height * image.width, reverse=True)  # balances GPUs
     for i in tqdm(rank_indices(len(remaining)), desc="test images", disable=not is_main()):
         pixels = torch.from_numpy(read_image(remaining[i].path, config.channels))
         fields = vars(predict_image(models, pixels, config))

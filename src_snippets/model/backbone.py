@@ -91,7 +91,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.body, self.out_channels = body, config.fpn_channels
         channels = body.feature_info.channels()
-        attend = {"none": nn.Identity}.get(config.attention, partial(Attention, config.attention))
+        attend = partial(Attention, config.attention) if config.attention != "none" else nn.Identity
         self.attention = nn.ModuleList(attend(width) for width in channels)
         norm = nn.BatchNorm2d if config.head_norm == "batch" else None
         top = ops.feature_pyramid_network.LastLevelMaxPool()
@@ -124,11 +124,11 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     file = find_weights_file(names) if weights == "imagenet" else weights
     state = {} if file in (None, "none") else read_state_dict(file)
     options = dict(features_only=True, out_indices=(-4, -3, -2, -1))
-    options |= dict(strict_img_size=False) if name.startswith("swin") else {}
-    options |= dict(drop_path_rate=config.drop_path) if config.drop_path else {}
+    options["strict_img_size"] = False if name.startswith("swin") else None  # timm drops None
+    options["drop_path_rate"] = config.drop_path or None
     if config.backbone == "resnet10":  # from random weights last norms of 1, as torchvision's, gain
         options |= dict(layers=(1, 1, 1, 1), zero_init_last=False)
-    options |= dict(pretrained_cfg_overlay=dict(file=str(file))) if state else {}
+    options["pretrained_cfg_overlay"] = dict(file=str(file)) if state else None
     try:
         if weights == "imagenet" and config.backbone in ("resnet10", "resnet50_v1"):
             raise LookupError("nobody publishes these weights")
@@ -152,8 +152,8 @@ def build_backbone(config: Config, load_initial: bool = True) -> Backbone:
     if config.backbone == "resnet50_v1":
         for block in (m for m in body.modules() if isinstance(m, timm.models.resnet.Bottleneck)):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
-    for norm in body.modules() if config.norm == "frozen" else ():
-        if isinstance(norm, nn.BatchNorm2d):
+    if config.norm == "frozen":
+        for norm in (module for module in body.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.requires_grad_(False)
             norm.register_forward_pre_hook(lambda norm, _: setattr(norm, "training", False))
     return Backbone(body, config)

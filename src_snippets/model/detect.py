@@ -63,12 +63,12 @@ def without_overlaps(instances: Instances) -> Instances:
 
 def visible_instances(instances: Instances) -> Instances:
     """Instances without overlaps; one that is hidden by over half by those kept goes."""
-    taken, kept = np.zeros(np.prod(instances.size), bool), np.zeros(len(instances), bool)
+    covered, keep = np.zeros(np.prod(instances.size), bool), np.zeros(len(instances), bool)
     for index in np.argsort(-instances.scores, kind="stable"):  # the best first
         pixels = run_pixels(*decode_runs(instances.rles[index]))
-        kept[index] = 2 * taken[pixels].sum() <= len(pixels)
-        taken[pixels] |= kept[index]
-    return without_overlaps(instances.select(kept))
+        keep[index] = 2 * covered[pixels].sum() <= len(pixels)
+        covered[pixels] |= keep[index]
+    return without_overlaps(instances.select(keep))
 
 
 class View(NamedTuple):
@@ -174,14 +174,14 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
                 boxes = view.inverse.apply_to_boxes(boxes / extent) * sides
                 is_whole = ((boxes >= 1) & (boxes <= sides - 1)).all(1)  # touches no edge
                 boxes = boxes + origins[k]
-                stays = is_whole | (nearest_tile(boxes) == k)
-                rows.append(torch.column_stack([boxes, scores, labels])[stays])
+                keep = is_whole | (nearest_tile(boxes) == k)
+                rows.append(torch.column_stack([boxes, scores, labels])[keep])
         for k in range(0, len(rows), len(corners)):  # by model and view
-            boxes = torch.cat(rows[k : k + len(corners)])
-            if len(corners) > 1:  # of duplicates the better stays
-                stay = ops.batched_nms(boxes[:, :4], boxes[:, 4], boxes[:, 5], config.fusion_iou)
-                boxes = boxes[stay[: config.detections]]
-            by_view.append(boxes)
+            merged = torch.cat(rows[k : k + len(corners)])  # (n, 6)
+            if len(corners) > 1:  # NMS removes the duplicates of overlapping tiles
+                keep = ops.batched_nms(merged[:, :4], merged[:, 4], merged[:, 5], config.fusion_iou)
+                merged = merged[keep[: config.detections]]
+            by_view.append(merged)
         fused = fuse_boxes(by_view, config) if len(by_view) > 1 else by_view[0]
         fused = fused[fused[:, 4] >= config.score_threshold]
         boxes = ops.clip_boxes_to_image(fused[:, :4], size)  # means may be rounded to outside
@@ -192,9 +192,9 @@ def detect_tiles(models, image: Tensor, config: Config, views, tile: int, batch:
             images, extent, features = cached.pop(step, None) or extract(model, view, part)
             indices = [torch.where(tile_of == k)[0] for k in part]
             rois = view.apply_to_boxes((boxes - origins[tile_of]) / sides) * extent
-            columns = zip(*((rois[i], labels[i]) for i in indices), strict=True)
-            columns = model.roi_heads.detect_masks(features, *columns, images.image_sizes)
-            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(columns)[:, 0]) / len(by_view)
+            inputs = [rois[i] for i in indices], [labels[i] for i in indices]  # by tile
+            probs = model.roi_heads.detect_masks(features, *inputs, images.image_sizes)
+            masks[torch.cat(indices)] += view.inverse.apply(torch.cat(probs)[:, 0]) / len(by_view)
     rles = paste_masks(masks, boxes, size, config.mask_threshold)
     every = Instances(*(values.cpu().numpy() for values in (boxes, scores, labels)), rles, size)
     return every.select([rle is not None for rle in rles])

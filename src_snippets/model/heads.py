@@ -49,7 +49,7 @@ class BlockMatcher(detection._utils.Matcher):
         instances, anchors = pair
         values, nearest = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors[:, 0]).long()
         best = [(nearest[:0], nearest[:0], values[:0])]  # instance, its best anchors by block, IoU
-        size = max(65_536, 3 * 10**7 // max(len(instances), 1)) if anchors.is_cuda else 2048
+        size = max(8192, 2 * 10**7 // max(len(instances), 1)) if anchors.is_cuda else 2048
         for start in range(0, len(anchors), size):
             block = anchors[start : start + size]
             low, high = block[:, :2].amin(0), block[:, 2:].amax(0)
@@ -58,6 +58,7 @@ class BlockMatcher(detection._utils.Matcher):
                 overlaps = ops.box_iou(instances[near], block)
                 values[start : start + size], index = overlaps.max(0)
                 nearest[start : start + size] = near[index]
+            if len(near) and self.allow_low_quality_matches:
                 highest = overlaps.amax(1, keepdim=True)
                 row, column = ((overlaps == highest) & (overlaps > 0)).nonzero().unbind(1)
                 best.append((near[row], column + start, highest[row, 0]))
@@ -78,7 +79,7 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     """
 
     def check_targets(self, targets):  # torchvision's asks for masks
-        valid = all("layer_index" in target for target in targets or [{}])
+        valid = targets and all("layer_index" in target for target in targets)
         require(valid, "A target without layer_index; expected those of training_target.")
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
@@ -101,9 +102,9 @@ class CellRoIHeads(detection.roi_heads.RoIHeads):
     def detect_masks(self, features, boxes, labels, image_shapes):
         """Probabilities (R, 1, M, M) of the labels inside the boxes, for each image."""
         chunks = []
-        for start in range(0, max(map(len, boxes)), 200) or [0]:  # bounds the memory
-            some, classes = ([v[start : start + 200] for v in parts] for parts in (boxes, labels))
-            logits = self.predict_masks(features, some, image_shapes)
+        for start in range(0, max(1, *map(len, boxes)), 200):  # bounds the memory
+            rois, classes = ([v[start : start + 200] for v in parts] for parts in (boxes, labels))
+            logits = self.predict_masks(features, rois, image_shapes)
             chunks.append(detection.roi_heads.maskrcnn_inference(logits, classes))
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 

@@ -3,8 +3,8 @@
 # %% [markdown]
 # ### Build the Mask R-CNN
 # `build_model` puts torchvision's parts together: backbone and FPN, region proposals (RPN), box and
-# mask heads. Images go in as uint8 of any size; detections come out in image pixels, with masks of
-# 28 x 28 inside their boxes. Anchors need sizes like those of the cells: see the figure.
+# mask heads. Images go in as uint8 of any size; losses come out in training, else torchvision's
+# detections (`detect` makes RLEs of them). Anchors need sizes like the cells': see the figure.
 
 # %%
 # @title InputTransform, and initial weights
@@ -64,11 +64,6 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
 
     def batch_images(self, images, size_divisible):
         return super().batch_images(images, size_divisible).contiguous(memory_format=self.layout)
-
-    def postprocess(self, result, image_shapes, original_image_sizes):
-        for output, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
-            output["boxes"] = detection.transform.resize_boxes(output["boxes"], *sizes)
-        return result
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -136,12 +131,12 @@ def build_model(config: Config, load_initial: bool = True) -> nn.Module:
     sizes, ratios = tuple((v,) for v in config.anchor_sizes), config.anchor_ratios
     anchors = detection.anchor_utils.AnchorGenerator(sizes, (ratios,) * 5)
     head = detection.rpn.RPNHead(width, len(ratios), config.rpn_convs)
-    # In float32 (bfloat16: steps of 4 px near 512); of the maps, v[:0], only H, W, dtype count
+    # Anchors in float32: bfloat16 steps by 4 px near 512. Of maps only H, W and dtype are used
     anchors.register_forward_pre_hook(lambda _, args: (args[0], [v[:0].float() for v in args[1]]))
     head.register_forward_hook(lambda _, args, out: [[v.float() for v in part] for part in out])
     top = dict(training=config.proposals, testing=config.proposals)
     sampling = 0.7, 0.3, 256, 0.5  # IoU of positives and negatives, batch size, fraction
-    rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, config.rpn_nms)
+    rpn = detection.rpn.RegionProposalNetwork(anchors, head, *sampling, top, top, nms_thresh=0.7)
     rpn.proposal_matcher = BlockMatcher(*sampling[:2], allow_low_quality_matches=True)
     rpn.box_similarity = lambda *boxes: boxes  # BlockMatcher compares them itself
     box_sampling = 0.5, 0.5, config.roi_batch_size, 0.25  # at most a quarter of them positive
@@ -180,8 +175,8 @@ def plot_anchors(sides: np.ndarray, config: Config) -> Figure:
     sizes, ratios = np.array(config.anchor_sizes)[:, None], np.sqrt(config.anchor_ratios)
     anchors = np.stack([sizes / ratios, sizes * ratios], axis=-1).reshape(-1, 2)
     anchors = 2 * np.round(anchors / 2)  # as AnchorGenerator does
-    beside = np.repeat(2.0 ** np.arange(len(sizes)), len(ratios))[:, None]  # stride / 4, the mean
-    corners = np.c_[-sides, sides] / 2, np.c_[beside - anchors / 2, beside + anchors / 2]
+    shift = np.repeat(2.0 ** np.arange(len(sizes)), len(ratios))[:, None]  # stride / 4, the mean
+    corners = np.c_[-sides, sides] / 2, np.c_[shift - anchors / 2, shift + anchors / 2]
     fits = (ops.box_iou(*map(torch.from_numpy, corners)).amax(1) >= 0.5).numpy()
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axes = figure.subplots()

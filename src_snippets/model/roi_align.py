@@ -64,6 +64,8 @@ class CellRoIAlign(ops.MultiScaleRoIAlign):
     def forward(self, x, boxes, image_shapes):
         """Feature maps by name and (R, 4) boxes per image -> (R, channels, bins, bins)."""
         if x["0"].is_cuda:
+            if x["0"].numel() >= 2**31:  # torchvision's kernel counts in int32
+                raise torch.OutOfMemoryError("RoIAlign: out of memory that int32 can count")
             return super().forward(x, boxes, image_shapes)
         rois, levels = ops._utils.convert_boxes_to_roi_format(boxes), self.map_levels(boxes)
         bins, channels = self.output_size[0], x["0"].shape[1]

@@ -70,7 +70,6 @@ class Config:
     mask_convs: int = within(4, 1, 8)  # convolutions of the mask head
     anchor_sizes: tuple[int, ...] = within((8, 16, 32, 64, 128), 2, 2048)  # network px, per level
     anchor_ratios: tuple[float, ...] = within((0.5, 1.0, 2.0), 0.05, 20.0)  # height / width
-    rpn_nms: float = within(0.7, 0.0, 1.0)  # IoU threshold of NMS on proposals
     proposals: int = within(2000, 1, 20_000)  # maximum after NMS; before it, per FPN level
     roi_batch_size: int = within(512, 8, 4096)  # proposals per image that the heads learn from
     # Training
@@ -169,13 +168,13 @@ MAX_LENGTHS = dict(class_names=255, anchor_ratios=32, channels=3)  # other tuple
 def check_setting(item, value):
     """A field's value, of JSON too (lists, whole numbers); ValueError says what is valid."""
     default, limits = item.default, item.metadata
-    is_tuple, most = isinstance(default, tuple), MAX_LENGTHS.get(item.name, 0)
+    is_tuple, cap = isinstance(default, tuple), MAX_LENGTHS.get(item.name, 0)
     kind = item.type.__args__[0] if is_tuple else item.type
     values = value if is_tuple and isinstance(value, (list, tuple)) else (value,)
     values = tuple(float(v) if kind is float and type(v) is int else v for v in values)
-    has_length = len(values) == (len(default) if is_tuple else 1) or 0 < len(values) <= most
+    has_length = len(values) == (len(default) if is_tuple else 1) or 0 < len(values) <= cap
     valid = has_length and all(type(v) is kind for v in values)
-    expected = f"{kind.__name__} as in the default {default!r}{f', {most} at most' if most else ''}"
+    expected = f"{kind.__name__} as in the default {default!r}{f', {cap} at most' if cap else ''}"
     if "choices" in limits:
         expected = f"one of {', '.join(limits['choices'])}"
         valid = value in limits["choices"]
@@ -198,8 +197,8 @@ def change_config(config: Config, changes: Mapping) -> Config:
     valid = "" not in names and len(set(names)) == len(names)
     require(valid, f"Setting class_names={names}: expected one name per class, each once.")
     require(low <= high, f"Setting scale_jitter={(low, high)}: expected from <= to.")
-    most = folds if folds > 1 else 0
-    require(config.fold <= most, f"Setting fold={config.fold}: expected at most {most}, {folds=}.")
+    last = folds if folds > 1 else 0
+    require(config.fold <= last, f"Setting fold={config.fold}: expected at most {last}, {folds=}.")
     return config
 
 

@@ -44,7 +44,7 @@ def autocast_for(config: Config, device: torch.device) -> torch.autocast:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS have their own."""
+    """Whether an error says that the GPU's memory is full; cuDNN and cuBLAS word it differently."""
     texts = r"OutOfMemory|out of memory|unable to find an engine|NOT_INITIALIZED|ALLOC\w*_FAILED"
     kinds = RuntimeError, torch.multiprocessing.ProcessRaisedException  # of `launch`
     return isinstance(error, kinds) and re.search(texts, repr(error)) is not None

@@ -80,9 +80,9 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def saved_config(path: Path, changes: Mapping) -> Config:
-    """Settings of a checkpoint but for `um_per_px`, with changes of prediction; else ValueError."""
+    """A checkpoint's settings (no `um_per_px`, `precision`), changed for prediction; BadInput."""
     shaping = sorted(set(changes) - {*PREDICTION_SETTINGS, "precision"})
     require(not shaping, f"Settings {shaping}: without training only {PREDICTION_SETTINGS} change.")
     config = load_checkpoint(path)["config"]
-    print(f"nothing to train; settings of {path}")
+    print(f"nothing to train: the recipe and its settings are those of {path}")
     return change_config(replace(config, precision="auto", um_per_px=0.0), changes)

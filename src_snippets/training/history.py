@@ -52,8 +52,7 @@ class LiveHistory:
         row = history[-1]
         if IPython.get_ipython() is None and not is_last:
             known = [k for k in ("loss", "AP50", "val_loss") if row.get(k) is not None]
-            scores = [f"{k} {row[k]:.3f}" for k in known]
-            tqdm.write(f"epoch {row['epoch']}: {', '.join(scores)}")
+            tqdm.write(f"epoch {row['epoch']}: {', '.join(f'{k} {row[k]:.3f}' for k in known)}")
         if (start := time.time()) < self.next and not is_last:
             return
         show_figure(plot_history(history, self.names, example), self.path, update=self.next > 0)

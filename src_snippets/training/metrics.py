@@ -9,8 +9,8 @@
 
 # %%
 # @title Average precision
-from contextlib import redirect_stdout
-import importlib.util
+from contextlib import redirect_stdout, suppress
+import importlib
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from src_snippets.data.structures import coco_annotations, Instances
 def coco_classes() -> tuple[type, type]:
     """COCO and COCOeval of faster-coco-eval (the same values, sooner), else of pycocotools."""
     load = importlib.import_module
-    if importlib.util.find_spec("faster_coco_eval"):
+    with suppress(ImportError):  # missing, or made for another numpy
         faster = load("faster_coco_eval")
         return faster.COCO, faster.COCOeval_faster
     return load("pycocotools.coco").COCO, load("pycocotools.cocoeval").COCOeval

@@ -109,11 +109,10 @@ def lr_factor(step: int, total: int, config: Config, history: list[dict]) -> flo
         return (step + 1) / warmup
     if config.schedule == "cosine":
         return 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
-    losses = [row["val_loss"] for row in history if "val_loss" in row]
-    factor, best, waited = 1.0, inf, 0
-    for loss in losses if config.schedule == "plateau" else []:  # 3 in a row without a lower one
+    factor, best, waited, is_plateau = 1.0, inf, 0, config.schedule == "plateau"
+    for loss in (row["val_loss"] for row in history if is_plateau and "val_loss" in row):
         best, waited = (loss, 0) if loss < best else (best, waited + 1)
-        if waited == 3:
+        if waited == 3:  # evaluations in a row without a lower loss
             factor, waited = factor / 10, 0
     return factor
 
@@ -214,7 +213,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
 
 
 MAX_BAD_STEPS = 10  # in a row
-SAVE_SECONDS = 300  # at most between two `last.pt`; evaluations and the last epoch write it too
+SAVE_SECONDS = 300  # between two `last.pt`, at least; evaluations, the last epoch write it too
 PROGRESS = ("history", "steps", "max_steps", "seconds")  # in last.pt
 
 
@@ -251,7 +250,7 @@ class TrainingState:
             check_same_settings(state["config"], config, self.folder / "last.pt")
             for name in self.parts.keys() & state.keys():
                 self.parts[name].load_state_dict(state[name])
-            for weight, moments in optimizer.state.items():  # of a GPU with another memory layout
+            for weight, moments in optimizer.state.items():  # saved in another memory format
                 own = {k: v for k, v in moments.items() if v.shape == weight.shape}
                 moments |= {k: torch.empty_like(weight).copy_(v) for k, v in own.items()}
             vars(self).update({name: state[name] for name in PROGRESS})
@@ -331,14 +330,15 @@ class Trainer(TrainingState):
             if self.config.ema:
                 self.parts["ema"].update(self.model, self.steps)
         else:
-            self.bad_steps += 1
+            scaler = self.accelerator.scaler  # as long as it searches its scale, nothing is bad
+            self.bad_steps += not scaler or bool(self.steps) or scaler.get_scale() <= 1
             message = f"Gradients are not finite on {', '.join(gather(list(names)))}: {losses}"
             if self.bad_steps == MAX_BAD_STEPS:
                 hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
                 raise FloatingPointError(f"{message}, {MAX_BAD_STEPS} times {hint}")
             for values, good in zip(self.statistics(), self.good_statistics, strict=True):
                 values.copy_(good)
-            if scaler := self.accelerator.scaler:
+            if scaler:
                 scaler.update(scaler.get_scale() / 2)
             if not scaler or not all(isfinite(sum(row.values())) for row in losses):
                 tqdm.write(f"{message}: this step is skipped.")  # else fp16's scale was too high
@@ -390,7 +390,7 @@ class Trainer(TrainingState):
             self.seconds = all_max(time.perf_counter() - begin)[0]
         # Through JSON, or equal values of a resumed run would pickle to other bytes
         self.history = json.loads(json.dumps([*self.history, row]))
-        free_memory()  # crops differ in size: what the GPU's cache holds may not fit the next
+        torch.cuda.empty_cache()  # images differ in size: what it holds may not fit the next
 
     def fit(self, batch_size: int = 0) -> list[dict]:
         """Train to the end, or the session's; return the history. batch_size 0: of the settings."""
@@ -403,7 +403,7 @@ class Trainer(TrainingState):
         if default_device().type == "cuda" and not reason:
             torch.cuda.set_per_process_memory_fraction(0.85)  # the margin of the trial step
             try_step(self.model, config, batch_size, 1 if start else 3)  # Adam keeps two
-            torch.cuda.set_per_process_memory_fraction(0.95)  # Windows would go on in slow RAM
+            torch.cuda.set_per_process_memory_fraction(0.95)  # Windows would swap to RAM, slowly
         accumulate = config.accumulate * config.batch_size // batch_size
         if batch_size < config.batch_size:
             print(f"The GPU's memory was full: {batch_size=}, {accumulate=} from now on.")
@@ -416,8 +416,8 @@ class Trainer(TrainingState):
         self.max_steps = self.total_steps = max_steps
         if not reason:
             crops, gpus = batch_size * accumulate * world_size(), config.scale_lr * world_size()
-            lr = f"lr {config.lr:g}" + f" times the root of {gpus}" * (gpus > 1)
-            print(f"At most {self.max_steps:,} steps of {crops} crops, {lr}")
+            root = f" times the root of {gpus}" if gpus > 1 else ""
+            print(f"At most {self.max_steps:,} steps of {crops} crops, lr {config.lr:g}{root}")
         options = dict(total=config.epochs * batches, initial=start * batches, unit="batch")
         bar = tqdm(desc="training", disable=not is_main() or bool(reason), mininterval=2, **options)
         self.started = time.perf_counter() - self.seconds
@@ -461,8 +461,8 @@ def launch_training(config, samples, val, folder, session, callback, resume) -> 
             if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
-                message = "The GPU's memory does not suffice for one crop: lower crop or scale."
-                raise RuntimeError(message) from None
+                message = "The GPU's memory does not suffice for one crop: lower crop or scale"
+                raise RuntimeError(f"{message} ({str(error).strip()[-200:]}).") from None
         finally:
             free_memory()
         batch_size, resume = batch_size // 2, True

@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
+from src_snippets.data import transforms
 from src_snippets.data.samples import CellSamples, make_splits, subset
 from src_snippets.data.structures import CellSample
-from src_snippets.data.transforms import TrainingSet
+from src_snippets.data.transforms import random_scaled_crop, TrainingSet
 from src_snippets.model import heads, mask_rcnn
 from src_snippets.model.heads import CellRoIHeads, mask_loss
 from src_snippets.setup.config import Config
@@ -57,7 +59,6 @@ TRAINED = {
     "scale 2 on crops of 96 px": dict(scale=2.0, crop=96),
     "anchors 4 to 64 px": dict(anchor_sizes=(4, 8, 16, 32, 64)),
     "1000 proposals": dict(proposals=1000),
-    "RPN NMS 0.45": dict(rpn_nms=0.45),
     "CBAM": dict(attention="cbam"),
     "all that gained together": dict(class_crops=0.5, copy_paste=0.5, tile=256, tta="flips"),
 }
@@ -69,11 +70,11 @@ PRETRAINED = {  # of a recipe with class crops, copy-paste and EMA, at scale 1.5
     "Dice beside cross-entropy": {},  # these are patched in, see `PATCHES`
     "class of each pixel as a loss": {},
     "images drawn by their area": {},
+    "crops over the border": {},
     "stochastic depth 0.1": dict(drop_path=0.1),
     "scale 2 on crops of 192 px": dict(scale=2.0, crop=192, anchor_sizes=(16, 32, 64, 128, 256)),
     "learning rate 2e-3": dict(lr=2e-3),
     "no EMA": dict(ema=0.0),
-    "RPN NMS 0.8": dict(rpn_nms=0.8),
     "no colour jitter": dict(color_jitter=0.0),
     "scale 1.33": dict(scale=1.333, crop=288),
     "scale jitter 0.7 to 1.4": dict(scale_jitter=(0.7, 1.4)),
@@ -148,10 +149,27 @@ def dice_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     return mask_loss(logits, labels, targets) + dice.sum() / max(len(dice), 1)
 
 
+def crop_over_border(image, layers, size, scale, contains: int | None = None):
+    """`random_scaled_crop` whose window may start an eighth outside, and is moved in: border cells
+    are seen as often as others.
+    """
+    sides, limits = torch.tensor(image.shape[-2:]), torch.tensor(size)
+    factor = scale[0] * (scale[1] / scale[0]) ** float(torch.rand(()))
+    window = torch.minimum(sides, (limits / factor - 1e-6).ceil().long())
+    corner = (torch.rand(2) * (sides - 0.75 * window + 1) - window / 8).floor().long()
+    corner = torch.minimum(corner.clamp(min=0), sides - window)
+    if contains:
+        return random_scaled_crop(image, layers, size, (float(factor),) * 2, contains)
+    (top, left), (tall, wide) = corner.tolist(), window.tolist()
+    cut = [v2.functional.crop(pixels, top, left, tall, wide) for pixels in (image, layers)]
+    return random_scaled_crop(*cut, size, (float(factor),) * 2)
+
+
 PATCHES = {  # of a module: the name there, what takes its place
     "Dice beside cross-entropy": (heads, "mask_loss", dice_loss),
     "class of each pixel as a loss": (mask_rcnn, "CellRoIHeads", SemanticHeads),
     "images drawn by their area": (trainer, "TrainingSet", ByArea),
+    "crops over the border": (transforms, "random_scaled_crop", crop_over_border),
 }
 
 

@@ -338,7 +338,6 @@ def baseline_model(config: Config, device: str) -> MaskRCNN:
         image_std=ours.backbone.std,
         rpn_anchor_generator=AnchorGenerator(sizes, (config.anchor_ratios,) * 5),
         rpn_head=RPNHead(config.fpn_channels, len(config.anchor_ratios), config.rpn_convs),
-        rpn_nms_thresh=config.rpn_nms,
         box_head=ours.roi_heads.box_head,
         box_predictor=ours.roi_heads.box_predictor,
         box_score_thresh=config.score_threshold,
