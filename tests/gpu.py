@@ -40,7 +40,7 @@ from src_snippets.setup.devices import (
     launch,
 )
 from src_snippets.training.trainer import launch_training, Session, train
-from tests.benchmarks.cases import baseline_model, grid_sample, new_trainer
+from tests.benchmarks.cases import baseline_model, counted_subset, grid_sample, new_trainer
 from tests.benchmarks.recipes import seconds
 
 RECIPES = ("baseline", "light", "best", "best_large")
@@ -84,7 +84,8 @@ def fork_probe() -> Iterator[tuple]:
 def train_with_times(config: Config, samples, folder: Path) -> tuple[list[dict], list[float]]:
     """The history, and when each epoch ended."""
     times = []
-    history = train(config, samples, [], folder, None, lambda *_: times.append(time.monotonic()))
+    parts = counted_subset(samples, config.num_classes), []
+    history = train(config, *parts, folder, None, lambda *_: times.append(time.monotonic()))
     return history, times
 
 

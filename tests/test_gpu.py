@@ -19,7 +19,7 @@ from src_snippets.setup.devices import is_out_of_memory
 from src_snippets.training.checkpoints import load_checkpoint, load_trained
 from src_snippets.training.trainer import launch_training, Session, train
 from tests import gpu
-from tests.benchmarks.cases import grid_sample
+from tests.benchmarks.cases import counted_subset, grid_sample
 from tests.conftest import field_of_cells
 from tests.pretended_gpu import pretended_gpu
 from tests.test_notebook import check_outputs, QUICK, run
@@ -98,7 +98,7 @@ def test_training_and_prediction_stay_on_their_device(name, tmp_path, capsys):
     config = make_config("baseline", **(TINY | dict(backbone="resnet10") | CHOICES[name]))
     samples = [field_of_cells(seed, 96) for seed in range(4)]
     samples[1].labels[1] = -1
-    train_part, val_part = samples[:3], samples[3:] * 2
+    train_part, val_part = counted_subset(samples[:3], 3), samples[3:] * 2
     with pretended_gpu():
         session = Session(0.0)
         stop = partial(setattr, session, "terminated", True)  # after an epoch, as SIGTERM does

@@ -34,6 +34,7 @@ from src_snippets.training.trainer import (
     try_step,
     validation_loss,
 )
+from tests.benchmarks.cases import counted_subset
 from tests.conftest import empty_sample, field_of_cells
 
 
@@ -561,7 +562,8 @@ def test_samples_do_not_depend_on_workers_and_change_with_the_epoch(parts, tiny_
     config = replace(tiny_config, crop=64, copy_paste=0.5)
 
     def images(workers, epochs=(1, 2)):
-        loader, found = training_loader(parts[0], replace(config, workers=workers), 2), []
+        train_part = counted_subset(parts[0])
+        loader, found = training_loader(train_part, replace(config, workers=workers), 2), []
         for epoch in epochs:
             loader.dataset.epoch.fill_(epoch)
             images = [image for batch in loader for image in batch[0]]

@@ -6,7 +6,6 @@ from hypothesis import given, settings, strategies
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Subset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -21,6 +20,7 @@ from src_snippets.data.transforms import (
     TrainingSet,
 )
 from src_snippets.setup.config import make_config
+from tests.benchmarks.cases import counted_subset
 from tests.conftest import empty_sample, make_sample
 
 PLAIN = make_config("baseline", crop=48, color_jitter=0.0, flips=False, scale_jitter=(1.0, 1.0))
@@ -221,7 +221,7 @@ def test_draws_follow_from_seed_epoch_and_index_alone():
     config = replace(GEOMETRY, color_jitter=0.3, copy_paste=0.5, class_crops=0.5)
     items = []
     for seed, epoch in ((1, 0), (1, 0), (2, 0), (1, 1)):
-        dataset = TrainingSet(samples, replace(config, seed=seed))
+        dataset = TrainingSet(counted_subset(samples), replace(config, seed=seed))
         dataset.epoch.fill_(epoch)
         items.append([dataset[k] for k in range(2)])
         random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
@@ -252,7 +252,7 @@ def test_target_is_tight_and_leaves_slivers_and_crowds_out():
 
 def test_samples_without_instances():
     config = replace(GEOMETRY, class_crops=1.0, copy_paste=1.0)
-    item = TrainingSet([empty_sample()], config)[0]
+    item = TrainingSet(counted_subset([empty_sample()]), config)[0]
     image, target = item
     assert image.dtype == torch.uint8
     assert target["boxes"].shape == (0, 4)
@@ -348,7 +348,7 @@ def test_each_class_is_as_likely_whatever_its_count():
     labels = {}
     for fraction in (0.0, 1.0):
         config = replace(PLAIN, crop=64, class_crops=fraction)
-        dataset = TrainingSet(Subset(samples, range(10)), config)
+        dataset = TrainingSet(counted_subset(samples), config)
         targets = []
         for _ in range(60):
             dataset.epoch += 1
@@ -365,7 +365,8 @@ def test_images_are_drawn_by_their_count_of_the_class(monkeypatch):
     samples[0].labels[:] = torch.tensor([1] * 9)
     crowd = make_sample([ids], [1], name="crowd")
     crowd.labels[:] = -1
-    dataset = TrainingSet([*samples, crowd], replace(PLAIN, crop=32, class_crops=1.0))
+    parts = counted_subset([*samples, crowd])
+    dataset = TrainingSet(parts, replace(PLAIN, crop=32, class_crops=1.0))
     assert dataset.counts.tolist() == [[0, 9, 0, 0, 0], [0, 1, 0, 0, 0], [0] * 5]
     torch.manual_seed(0)
     names = [dataset.crop(2).name for _ in range(200)]
@@ -435,13 +436,14 @@ def test_pasting_edge_cases():
 def test_rare_classes_are_pasted_more_often():
     ids = np.arange(1, 65).reshape(8, 8).repeat(4, 0).repeat(4, 1)
     sample = make_sample([np.where(ids < 64, ids, 0), np.where(ids == 64, ids, 0)], [1, 2])
-    dataset = TrainingSet([sample, sample], replace(PLAIN, copy_paste=1.0))
+    dataset = TrainingSet(counted_subset([sample, sample]), replace(PLAIN, copy_paste=1.0))
     # 126 and 2 cells, 64 on average: half of the root of 64 / 126, and the most
     expected = [0.5 * (64 / 126) ** 0.5, 1.0]
     assert np.allclose(dataset.probabilities[1:3], expected)
-    empty = TrainingSet([empty_sample(48, 48), sample], replace(PLAIN, copy_paste=1.0))
+    parts = counted_subset([empty_sample(48, 48), sample])
+    empty = TrainingSet(parts, replace(PLAIN, copy_paste=1.0))
     torch.manual_seed(0)
     counts = [len(empty[0][1]["ids"]) for _ in range(20)]
     assert max(counts) > 10
-    never = TrainingSet([empty_sample(48, 48), sample], replace(PLAIN, copy_paste=0.0))
+    never = TrainingSet(parts, replace(PLAIN, copy_paste=0.0))
     assert not any(len(never[0][1]["ids"]) for _ in range(10))

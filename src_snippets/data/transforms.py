@@ -100,7 +100,8 @@ def training_target(sample: CellSample) -> dict[str, Tensor]:
 class TrainingSet(torch.utils.data.Dataset):
     """Pairs of image (3, h, w) uint8 and `training_target` with `name`, anew in each epoch.
 
-    What is drawn depends on seed, `epoch` and index, and so not on the number of workers.
+    samples: a `Subset` of `CellSamples`; class crops and copy-paste need its counts. What is
+    drawn depends on seed, `epoch` and index, and so not on the number of workers.
     """
 
     def __init__(self, samples, config: Config):
@@ -108,8 +109,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by all workers
         self.counts = torch.zeros(len(samples), config.num_classes + 1)  # by image and class
         if config.class_crops or config.copy_paste:
-            for row, sample in zip(self.counts, samples, strict=True):
-                row += torch.bincount(sample.labels[sample.labels > 0], minlength=len(row))
+            self.counts = torch.from_numpy(samples.dataset.counts[samples.indices]).float()
         totals = self.counts.sum(0)  # half of the instances are pasted, of a rare class more
         self.probabilities = (0.5 * (totals[totals > 0].mean() / totals).sqrt()).clamp(0.1, 1.0)
 

@@ -23,7 +23,7 @@ import pycocotools.mask
 import tifffile
 import timm
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import tv_tensors
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection._utils import Matcher
@@ -401,8 +401,23 @@ def baseline_epoch(model, loader, device: str, precision: str) -> None:
         scaler.update()
 
 
+class Counted(list):
+    """Samples with their counts by image and class, as `CellSamples` has them."""
+
+    def __init__(self, samples, classes: int):
+        super().__init__(samples)
+        labels = [sample.labels[sample.labels > 0].numpy() for sample in self]
+        self.counts = np.stack([np.bincount(own, minlength=classes + 1) for own in labels])
+
+
+def counted_subset(samples, classes: int = 4) -> Subset:
+    """Drawn samples as a trainer expects them."""
+    return Subset(Counted(samples, classes), range(len(samples)))
+
+
 def new_trainer(config: Config, samples) -> Trainer:
     """A trainer in a folder of its own, ready for steps."""
+    samples = counted_subset(samples, config.num_classes)
     trainer = Trainer(config, samples, [], new_folder())
     loader = training_loader(samples, config, config.batch_size)
     trainer.loader = trainer.accelerator.prepare(loader)
@@ -522,7 +537,8 @@ def inference(side: str, device: str, step: int, detections: int) -> Callable:
 
 def training_steps(config: Config, device: str, change: Callable) -> Callable:
     """Four training steps on a batch of the real image; `change` gives model and optimizer."""
-    samples = TrainingSet([read_cell_folder(real_folder(), 4)] * config.batch_size, config)
+    parts = counted_subset([read_cell_folder(real_folder(), 4)] * config.batch_size)
+    samples = TrainingSet(parts, config)
     torch.manual_seed(0)
     images, targets = collate([samples[index] for index in range(len(samples))])
     for target in targets:
