@@ -991,10 +991,21 @@ def test_steps_while_the_scale_is_searched_are_no_failure(scaled, parts, tiny_co
     """Gradients that fit fp16 at 16 in place of 65,536 take twelve halvings, not ten."""
     scaled(2.0**16)
     run = ready(Trainer(tiny_config, *parts, tmp_path))
-    poison(run, *range(1, 13))
+    scaler = run.accelerator.scaler
+    run.model.rpn.head.cls_logits.weight.register_hook(
+        lambda grad: grad * (math.inf if scaler.get_scale() > 16 else 1)
+    )
     taken = [run.step(*batch) for batch in batches(run, 13)]
     assert [len(row) for row in taken] == [0] * 12 + [1]
-    assert (run.accelerator.scaler.get_scale(), run.steps, run.bad_steps) == (16.0, 1, 0)
+    assert (scaler.get_scale(), run.steps, run.bad_steps) == (16.0, 1, 0)
+
+
+def test_losses_that_are_not_finite_are_failures_at_any_scale(scaled, parts, tiny_config, tmp_path):
+    scaled(2.0**16)
+    run = ready(Trainer(tiny_config, *parts, tmp_path))
+    poison(run, *range(1, 13))
+    with pytest.raises(FloatingPointError, match="10 times in a row"):
+        [run.step(*batch) for batch in batches(run, 10)]
 
 
 def test_the_scaler_is_resumed_and_its_scale_is_watched(

@@ -603,7 +603,8 @@ def open_dataset(root: Path, config: Config) -> CellDataset:
     used |= {*images, *(image.path for image in test_images)}
     unread = {root / "train", train, test, val, root / "images", root / "test_release"}
     if root in unread:  # all that lies in it, but no Drive and no earlier results
-        unread |= {path for path in root.glob("[!.]*") if path.name not in NO_UPLOADS}
+        entries = (path for path in root.glob("[!.]*") if path.name not in NO_UPLOADS)
+        unread |= {path for path in entries if path.is_file() or not path.is_symlink()}
     left_out = list_left_out(root, unread - {None, root}, used)
     groups = {names[path]: group for path, group in groups.items()} | read_groups(root, [*records])
     validation = [name for path, name in names.items() if path in own or val in path.parents]

@@ -3,8 +3,9 @@
 # %% [markdown]
 # ### Build the Mask R-CNN
 # `build_model` puts torchvision's parts together: backbone and FPN, region proposals (RPN), box and
-# mask heads. Images go in as uint8 of any size; losses come out in training, else torchvision's
-# detections (`detect` makes RLEs of them). Anchors need sizes like the cells': see the figure.
+# mask heads. Images go in as uint8 of any size; losses come out in training. `detect` below calls
+# the parts and makes RLEs (`model(images)` gives torchvision's dense masks). Anchors need sizes
+# like those of the cells: see the figure.
 
 # %%
 # @title InputTransform, and initial weights

@@ -20,7 +20,7 @@ from src_snippets.data.structures import coco_annotations, Instances
 def coco_classes() -> tuple[type, type]:
     """COCO and COCOeval of faster-coco-eval (the same values, sooner), else of pycocotools."""
     load = importlib.import_module
-    with suppress(ImportError):  # missing, or made for another numpy
+    with suppress(ImportError, ValueError):  # missing, or made for another numpy
         faster = load("faster_coco_eval")
         return faster.COCO, faster.COCOeval_faster
     return load("pycocotools.coco").COCO, load("pycocotools.cocoeval").COCOeval

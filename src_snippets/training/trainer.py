@@ -212,7 +212,7 @@ def evaluate(model: nn.Module, samples, config: Config) -> tuple[dict, tuple]:
     return row, (samples[index], predictions[index].above(config.export_score_threshold))
 
 
-MAX_BAD_STEPS = 10  # in a row
+MAX_BAD_STEPS = 10  # in a row; those while fp16 searches its first scale do not count
 SAVE_SECONDS = 300  # between two `last.pt`, at least; evaluations, the last epoch write it too
 PROGRESS = ("history", "steps", "max_steps", "seconds")  # in last.pt
 
@@ -330,8 +330,8 @@ class Trainer(TrainingState):
             if self.config.ema:
                 self.parts["ema"].update(self.model, self.steps)
         else:
-            scaler = self.accelerator.scaler  # as long as it searches its scale, nothing is bad
-            self.bad_steps += not scaler or bool(self.steps) or scaler.get_scale() <= 1
+            scaler, finite = self.accelerator.scaler, all(isfinite(sum(v.values())) for v in losses)
+            self.bad_steps += not (scaler and finite and not self.steps and scaler.get_scale() > 1)
             message = f"Gradients are not finite on {', '.join(gather(list(names)))}: {losses}"
             if self.bad_steps == MAX_BAD_STEPS:
                 hint = "in a row. Earlier epochs are kept. Lower lr, or set precision='no'."
@@ -340,7 +340,7 @@ class Trainer(TrainingState):
                 values.copy_(good)
             if scaler:
                 scaler.update(scaler.get_scale() / 2)
-            if not scaler or not all(isfinite(sum(row.values())) for row in losses):
+            if not (scaler and finite):
                 tqdm.write(f"{message}: this step is skipped.")  # else fp16's scale was too high
             losses = []
         self.optimizer.zero_grad()
