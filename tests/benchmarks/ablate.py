@@ -76,6 +76,7 @@ PRETRAINED = {  # of a recipe with class crops, copy-paste and EMA, at scale 1.5
     "learning rate 2e-3": dict(lr=2e-3),
     "no EMA": dict(ema=0.0),
     "no colour jitter": dict(color_jitter=0.0),
+    "colour jitter 0.4": dict(color_jitter=0.4),
     "scale 1.33": dict(scale=1.333, crop=288),
     "scale jitter 0.7 to 1.4": dict(scale_jitter=(0.7, 1.4)),
 }
