@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from src_snippets.data.rle import mask_areas
+from src_snippets.model.mask_rcnn import build_model
 from src_snippets.setup.config import make_config
 from src_snippets.training import trainer
 from src_snippets.training.checkpoints import PREDICTION_SETTINGS
@@ -116,7 +117,7 @@ def test_the_baseline_has_our_weights_and_no_settings_of_its_own():
     config = benchmark_config("cpu")
     model = baseline_model(config, "cpu").eval()
     assert model.roi_heads.detections_per_img == config.detections
-    assert model.rpn.nms_thresh == 0.7  # as in `build_model`
+    assert model.rpn.nms_thresh == build_model(config).rpn.nms_thresh
     with torch.inference_mode():
         assert len(model([torch.rand(3, 96, 96)])[0]["boxes"]) == config.detections
 

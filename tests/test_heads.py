@@ -27,6 +27,7 @@ from tests.conftest import (
     read_cell_folder,
     real_data,
 )
+from tests.pretended_gpu import pretended_gpu
 
 
 def matchers(high=0.7, low=0.3, every_instance=True):
@@ -159,6 +160,22 @@ def test_an_instance_that_touches_no_anchor_matches_none():
     beside = torch.tensor([[0.0, 0.0, 10.0, 10.0]])  # the block's box touches it, no anchor does
     corners = torch.tensor([[-5.0, -5.0, 0.0, 20.0], [10.0, -5.0, 15.0, 20.0]])
     assert ours((beside, corners)).tolist() == [-1, -1]
+
+
+def test_blocks_on_a_gpu_do_not_grow_with_the_instances(monkeypatch):
+    """2e7 pairs at a time, with blocks of 8,192 anchors or more."""
+    pairs = []
+
+    def counted(instances, anchors):
+        pairs.append(len(instances) * len(anchors))
+        return torch.zeros((len(instances), len(anchors)), device="cuda")
+
+    monkeypatch.setattr("src_snippets.model.heads.ops.box_iou", counted)
+    with pretended_gpu():
+        box = torch.tensor([[0.0, 0.0, 9.0, 9.0]]).to("cuda")
+        for count in (100, 1000):
+            BlockMatcher(0.5, 0.5)((box.repeat(count, 1), box.repeat(70_000, 1)))
+    assert pairs == [100 * 70_000, *[1000 * 20_000] * 3, 1000 * 10_000]
 
 
 def test_only_touching_instances_are_compared(monkeypatch):

@@ -46,7 +46,7 @@ from src_snippets.data.structures import CellSample, pack_layers
 from src_snippets.setup.config import BadInput, Config, require
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
-TEXT_SUFFIXES = ("", ".csv", ".json", ".txt", ".md", ".xml", ".html")
+TEXT_SUFFIXES = ("", ".csv", ".json", ".txt", ".md", ".xml", ".html")  # "": as of LICENSE
 MAPPING_NAME = "test_image_name_to_ids.json"
 NO_UPLOADS = ("sample_data", "drive", "results", "hw3.ipynb")  # what else is there on Colab
 # What a part of a dataset is called, by COCO, Roboflow and CVAT too, and where its files are

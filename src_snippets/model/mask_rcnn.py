@@ -3,9 +3,8 @@
 # %% [markdown]
 # ### Build the Mask R-CNN
 # `build_model` puts torchvision's parts together: backbone and FPN, region proposals (RPN), box and
-# mask heads. Images go in as uint8 of any size; losses come out in training. `detect` below calls
-# the parts and makes RLEs (`model(images)` gives torchvision's dense masks). Anchors need sizes
-# like those of the cells: see the figure.
+# mask heads. Images go in as uint8 of any size; detections come out in image pixels, with masks of
+# 28 x 28 inside their boxes. Anchors need sizes like those of the cells: see the figure.
 
 # %%
 # @title InputTransform, and initial weights
@@ -65,6 +64,11 @@ class InputTransform(detection.transform.GeneralizedRCNNTransform):
 
     def batch_images(self, images, size_divisible):
         return super().batch_images(images, size_divisible).contiguous(memory_format=self.layout)
+
+    def postprocess(self, result, image_shapes, original_image_sizes):
+        for output, *sizes in zip(result, image_shapes, original_image_sizes, strict=False):
+            output["boxes"] = detection.transform.resize_boxes(output["boxes"], *sizes)
+        return result
 
 
 def count_parameters(model: nn.Module) -> int:
